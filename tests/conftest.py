@@ -1,0 +1,58 @@
+"""What the tests share: the project on the path, a small configuration, shards of made-up text, a way to run commands."""
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+CLEAN_ENV = dict(os.environ)    # before anything is imported that changes it
+
+import train_gpt as tg  # noqa: E402
+from data.shards import write_shard  # noqa: E402
+
+TINY_STAGES = (tg.Stage(until=0.5, batch_tokens=512, windows=(16, 48), max_doc_len=96, lr_mul=1.0, predict=((1.0, 1.0), (0.5, 0.0))),
+               tg.Stage(until=2.0, batch_tokens=512, windows=(16, 64), max_doc_len=96, lr_mul=1.2))
+
+def tiny(**changes) -> tg.Config:
+    """The cpu preset with every feature on, at sizes that run in milliseconds, eagerly and in float32."""
+    base = replace(tg.PRESETS["cpu"], vocab_size=256, bos_id=255, model_dim=64, head_dim=16, extra_inputs=1, stages=TINY_STAGES,
+                   num_steps=8, val_tokens=512, val_seq_len=256, final_long_window=64, dtype="float32", compile=False)
+    return replace(base, **changes)
+
+def made_up_text(count: int, vocab_size: int = 256, seed: int = 0) -> np.ndarray:
+    """(count,) token ids with something to learn: each is the last one plus a small step; documents of about 64 tokens."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, 4, count).cumsum() % (vocab_size - 1)
+    tokens[rng.random(count) < 1 / 64] = vocab_size - 1
+    tokens[0] = vocab_size - 1
+    return tokens
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> Path:
+    """A folder with two training shards and one for validation, in tiny()'s vocabulary."""
+    folder = tmp_path_factory.mktemp("tiny_data")
+    write_shard(folder / "x_train_000000.bin", made_up_text(12_000, seed=1))
+    write_shard(folder / "x_train_000001.bin", made_up_text(12_000, seed=2))
+    write_shard(folder / "x_val_000000.bin", made_up_text(4_000, seed=3))
+    return folder
+
+@pytest.fixture(scope="session")
+def corpus_dir() -> Path:
+    """The embedded corpus, made by its own command the first time."""
+    made = run_command([sys.executable, ROOT / "data" / "corpus.py"])
+    assert made.returncode == 0, made.stderr
+    return ROOT / "data" / "corpus"
+
+def run_command(command: list, cwd: Path = ROOT, timeout: float = 300, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run([str(part) for part in command], cwd=cwd, env=CLEAN_ENV | env, capture_output=True, text=True, timeout=timeout)
+
+def assert_user_error(result: subprocess.CompletedProcess, *words: str) -> None:
+    """One line on stderr that holds the words, no traceback, exit code 2."""
+    assert result.returncode == 2, (result.returncode, result.stderr)
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert all(word in result.stderr for word in words), (words, result.stderr)

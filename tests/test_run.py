@@ -1,0 +1,238 @@
+"""The program as a user meets it: commands, logs, errors, interruptions; and that it learns."""
+import ast
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import CLEAN_ENV, ROOT, assert_user_error, run_command, tiny
+
+import train_gpt as tg
+
+FILE = ROOT / "train_gpt.py"
+SMALL = ["--preset", "cpu", "--no-compile", "--model_dim", 32, "--head_dim", 16, "--val_tokens", 8192]   # seconds, not minutes
+
+def train_small(cwd, *flags, file=FILE):
+    result = run_command([sys.executable, file, *SMALL, *flags], cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+def the_log(folder) -> tuple[str, str, list[str]]:
+    """Source, header and event lines of the one log in a folder."""
+    [path] = folder.glob("*.txt")
+    source, header, events = path.read_text().split("\n" + tg.Log.END + "\n")
+    return source + "\n", header, events.splitlines()
+
+# ---- the file
+
+def test_importing_does_nothing(tmp_path):
+    code = ("import os, sys, torch; before = dict(os.environ); state = torch.get_rng_state(); threads = torch.get_num_threads()\n"
+            f"sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['x', '--nonsense']; import train_gpt, torch.distributed as dist\n"
+            "assert dict(os.environ) == before and not dist.is_initialized() and not torch.cuda.is_initialized()\n"
+            "assert torch.equal(state, torch.get_rng_state()) and threads == torch.get_num_threads()")
+    result = run_command([sys.executable, "-c", code], cwd=tmp_path)
+    assert (result.returncode, result.stdout, list(tmp_path.iterdir())) == (0, "", []), result.stderr
+
+def test_the_file_stays_readable():
+    source = FILE.read_text()
+    assert len(source.splitlines()) <= 2000
+    assert max(map(len, source.splitlines())) <= 125
+    tree = ast.parse(source)
+    for function in (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)):
+        assert function.end_lineno - function.lineno < 60, f"{function.name} is too long"
+    imported = {(n.module or "").split(".")[0] if isinstance(n, ast.ImportFrom) else a.name.split(".")[0]
+                for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
+    assert imported <= sys.stdlib_module_names | {"torch", "triton", "numpy"}, "a lone copy of the file must run"
+    forward = next(n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == "forward" and n.args.args[1].arg == "tokens")
+    sizes = [n.value for n in ast.walk(forward) if isinstance(n, ast.Constant) and type(n.value) is int and n.value > 2]
+    assert not sizes, "a layer's number or a size stands in forward; it belongs into the topology table"
+
+# ---- a run and its log
+
+def test_a_log_yields_the_source_and_the_source_the_same_losses(tmp_path, corpus_dir):
+    source, losses = FILE.read_text(), []
+    for name in ("original", "ripped"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "train_gpt.py").write_text(source)            # alone in a folder: it needs nothing of the project
+        out = train_small(folder, "--data_dir", corpus_dir, "--num_steps", 4, "--val_every", 2, file="train_gpt.py")
+        source, header, events = the_log(folder / "logs")
+        losses.append([re.findall(r"(?:val|train)_loss:(\S+)", line) for line in events])
+        assert json.loads(re.search(r"overrides:(.*)", header)[1])["num_steps"] == 4
+        assert json.loads(re.search(r"config:(.*)", header)[1])["model_dim"] == 32
+        assert out.rstrip().splitlines()[-1] == events[-1]
+    assert source == FILE.read_text()
+    assert losses[0] == losses[1] and len(sum(losses[0], [])) == 3 + 4
+
+def test_the_form_of_the_log(tmp_path, corpus_dir):
+    train_small(tmp_path, "--data_dir", corpus_dir, "--num_steps", 3, "--val_every", 2, "--log_dir", tmp_path / "elsewhere")
+    _, header, events = the_log(tmp_path / "elsewhere")
+    steps = [line for line in events if line.startswith("step:")]
+    assert [re.match(r"step:(\d+)/3 (val_loss)?", line).groups() for line in steps] == [
+        ("0", "val_loss"), ("1", None), ("2", None), ("2", "val_loss"), ("3", None), ("3", "val_loss")]
+    for line in steps:
+        assert re.match(r"step:\d+/3 (val_loss:\d+\.\d{4} )?train_time:\d+ms step_avg:\d+\.\d\dms \S", line), line
+    assert re.search(r"val_bpb:\d\.\d{4} tokens:24576$", steps[-1]) and steps[-1] == events[-1]
+    assert re.search(r"tokens_per_second:\d+ mfu:0\.\d{3}$", steps[1])
+    scalars = dict(re.match(r"scalars:(\w+) (.*)", line).groups() for line in events if line.startswith("scalars:"))
+    assert len(json.loads(scalars["resid_scale"])) == 6 and {"x0_scale", "bigram_scale", "skip_scale", "backout_scale"} <= set(scalars)
+    assert any(re.match(r"peak_memory:\d+MiB tokens:24576", line) for line in events)
+    assert all(word in header for word in ("versions:", "hardware:", "precision:", "matrix ceiling:", "source_sha256:"))
+
+def test_secrets_of_the_environment_stay_out_of_the_log(tmp_path, corpus_dir):
+    result = run_command([sys.executable, FILE, *SMALL, "--data_dir", corpus_dir, "--num_steps", 1], cwd=tmp_path, HF_TOKEN="hf_secret")
+    assert result.returncode == 0 and "hf_secret" not in next((tmp_path / "logs").iterdir()).read_text() + result.stdout
+
+def tiny_run(tiny_data, tmp_path, **changes) -> tg.Run:
+    return tg.Run(tiny(data_dir=str(tiny_data), log_dir=str(tmp_path), **changes), {})
+
+def test_warm_up_leaves_no_trace(tiny_data, tmp_path):
+    """Losses to the last bit, with tied and untied steps and Adam's and Muon's states behind them."""
+    finals = []
+    for warmup in (False, True):
+        run = tiny_run(tiny_data, tmp_path, num_steps=10)
+        if warmup:
+            run.warm_up()
+        finals.append((run.loop(), [p.detach().clone() for p in run.model.parameters()]))
+    assert finals[0][0] == finals[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(finals[0][1], finals[1][1]))
+
+def test_the_clock_stands_still_during_validation(tiny_data, tmp_path, monkeypatch):
+    run = tiny_run(tiny_data, tmp_path, num_steps=2, val_every=1)
+    validate = tg.Run.validate
+    monkeypatch.setattr(tg.Run, "validate", lambda *args: (time.sleep(0.4), validate(*args))[1])
+    began = time.perf_counter()
+    run.loop()
+    assert time.perf_counter() - began > 1.2 > 3 * 0.3 + run.clock.seconds() / 1e6
+    assert run.clock.seconds() < time.perf_counter() - began - 1.2 + 0.05
+
+def test_micro_batches_add_up_to_the_whole_step(tiny_data, tmp_path):
+    """The gradient of a step is the mean over its micro-batches: twice the same tokens change nothing."""
+    run = tiny_run(tiny_data, tmp_path, micro_batches=2)
+    tokens, targets = next(run.loader.step(run.cfg.stages[0]))
+    run.loader.step = lambda *args: iter([(tokens, targets)] * 2)
+    both = float(run.train_step(0, (16, 48)))
+    alone = tiny_run(tiny_data, tmp_path, micro_batches=1)
+    alone.loader.step = lambda *args: iter([(tokens, targets)])
+    assert both == pytest.approx(float(alone.train_step(0, (16, 48))), abs=1e-6)
+    for (name, p), q in zip(run.model.named_parameters(), alone.model.parameters()):
+        torch.testing.assert_close(p, q, atol=2e-3, rtol=0, msg=name)
+
+def test_two_processes_compute_what_one_does(tmp_path, corpus_dir):
+    """Eight micro-batches a step, shared out."""
+    flags = [FILE, *SMALL, "--data_dir", corpus_dir, "--num_steps", 4, "--micro_batches", 8, "--dtype", "float32", "--no-warmup"]
+    one = run_command([sys.executable, *flags], cwd=tmp_path)
+    two = run_command([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *flags], cwd=tmp_path)
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    losses = [[float(x) for x in re.findall(r"(?:val|train)_loss:(\S+)", result.stdout)] for result in (one, two)]
+    assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], abs=2e-3)
+
+# ---- what ends a run early
+
+@pytest.mark.parametrize("flags, words", [
+    (["--learning_rate", 1], ["--learning_rate"]),
+    (["--num_steps", "many"], ["--num_steps", "many"]),
+    (["--preset", "huge"], ["--preset", "huge"]),
+    (["--skips", ".b..a."], ["--skips", "'b'"]),
+    (["--windows", "sslss"], ["--paired_heads", "--windows"]),
+    (["--data_dir", "/nowhere"], ["/nowhere", "run.sh"]),
+    (["--num_steps", 5000], ["--num_steps 5000", "too few tokens"]),
+    (["--val_tokens", 16384000], ["--val_tokens"]),
+    (["--preset", "short"], ["--device cpu"]),
+    (["--log_dir", "/proc/nowhere"], ["--log_dir"]),
+])
+def test_a_users_error_is_one_line_and_leaves_nothing_behind(flags, words, tmp_path, corpus_dir):
+    if flags[0] == "--preset" and flags[1] == "short" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    data = [] if "--data_dir" in flags or "short" in flags else ["--data_dir", corpus_dir]
+    result = run_command([sys.executable, FILE, *data, *flags], cwd=tmp_path)
+    assert_user_error(result, *words)
+    assert not list(tmp_path.iterdir())
+
+def test_a_cut_shard_is_named(tmp_path, corpus_dir):
+    for name in ("corpus_train_000000.bin", "corpus_val_000000.bin"):
+        (tmp_path / name).write_bytes((corpus_dir / name).read_bytes()[:-1000])
+    result = run_command([sys.executable, FILE, *SMALL, "--data_dir", tmp_path], cwd=tmp_path)
+    assert_user_error(result, "corpus_train_000000.bin", "promises")
+    assert not (tmp_path / "logs").exists()
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, corpus_dir):
+    result = run_command([sys.executable, FILE, *SMALL, "--data_dir", corpus_dir, "--muon_lr", "1e38", "--num_steps", 6], cwd=tmp_path)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert re.search(r"failed: the (training|validation) loss is (nan|inf) at step \d", result.stderr), result.stderr
+    events = the_log(tmp_path / "logs")[2]
+    assert events[-1].startswith("failed: the") and events[-2].startswith("step:")
+
+def test_ctrl_c_ends_the_run_with_a_whole_log(tmp_path, corpus_dir):
+    process = subprocess.Popen([sys.executable, str(FILE), *map(str, SMALL), "--data_dir", str(corpus_dir)], cwd=tmp_path, env=CLEAN_ENV,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    seen = 0
+    for line in process.stdout:
+        seen += "train_loss:" in line
+        if seen == 2:
+            process.send_signal(signal.SIGINT)
+            break
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err
+    events = the_log(tmp_path / "logs")[2]
+    trained = [line for line in events if "train_loss:" in line]
+    assert len(trained) >= 2 and re.match(r"interrupted: \d+ of 120 steps done", events[-1])
+
+# ---- run.sh
+
+def test_run_sh_works_from_any_folder_and_does_nothing_twice(tmp_path, corpus_dir):
+    env = {"VIRTUAL_ENV": sys.prefix, "PATH": f"{sys.prefix}/bin:{CLEAN_ENV['PATH']}"}
+    for attempt in range(2):
+        result = run_command([ROOT / "run.sh", *SMALL, "--num_steps", 1, "--log_dir", tmp_path / str(attempt)], cwd=tmp_path, **env)
+        assert result.returncode == 0, result.stderr
+        assert re.match(r"step:1/1 val_loss:", result.stdout.splitlines()[-1])
+        assert json.loads(re.search(r"overrides:(.*)", the_log(tmp_path / str(attempt))[1])[1])["num_steps"] == 1
+    assert "installing" not in result.stderr and "making" not in result.stderr
+    assert_user_error(run_command([ROOT / "run.sh", "--num_stepz", 1], cwd=tmp_path, **env), "--num_stepz")
+
+# ---- it learns
+
+def ngram_losses(train: np.ndarray, val: np.ndarray, vocab_size: int) -> tuple[float, float]:
+    """Nats a token on val of a unigram and of a bigram model of train; the bigram discounts counts and backs off to the unigram."""
+    unigram = (np.bincount(train, minlength=vocab_size) + 1) / (len(train) + vocab_size)
+    pairs, counts = np.unique(train[:-1] * vocab_size + train[1:], return_counts=True)
+    seen, kinds = np.bincount(train[:-1], minlength=vocab_size), np.bincount(pairs // vocab_size, minlength=vocab_size)
+    wanted = val[:-1] * vocab_size + val[1:]
+    place = np.searchsorted(pairs, wanted).clip(max=len(pairs) - 1)
+    count = np.where(pairs[place] == wanted, counts[place], 0)
+    before, discount = val[:-1], 0.75
+    backoff = np.where(seen[before] > 0, discount * kinds[before] / np.maximum(seen[before], 1), 1.0)
+    bigram = np.maximum(count - discount, 0) / np.maximum(seen[before], 1) + backoff * unigram[val[1:]]
+    return float(-np.log(unigram[val[1:]]).mean()), float(-np.log(bigram).mean())
+
+def test_the_bigram_model_is_a_fair_one():
+    """Its probabilities add up to one over the vocabulary, and it finds structure where there is some."""
+    train = np.array([0, 1, 2, 0, 1, 3, 0, 1, 2, 0])
+    total = sum(math.exp(-ngram_losses(train, np.array([1, token]), 4)[1]) for token in range(4))
+    assert total == pytest.approx(1.0)
+    unigram, bigram = ngram_losses(train, train, 4)
+    assert bigram < unigram
+
+def test_it_learns_more_than_bigrams(tmp_path, corpus_dir):
+    """On held-out text, after the same training tokens as the n-gram models."""
+    stage = replace(tg.PRESETS["cpu"].stages[-1], batch_tokens=2048, max_doc_len=512, windows=(64, 256))
+    cfg = replace(tg.PRESETS["cpu"], stages=(stage,), num_steps=100, model_dim=128, head_dim=32, windows="sl", paired_heads="p.",
+                  value_embeds="01", skips="..", backout="..", dtype="float32", val_every=0, val_tokens=16384, val_seq_len=2048,
+                  final_long_window=256, momentum_warmup=20, data_dir=str(corpus_dir), log_dir=str(tmp_path), compile=False)
+    run = tg.Run(cfg, {})
+    seen, read = [], run.loader.step
+    def step(*args):
+        for tokens, targets in read(*args):
+            seen.append(tokens.numpy())
+            yield tokens, targets
+    run.loader.step = step
+    loss = run.loop()
+    unigram, bigram = ngram_losses(np.concatenate(seen), run.validation.tokens.astype(np.int64), cfg.vocab_size)
+    assert loss < bigram - 0.05 and bigram < unigram - 0.5, (loss, bigram, unigram)
