@@ -271,8 +271,8 @@ PRESETS = {
                   predict=((1.0, 1.0), (0.5, 0.0))),
             Stage(until=2.0, batch_tokens=8192, windows=(128, 512), max_doc_len=1024, lr_mul=1.0),
         ),
-        num_steps=120, extension_share=0.0, momentum_warmup=60, momentum_cooldown=20, final_long_window=512,
-        data_dir="data/corpus", micro_batches=1, val_tokens=163840, val_seq_len=8192, val_every=40, device="cpu",
+        num_steps=120, adam_lr=0.016, muon_lr=0.035, extension_share=0.0, momentum_warmup=60, momentum_cooldown=20,
+        final_long_window=512, data_dir="data/corpus", micro_batches=1, val_tokens=163840, val_seq_len=8192, val_every=40, device="cpu",
     ),
 }
 
@@ -403,7 +403,7 @@ class GPT(nn.Module):
         if value.numel() == 0:
             return
         if not value.is_meta:
-            init(value, torch.Generator().manual_seed(self.cfg.seed * 2**32 + zlib.crc32(name.encode())))
+            init(value, torch.Generator().manual_seed(zlib.crc32(f"{self.cfg.seed} {name}".encode())))
         self.register_parameter(name, nn.Parameter(value.to(dtype or self.dtype)))
         self.specs[name] = Spec(**spec)
 

@@ -222,9 +222,9 @@ def test_the_bigram_model_is_a_fair_one():
 
 def test_it_learns_more_than_bigrams(tmp_path, corpus_dir):
     """On held-out text, after the same training tokens as the n-gram models."""
-    stage = replace(tg.PRESETS["cpu"].stages[-1], batch_tokens=2048, max_doc_len=512, windows=(64, 256))
-    cfg = replace(tg.PRESETS["cpu"], stages=(stage,), num_steps=100, model_dim=128, head_dim=32, windows="sl", paired_heads="p.",
-                  value_embeds="01", skips="..", backout="..", dtype="float32", val_every=0, val_tokens=16384, val_seq_len=2048,
+    stage = replace(tg.PRESETS["cpu"].stages[-1], batch_tokens=1024, max_doc_len=512, windows=(64, 256))
+    cfg = replace(tg.PRESETS["cpu"], stages=(stage,), num_steps=300, model_dim=128, head_dim=32, windows="sl", paired_heads="p.",
+                  value_embeds="01", skips="..", backout="..", dtype="float32", val_every=0, val_tokens=16384, val_seq_len=1024,
                   final_long_window=256, momentum_warmup=20, data_dir=str(corpus_dir), log_dir=str(tmp_path), compile=False)
     run = tg.Run(cfg, {})
     seen, read = [], run.loader.step

@@ -1,0 +1,493 @@
+"""NorMuon, Adam, exact bfloat16 weights, and the class that drives them, against what design/model.md says in section 3."""
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import train_gpt as tg
+from conftest import tiny
+
+CPU = torch.device("cpu")
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """On tensors this small, threads that wait for each other on a busy machine cost a hundred times the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+def spread(*shape: int, condition: float, seed: int = 0) -> torch.Tensor:
+    """Matrices whose singular values run from 1 down to 1 / condition."""
+    u, s, vh = torch.linalg.svd(random(*shape, seed=seed), full_matrices=False)
+    return (u * condition ** -torch.linspace(0, 1, s.size(-1))) @ vh
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous().view(torch.int32)
+
+# Polar Express
+
+@pytest.mark.parametrize("condition", [1.0, 10.0, 100.0])
+@pytest.mark.parametrize("shape", [(1, 64, 16), (1, 16, 64), (1, 32, 32), (5, 48, 24), (5, 24, 48)])
+def test_polar_express_is_nearly_orthogonal_and_keeps_the_singular_vectors(shape, condition):
+    g = spread(*shape, condition=condition)
+    x = tg.polar_express(g)
+    assert x.dtype == torch.bfloat16 and x.shape == g.shape
+    singular = torch.linalg.svdvals(x.float())
+    # The coefficients end between 0.85 and 1.145 (safety 2e-2, cushion 2); a bit of room for bfloat16.
+    assert singular.min() > 0.80 and singular.max() < 1.18, (singular.min(), singular.max())
+    u, _, vh = torch.linalg.svd(g, full_matrices=False)
+    assert (x.float() - u @ vh).norm() < 0.19 * (u @ vh).norm()
+
+@pytest.mark.parametrize("shape", [(4, 48, 16), (4, 16, 48), (4, 24, 24)])
+def test_polar_express_takes_each_matrix_of_a_batch_for_itself(shape):
+    g = spread(*shape, condition=10.0) * torch.tensor([1e-3, 1.0, 30.0, 1e3]).view(4, 1, 1)
+    together = tg.polar_express(g).float()
+    for n in range(4):
+        torch.testing.assert_close(together[n], tg.polar_express(g[n:n + 1])[0].float(), rtol=0, atol=0.02)
+
+@pytest.mark.parametrize("shape", [(2, 32, 8), (2, 8, 32), (2, 16, 16)])
+def test_a_zero_gradient_gives_zero_and_no_nan(shape):
+    g = random(*shape)
+    g[0] = 0
+    x = tg.polar_express(g)
+    assert (x[0] == 0).all() and x.isfinite().all() and (x[1] != 0).any()
+
+def test_polar_express_multiplies_on_the_shorter_side():
+    """On the longer one the result is the same, at several times the work."""
+    costs = []
+    for shape in ((1, 16, 64), (1, 64, 16)):
+        with FlopCounterMode(display=False) as counter:
+            tg.polar_express(random(*shape))
+        costs.append(counter.get_total_flops())
+    assert costs == [5 * (2 * 2 * 16 * 16 * 64 + 2 * 16 * 16 * 16)] * 2
+
+# NorMuon
+
+COEFFICIENTS = (    # copied from model.md, not from the program
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+def plain_polar_express(u: torch.Tensor) -> torch.Tensor:
+    """One matrix in float64."""
+    tall = u.size(0) > u.size(1)
+    x = u.double().T if tall else u.double()
+    x = x / (1.02 * x.square().sum().sqrt() + 1e-6)
+    for a, b, c in COEFFICIENTS:
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if tall else x
+
+class PlainNorMuon:
+    """model.md, section 3, one matrix, float64, no in-place tricks."""
+
+    def __init__(self, weight: torch.Tensor):
+        self.weight = weight.double()
+        self.m = torch.zeros_like(self.weight)
+        self.second = 0.0
+
+    def direction(self, g: torch.Tensor, mu: float, beta2: float) -> torch.Tensor:
+        g = g.double()
+        self.m = self.m + (1 - mu) * (g - self.m)
+        u = g + mu * (self.m - g)
+        rows, columns = u.shape
+        x = plain_polar_express(u)
+        size = x.square().sum().sqrt()
+        mean_square = x.square().mean(1, keepdim=True) if rows >= columns else x.square().mean(0, keepdim=True)
+        self.second = beta2 * self.second + (1 - beta2) * mean_square
+        x = x / self.second.sqrt()
+        return x * size / x.square().sum().sqrt()
+
+    def step(self, g: torch.Tensor, lr: float, wd: float, mu: float, beta2: float, twice: bool) -> None:
+        u = self.direction(g, mu, beta2)
+        rows, columns = u.shape
+        rate = lr * max(1.0, rows / columns) ** 0.5 * (2 if twice else 1)
+        agree = torch.sign(u) * torch.sign(self.weight) > 0
+        self.weight = self.weight - rate * u - torch.where(agree, wd * lr * rate * self.weight, 0.0)
+
+def muon_state(p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    state = tg.Optimizer.new_state(p, tg.Spec("muon"))
+    return state["momentum"], state["second"]
+
+BANKS = [(2, 2, 64, 16), (2, 2, 16, 64), (2, 2, 32, 32)]
+
+@pytest.mark.parametrize("shape", BANKS)
+def test_normuon_state_has_one_value_for_each_index_of_the_longer_side(shape):
+    _, second = muon_state(torch.zeros(shape))
+    rows, columns = shape[-2:]
+    assert second.shape == (*shape[:-2], *((rows, 1) if rows >= columns else (1, columns)))
+
+@pytest.mark.parametrize("shape", BANKS)
+def test_normuon_keeps_the_norm_and_evens_out_the_longer_side(shape):
+    g = random(*shape)
+    across = -1 if shape[-2] >= shape[-1] else -2
+    g *= 10 ** torch.linspace(-1, 1, shape[-3 - across]).view((-1, 1) if across == -1 else (1, -1))    # very uneven
+    m, second = muon_state(g)
+    plain = tg.polar_express(g.flatten(0, 1)).view_as(g).float()
+    u = tg.normuon_direction(g.clone(), m, second, 0.0, 0.95)       # no momentum, first step: u's own sizes alone count
+    sizes = u.norm(dim=across)
+    torch.testing.assert_close(u.norm(dim=(-2, -1)), plain.norm(dim=(-2, -1)), rtol=1e-5, atol=0)
+    assert plain.norm(dim=across).std(dim=-1).min() > 0.05          # there was something to even out
+    torch.testing.assert_close(sizes, sizes.mean(dim=-1, keepdim=True).expand_as(sizes), rtol=1e-4, atol=0)
+
+def test_normuon_direction_of_nothing_is_nothing():
+    m, second = muon_state(torch.zeros(1, 2, 32, 16))
+    for _ in range(2):
+        assert (tg.normuon_direction(torch.zeros(1, 2, 32, 16), m, second, 0.95, 0.95) == 0).all()
+
+@pytest.mark.parametrize("shape", [(4, 64, 16), (4, 16, 64), (4, 32, 32)])
+def test_polar_express_is_model_md_up_to_bfloat16(shape):
+    g = spread(*shape, condition=10.0)
+    expected = torch.stack([plain_polar_express(matrix) for matrix in g])
+    assert (tg.polar_express(g) - expected).norm() < 0.08 * expected.norm()     # five steps amplify bfloat16's 0.4 %
+    assert tg.POLAR_EXPRESS == COEFFICIENTS                                     # so a slip in a late coefficient could hide
+
+@pytest.mark.parametrize("shape", BANKS)
+def test_normuon_is_model_md_in_float64_over_several_steps(shape, monkeypatch):
+    # With bfloat16 out of the way (its error is the test above), every other step can be compared closely.
+    monkeypatch.setattr(tg, "polar_express", lambda u: torch.stack([plain_polar_express(matrix) for matrix in u]).float())
+    settings, momenta = dict(lr=0.02, wd=8.0, beta2=0.9), (0.85, 0.9, 0.95, 0.95, 0.5)
+    begin = 0.2 * random(*shape, seed=1)
+    p, (m, second) = begin.clone(), muon_state(begin)
+    plain = {(n, k): PlainNorMuon(begin[n, k]) for n in range(shape[0]) for k in range(shape[1])}
+    for i, mu in enumerate(momenta):
+        g = spread(*shape, condition=10.0, seed=2 + i)
+        tg.normuon_(p, None, g.clone(), m, second, momentum=mu, second_lr=2.0, **settings)
+        for (n, k), matrix in plain.items():
+            matrix.step(g[n, k], mu=mu, twice=k == 1, **settings)
+    for (n, k), matrix in plain.items():
+        torch.testing.assert_close(m[n, k], matrix.m.float(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(second[n, k], matrix.second.float(), rtol=1e-3, atol=0)
+        torch.testing.assert_close(p[n, k], matrix.weight.float(), rtol=1e-3, atol=1e-4)
+
+@pytest.mark.parametrize("shape, factor", [((2, 3, 64, 16), 2.0), ((2, 3, 16, 64), 1.0), ((2, 3, 32, 32), 1.0)])
+def test_normuon_learning_rate_follows_the_shape_and_the_second_matrix_has_its_own(shape, factor):
+    g, begin = random(*shape), random(*shape, seed=1)
+    u = tg.normuon_direction(g.clone(), *muon_state(g), 0.9, 0.95)
+    p = begin.clone()
+    tg.normuon_(p, None, g.clone(), *muon_state(p), lr=0.01, wd=0.0, momentum=0.9, beta2=0.95, second_lr=2.0)
+    rates = torch.tensor([1.0, 2.0, 1.0]).view(3, 1, 1)             # [:, 1] of each layer, and only that one
+    torch.testing.assert_close(begin - p, 0.01 * factor * rates * u, rtol=1e-3, atol=1e-6)
+
+@pytest.mark.parametrize("shape, factor", [((2, 2, 64, 16), 2.0), ((2, 2, 16, 64), 1.0)])
+def test_normuon_decays_only_where_update_and_weight_agree(shape, factor):
+    g, begin = random(*shape), random(*shape, seed=1)
+    after = {}
+    for wd in (0.0, 3.0):
+        after[wd] = begin.clone()
+        tg.normuon_(after[wd], None, g.clone(), *muon_state(g), lr=0.01, wd=wd, momentum=0.9, beta2=0.95, second_lr=2.0)
+    agree = (begin - after[0.0]).sign() == begin.sign()             # the update takes away from the weight
+    assert 0.3 < agree.float().mean() < 0.7
+    rates = torch.tensor([1.0, 2.0]).view(2, 1, 1)
+    expected = torch.where(agree, 3.0 * 0.01 * (0.01 * factor * rates) * begin, 0.0)
+    torch.testing.assert_close(after[0.0] - after[3.0], expected, rtol=1e-2, atol=3e-7)
+
+# Adam
+
+def adam_state(p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    state = tg.Optimizer.new_state(p, tg.Spec("adam"))
+    return state["momentum"], state["second"]
+
+@pytest.mark.parametrize("betas, eps", [((0.5, 0.95), 1e-10), ((0.9, 0.99), 1e-10), ((0.65, 0.95), 1e-3)])
+def test_adam_is_torch_adam(betas, eps):
+    p, (m, second) = random(40, 7), adam_state(torch.zeros(40, 7))
+    known = torch.nn.Parameter(p.clone())
+    oracle = torch.optim.Adam([known], lr=0.01, betas=betas, eps=eps)
+    for step in range(1, 9):
+        g = random(40, 7, seed=step) * 10.0 ** (step % 3 - 2)       # sizes change, so that both averages matter
+        g[0] = 0                                                    # a token that never came up: no 0 / 0
+        tg.adam_(p, None, g.clone(), m, second, lr=0.01, wd=0.0, betas=betas, eps=eps, steps=step)
+        known.grad = g.clone()
+        oracle.step()
+        torch.testing.assert_close(p, known.detach(), rtol=1e-5, atol=1e-6)
+
+def test_adam_decays_only_where_update_and_weight_agree_by_the_square_of_the_rate():
+    p, g = torch.tensor([2.0, 2.0, -2.0, -2.0, 0.0, 2.0]), torch.tensor([0.3, -0.3, 0.3, -0.3, 0.3, 0.0])
+    tg.adam_(p, None, g, *adam_state(p), lr=0.1, wd=5.0, betas=(0.9, 0.99), eps=1e-10, steps=1)
+    # The first update is the gradient's sign times lr 0.1; decay is 5 x 0.1^2 x 2 = 0.1, never against the update.
+    expected = torch.tensor([2 - 0.1 - 0.1, 2 + 0.1, -2 - 0.1, -2 + 0.1 + 0.1, -0.1, 2.0])
+    torch.testing.assert_close(p, expected, rtol=0, atol=1e-6)
+
+# Exact bfloat16
+
+def patterns(kind: str) -> torch.Tensor:
+    """float32 values of one class of bit patterns, all finite."""
+    rng = torch.Generator().manual_seed(3)
+    any_bits = torch.randint(-2**31, 2**31, (20000,), generator=rng).to(torch.int32)
+    high, low = any_bits & -0x10000, any_bits & 0xFFFF
+    edge = torch.tensor([0, 1, 0x7FFE, 0x7FFF, 0x8000, 0x8001, 0xFFFE, 0xFFFF], dtype=torch.int32)[low % 8]
+    powers = (any_bits & -0x800000) | 0x7F0000                      # bfloat16's mantissa is full: a carry moves the exponent
+    chosen = {
+        "any": any_bits,
+        "negative": any_bits | -2**31,
+        "subnormal": any_bits & -0x7F800001,                        # the exponent's bits are zero
+        "beside a rounding edge": high | edge,
+        "carry into the exponent": powers | edge,
+        "subnormal carries into normal": (any_bits & -2**31) | 0x7F0000 | edge,
+        "zeros": torch.tensor([0, -2**31], dtype=torch.int32),
+        "largest": torch.tensor([0x7F7FFFFF, 0x7F7FFFFF - 2**31, 0x7F7F7FFF], dtype=torch.int32),
+    }[kind].view(torch.float32)
+    return chosen[chosen.isfinite()]
+
+KINDS = ("any", "negative", "subnormal", "beside a rounding edge", "carry into the exponent",
+         "subnormal carries into normal", "zeros", "largest")
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_exact_and_store_are_inverse_bit_for_bit(kind):
+    value = patterns(kind)
+    p, low = torch.full_like(value, 7.0, dtype=torch.bfloat16), torch.full_like(value, 7, dtype=torch.int16)
+    tg.store_exact_(p, low, value.clone())
+    assert torch.equal(bits(tg.exact(p, low)), bits(value))
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bfloat16_part_is_the_nearest_to_the_value(kind):
+    value = patterns(kind)
+    p, low = torch.empty_like(value, dtype=torch.bfloat16), torch.empty_like(value, dtype=torch.int16)
+    tg.store_exact_(p, low, value.clone())
+    half_way = bits(value) & 0xFFFF == 0x8000                       # there both neighbours are nearest
+    assert torch.equal(p[~half_way], value.bfloat16()[~half_way])
+    assert ((bits(p[half_way].float()).long() - bits(value[half_way]).long()).abs() == 0x8000).all()
+
+def test_a_float32_parameter_needs_no_second_buffer():
+    p = random(5)
+    tg.store_exact_(p, None, value := random(5, seed=1))
+    assert torch.equal(p, value) and torch.equal(tg.exact(p, None), value)
+    assert "low" not in tg.Optimizer.new_state(p, tg.Spec("adam"))
+    assert "low" in tg.Optimizer.new_state(p.bfloat16(), tg.Spec("adam"))
+
+def small_adam(p, low, g, state, step):
+    tg.adam_(p, low, g, *state, lr=3e-4, wd=10.0, betas=(0.9, 0.99), eps=1e-10, steps=step)
+
+def small_normuon(p, low, g, state, step):
+    tg.normuon_(p, low, g, *state, lr=1e-3, wd=1.2, momentum=0.9, beta2=0.95, second_lr=2.0)
+
+@pytest.mark.parametrize("update, state_of", [(small_adam, adam_state), (small_normuon, muon_state)])
+def test_updates_too_small_for_bfloat16_add_up_as_in_float32(update, state_of):
+    begin = (1 + random(2, 2, 32, 16).abs()).bfloat16()             # neighbours of 1 in bfloat16 are 2**-7 away
+    p, low, wide = begin.clone(), torch.zeros_like(begin, dtype=torch.int16), begin.float()
+    state, wide_state = state_of(begin), state_of(wide)
+    for step in range(1, 41):
+        g = (0.5 + random(2, 2, 32, 16, seed=step)).bfloat16()      # a drift, so that small steps go somewhere
+        update(p, low, g.clone(), state, step)
+        update(wide, None, g.float(), wide_state, step)
+        assert torch.equal(bits(tg.exact(p, low)), bits(wide)), step
+        if step == 1:
+            assert (p == begin).float().mean() > 0.9 and (wide != begin.float()).float().mean() > 0.9
+    assert (p != begin).float().mean() > 0.3                        # alone, bfloat16 would have stayed where it was
+
+# The class that drives both
+
+# model.md's figures. Spelled out, because the cpu preset under tiny() is tuned for itself.
+RATES = dict(adam_lr=0.008, adam_wd=0.005, adam_eps=1e-10, muon_lr=0.023, muon_wd=1.2, muon_beta2=0.95)
+
+def build(dtype: torch.dtype = torch.float32, **changes) -> tuple[tg.GPT, tg.Optimizer]:
+    cfg = tiny(**RATES, **{"extension_share": 0.0, "untie_share": 2 / 3, **changes})
+    model = tg.GPT(cfg, dtype)
+    return model, tg.Optimizer(cfg, model, tg.Ranks(0, 1, CPU))
+
+def add_gradients(model: tg.GPT, seed: int) -> dict[str, torch.Tensor]:
+    """What a backward pass does: adds a gradient to each parameter. Multiples of 1/64, so that bfloat16 sums are exact."""
+    rng, added = torch.Generator().manual_seed(seed), {}
+    for name, p in model.named_parameters():
+        g = torch.randint(-8, 9, p.shape, generator=rng).to(p.dtype) / 64
+        added[name] = g.float()
+        p.grad = g if p.grad is None else p.grad + g
+    return added
+
+def values(model: tg.GPT) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+def kinds(model: tg.GPT) -> tuple[list[str], list[str]]:
+    """Names of Muon's and of Adam's parameters, from their declared optimizer."""
+    return tuple([name for name, spec in model.specs.items() if spec.optimizer == kind] for kind in ("muon", "adam"))
+
+def test_muon_moves_on_every_step_and_adam_on_odd_ones():
+    model, optimizer = build()
+    muon, adam = map(set, kinds(model))
+    assert muon == {"qkvo", "mlp"}
+    for step in range(4):
+        old = values(model)
+        add_gradients(model, step)
+        optimizer.step(step, lr_mul=1.0, momentum=0.9, untie=False)
+        moved = {name for name, p in model.named_parameters() if not torch.equal(p, old[name])}
+        assert moved == (muon | adam if step % 2 else muon)
+        waiting = {name for name, p in model.named_parameters() if p.grad is not None}
+        assert waiting == (set() if step % 2 else adam)             # an even step's gradient stays for the next
+
+def test_adam_steps_on_the_sum_of_two_gradients_and_counts_its_own_steps():
+    model, optimizer = build(untie_share=0.0)                       # not tied: each parameter for itself
+    _, adam = kinds(model)
+    expected = values(model)
+    state = {name: adam_state(expected[name]) for name in adam}
+    for step in range(6):
+        lr_mul = 1.0 - 0.1 * step
+        g = add_gradients(model, step)
+        optimizer.step(step, lr_mul=lr_mul, momentum=0.9, untie=False)
+        if step % 2:
+            for name in adam:
+                spec, both = model.specs[name], g[name] + last[name]
+                tg.adam_(expected[name], None, both, *state[name], lr=0.008 * spec.lr * lr_mul, wd=0.005 * spec.wd,
+                         betas=spec.betas, eps=1e-10, steps={1: 1, 3: 2, 5: 3}[step])
+                torch.testing.assert_close(optimizer.params[name].detach(), expected[name], rtol=1e-6, atol=1e-7, msg=name)
+        last = g
+
+def test_muon_steps_on_each_gradient_with_the_momentum_it_is_given():
+    model, optimizer = build()
+    begin = values(model)
+    expected = {name: begin[name].clone() for name in ("qkvo", "mlp")}
+    state = {name: muon_state(p) for name, p in expected.items()}
+    for step, (lr_mul, momentum) in enumerate([(1.0, 0.85), (0.5, 0.9), (0.7, 0.95)]):
+        g = add_gradients(model, step)
+        optimizer.step(step, lr_mul=lr_mul, momentum=momentum, untie=False)
+        for name, twice in (("qkvo", 1.0), ("mlp", 2.0)):
+            tg.normuon_(expected[name], None, g[name], *state[name], lr=0.023 * lr_mul, wd=1.2, momentum=momentum,
+                        beta2=0.95, second_lr=twice)
+            torch.testing.assert_close(optimizer.params[name].detach(), expected[name], rtol=1e-6, atol=1e-7)
+
+def test_a_bfloat16_model_is_optimized_as_if_it_were_float32():
+    narrow, narrow_optimizer = build(torch.bfloat16)
+    wide, wide_optimizer = build()
+    with torch.no_grad():
+        for name, p in wide.named_parameters():                     # float32 gates and scalars are alike already
+            p.copy_(narrow.get_parameter(name))
+    for step in range(6):                                           # tied until step 3, then not
+        for model, optimizer in ((narrow, narrow_optimizer), (wide, wide_optimizer)):
+            add_gradients(model, step)
+            optimizer.step(step, lr_mul=0.3, momentum=0.9, untie=step == 3)
+    for name, p in narrow.named_parameters():
+        value = tg.exact(p.detach(), narrow_optimizer.state[name].get("low"))
+        assert torch.equal(bits(value), bits(wide.get_parameter(name).detach())), name
+
+# model.md's tables. Adam: betas, lr x, wd x; names without the name of a table at their end.
+ENDS, TABLE, SCALAR, X0 = ((0.5, 0.95), 1, 150), ((0.75, 0.95), 75, 5), ((0.9, 0.99), 5, 0), ((0.65, 0.95), 5, 0)
+ADAM_TABLE = {
+    "embed": ENDS, "lm_head": ENDS, "input_embed": ENDS,
+    "value_embed": TABLE, "bigram_embed": TABLE,
+    "smear_scale": SCALAR, "skip_scale": SCALAR, "qkv_scale": SCALAR, "o_scale": SCALAR, "resid_scale": SCALAR,
+    "bigram_scale": SCALAR, "backout_scale": SCALAR,
+    "x0_scale": X0, "input_scale": X0,
+    "attn_gate": ((0.9, 0.99), 1, 1), "ve_gate": ((0.9, 0.99), 1, 1),
+    "smear_gate": ((0.9, 0.99), 0.01, 0), "skip_gate": ((0.9, 0.99), 0.05, 0),
+}
+
+def row(name: str) -> str:
+    start, _, end = name.rpartition("_")
+    return start if len(end) == 1 else name
+
+def test_each_parameter_is_declared_as_the_table_says():
+    model, _ = build()
+    muon, adam = kinds(model)
+    assert {row(name) for name in adam} == set(ADAM_TABLE)
+    for name in adam:
+        spec = model.specs[name]
+        assert (spec.betas, spec.lr, spec.wd) == ADAM_TABLE[row(name)], name
+    assert {name: (model.specs[name].lr, model.specs[name].wd, model.specs[name].second_lr) for name in muon} == {
+        "qkvo": (1, 1, 1), "mlp": (1, 1, 2)}
+
+@pytest.mark.parametrize("preset", ["short", "medium"])
+def test_the_record_presets_have_the_rates_of_model_md(preset):
+    assert {name: getattr(tg.PRESETS[preset], name) for name in RATES} == RATES
+
+def test_each_of_adams_parameters_moves_and_decays_by_its_row_of_the_table():
+    model, optimizer = build(untie_share=0.0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(1 + random(*p.shape).abs())                     # no parameter at 0, where nothing decays
+    old = values(model)
+    g = add_gradients(model, 0)
+    optimizer.step(1, lr_mul=0.5, momentum=0.9, untie=False)
+    for name in kinds(model)[1]:
+        _, lr, wd = ADAM_TABLE[row(name)]
+        rate = 0.008 * lr * 0.5                                     # Adam's first update is the gradient's sign
+        decay = torch.where(g[name] > 0, 0.005 * wd * rate**2 * old[name], 0.0)
+        torch.testing.assert_close(optimizer.params[name].detach(), old[name] - rate * g[name].sign() - decay,
+                                   rtol=3e-7, atol=1e-6 * rate, msg=lambda text: f"{name}: {text}")
+
+@pytest.mark.parametrize("step, name", [(0, "qkvo"), (0, "mlp"), (1, "qkvo"), (1, "x0_scale"), (1, "embed"),
+                                        (1, "bigram_embed")])
+def test_a_parameter_without_a_gradient_is_named(step, name):
+    model, optimizer = build()
+    add_gradients(model, 0)
+    optimizer.params[name].grad = None
+    with pytest.raises(AssertionError, match=rf"\b{name}\b"):
+        optimizer.step(step, lr_mul=1.0, momentum=0.9, untie=False)
+
+# Tied, then untied
+
+def drive(model: tg.GPT, optimizer: tg.Optimizer, steps: range) -> None:
+    """As the run does it: the schedule says when to untie."""
+    schedule = tg.Schedule(model.cfg)
+    for step in steps:
+        add_gradients(model, step)
+        optimizer.step(step, lr_mul=0.1, momentum=0.9, untie=step == schedule.untie_step)
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_tied_embedding_follows_one_adam_step_on_both_gradients(dtype):
+    model, optimizer = build(dtype)
+    assert torch.equal(model.embed, model.lm_head.T)
+    expected, state = model.lm_head.detach().clone(), adam_state(model.lm_head)
+    low = torch.zeros_like(expected, dtype=torch.int16) if dtype == torch.bfloat16 else None
+    total = 0
+    for step in range(4):
+        old = values(model)
+        g = add_gradients(model, step)
+        total = total + g["lm_head"] + g["embed"].T
+        optimizer.step(step, lr_mul=0.1, momentum=0.9, untie=False)
+        if step % 2:
+            tg.adam_(expected, low, total, *state, lr=0.1 * 0.008, wd=150 * 0.005, betas=(0.5, 0.95), eps=1e-10,
+                     steps=(step + 1) // 2)
+            assert not torch.equal(model.lm_head, old["lm_head"])
+            total = 0
+        torch.testing.assert_close(model.lm_head.detach(), expected, rtol=1e-6, atol=1e-7)
+        assert torch.equal(model.embed, model.lm_head.T)
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_at_the_untie_step_the_state_is_copied_and_then_both_go_their_own_ways(dtype):
+    model, optimizer = build(dtype, num_steps=8)                    # two thirds of 8 is 5.3: the next odd step is 7
+    assert tg.Schedule(model.cfg).untie_step == 7
+    drive(model, optimizer, range(7))
+    assert optimizer.tied and (optimizer.state["embed"]["momentum"] == 0).all()
+    drive(model, optimizer, range(7, 8))
+    assert not optimizer.tied and torch.equal(model.embed, model.lm_head.T)
+    head, embed = optimizer.state["lm_head"], optimizer.state["embed"]
+    assert set(head) == set(embed) == {"momentum", "second"} | ({"low"} if dtype == torch.bfloat16 else set())
+    for key in head:
+        assert torch.equal(embed[key], head[key].T) and (head[key] != 0).any(), key
+
+    expected = {name: (p.detach().clone(), {k: t.clone() for k, t in optimizer.state[name].items()})
+                for name, p in (("embed", model.embed), ("lm_head", model.lm_head))}
+    first = add_gradients(model, 8)
+    optimizer.step(8, lr_mul=0.1, momentum=0.9, untie=False)
+    second = add_gradients(model, 9)
+    optimizer.step(9, lr_mul=0.1, momentum=0.9, untie=False)
+    for name, (p, state) in expected.items():                       # each its own gradient, each its own state
+        tg.adam_(p, state.get("low"), first[name] + second[name], state["momentum"], state["second"], lr=0.1 * 0.008,
+                 wd=150 * 0.005, betas=(0.5, 0.95), eps=1e-10, steps=5)
+        torch.testing.assert_close(optimizer.params[name].detach(), p, rtol=1e-6, atol=1e-7)
+    assert not torch.equal(model.embed, model.lm_head.T)
+
+def test_untie_share_0_is_never_tied():
+    model, optimizer = build(untie_share=0.0)
+    assert not optimizer.tied
+    drive(model, optimizer, range(2))
+    assert not torch.equal(model.embed, model.lm_head.T)
+    assert not torch.equal(optimizer.state["embed"]["momentum"], optimizer.state["lm_head"]["momentum"].T)
+
+@pytest.mark.parametrize("num_steps", [7, 8])
+def test_untie_share_1_is_always_tied(num_steps):
+    model, optimizer = build(untie_share=1.0, num_steps=num_steps)
+    drive(model, optimizer, range(num_steps))
+    assert optimizer.tied and torch.equal(model.embed, model.lm_head.T)
+    assert (optimizer.state["embed"]["momentum"] == 0).all()
+
+def test_untying_on_an_even_step_is_refused():
+    model, optimizer = build()
+    add_gradients(model, 0)
+    with pytest.raises(AssertionError, match="2"):
+        optimizer.step(2, lr_mul=1.0, momentum=0.9, untie=True)
