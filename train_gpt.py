@@ -272,7 +272,8 @@ PRESETS = {
             Stage(until=2.0, batch_tokens=8192, windows=(128, 512), max_doc_len=1024, lr_mul=1.0),
         ),
         num_steps=120, adam_lr=0.016, muon_lr=0.035, extension_share=0.0, momentum_warmup=60, momentum_cooldown=20,
-        final_long_window=512, data_dir="data/corpus", micro_batches=1, val_tokens=163840, val_seq_len=8192, val_every=40, device="cpu",
+        final_long_window=512, data_dir="data/corpus", micro_batches=1, val_tokens=163840, val_seq_len=8192, val_every=40,
+        device="cpu",
     ),
 }
 
