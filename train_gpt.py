@@ -19,6 +19,7 @@ Ideas are credited where they live: "seed 000" .. "seed 004" are the reports thi
 numbers like 2505.16932 are arXiv ids.
 """
 import argparse
+import base64
 import ctypes
 import hashlib
 import json
@@ -27,11 +28,15 @@ import os
 import platform
 import re
 import resource
+import signal
 import sys
+import threading
 import time
 import uuid
+import zipfile
 import zlib
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Callable, Iterator
@@ -96,11 +101,11 @@ class Config:
     extra_inputs: int = 0           # further input embeddings, seed 004
     bigram_rows: int = 5            # rows of the bigram table, in vocabularies; 0: no table
     bigram_signs: int = 0           # rows of the sign table (8192 in later records); 0: no sign trick
-    # gates: "first:last" dimensions that each reads (seed 001); "": the gate is not there
-    smear_chunk: str = "0:12"       # not there: no smear
-    skip_chunk: str = "6:18"        # not there: the skip keeps its scalar
-    attn_chunk: str = "18:30"       # not there: y passes whole
-    ve_chunk: str = "18:24"         # not there: v + value embedding
+    # gates on chunks of the residual stream, seed 001
+    smear_chunk: str = "0:12"       # first:last dimensions that the smear gate reads; '': no smear
+    skip_chunk: str = "6:18"        # of the skip gate; '': the skip keeps its scalar
+    attn_chunk: str = "18:30"       # of the attention gate; '': y passes whole
+    ve_chunk: str = "18:24"         # of the value embedding's gate; '': it passes whole
     ve_own_dims: int = 6            # dimensions of the value embedding itself that its gate reads too, seed 000
     # attention and head
     key_offset: bool = True         # long layers: the stationary half of k comes from the token before
@@ -146,6 +151,10 @@ class Config:
     dtype: str = "auto"             # "bfloat16" | "float32"; auto: bfloat16 where the hardware multiplies it
     compile: bool = True
     warmup: bool = True             # compile and run each stage on dummy data before the clock starts
+    rank_timeout: float = 300.0     # seconds that a process waits for the others before it gives up
+    save_every: int = 0             # steps between checkpoints, beside the log, and one at the end; 0: none
+    save_on_stop: bool = False      # SIGTERM and Ctrl-C save a checkpoint before they end the run
+    resume: bool = False            # go on from the newest whole checkpoint under log_dir, if there is one
     log_dir: str = "logs"
     seed: int = 0
 
@@ -194,26 +203,31 @@ def chunk(cfg: Config, name: str) -> slice | None:
     if not text:
         return None
     first, colon, last = text.partition(":")
-    good = colon and first.isdigit() and last.isdigit() and int(first) < int(last) <= cfg.model_dim
+    good = colon and first.isdecimal() and last.isdecimal() and int(first) < int(last) <= cfg.model_dim
     need(good, f"--{name} {text!r}: give first:last with 0 <= first < last <= model_dim {cfg.model_dim}, or '' for no gate")
     return slice(int(first), int(last))
 
 def check_config(cfg: Config) -> None:
     """UserError names the first value that no run can have."""
-    layers = topology(cfg)
     def check(name: str, good: bool, rule: str) -> None:
         need(good, f"--{name} {getattr(cfg, name)}: {rule}")
-    for name in ("smear_chunk", "skip_chunk", "attn_chunk", "ve_chunk"):
-        chunk(cfg, name)
+    layers = topology(cfg)
     for name in ("vocab_size", "model_dim", "head_dim", "mlp_ratio", "num_steps", "max_predict", "micro_batches",
                  "val_tokens", "val_seq_len", "final_long_window"):
         check(name, getattr(cfg, name) >= 1, "must be at least 1")
-    for name in ("extra_inputs", "bigram_rows", "bigram_signs", "val_every", "momentum_warmup", "momentum_cooldown"):
-        check(name, getattr(cfg, name) >= 0, "must not be negative")
-    for name in ("extension_share", "cooldown_share", "untie_share", "rotary_share"):
-        check(name, 0 <= getattr(cfg, name) <= 1, "a share lies between 0 and 1")
+    for name in ("extra_inputs", "bigram_rows", "bigram_signs", "val_every", "save_every", "momentum_warmup",
+                 "momentum_cooldown", "embed_std", "value_embed_std", "matrix_std", "muon_lr", "muon_wd", "adam_lr",
+                 "adam_wd", "adam_eps", "softcap"):
+        check(name, 0 <= getattr(cfg, name) < math.inf, "must not be negative")
+    for name in ("softmax_scale", "softcap_width", "rotary_base", "rank_timeout"):
+        check(name, 0 < getattr(cfg, name) < math.inf, "must be above 0")
+    for name in ("extension_share", "cooldown_share", "untie_share", "rotary_share", "momentum_min", "momentum_max",
+                 "muon_beta2"):
+        check(name, 0 <= getattr(cfg, name) <= 1, "must lie between 0 and 1")
     for name, allowed in (("device", "cuda cpu"), ("dtype", "auto bfloat16 float32"), ("activation", "relu2 gelu")):
         check(name, getattr(cfg, name) in allowed.split(), f"choose from {allowed}")
+    for name in ("smear_chunk", "skip_chunk", "attn_chunk", "ve_chunk"):
+        chunk(cfg, name)
     check("extension_share", cfg.scheduled_steps >= 1, f"leaves no scheduled step of --num_steps {cfg.num_steps}")
     check("head_dim", cfg.head_dim % 4 == 0, "must be a multiple of 4 (rotary turns pairs in half of it)")
     check("model_dim", cfg.model_dim % cfg.head_dim == 0, f"must be a multiple of --head_dim {cfg.head_dim}")
@@ -281,15 +295,16 @@ def parse_config(argv: list[str]) -> tuple[Config, dict]:
     """--preset NAME, then --field value for any scalar field. Also returns the overrides: a record has none."""
     parser = argparse.ArgumentParser(prog="train_gpt.py", allow_abbrev=False, description=__doc__.split("\n\nReading")[0],
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog="Every flag's meaning and default: the Config table at the top of train_gpt.py.")
+                                     epilog="A preset's values: PRESETS, at the top of train_gpt.py.")
     parser.error = partial(_flag_error, parser)
     default = "short" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--preset", choices=PRESETS, default=default)
+    comments = dict(re.findall(r"^    (\w+): \w+ [^#\n]*# (.*)", SOURCE, re.MULTILINE))    # the fields' own
     for f in fields(Config):
         if f.type in (int, float, str) and f.name != "preset":
-            parser.add_argument(f"--{f.name}", type=f.type, metavar=f.type.__name__)
+            parser.add_argument(f"--{f.name}", type=f.type, metavar=f.type.__name__, help=comments.get(f.name))
         elif f.type is bool:
-            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction)
+            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=comments.get(f.name))
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     base = PRESETS[given.pop("preset")]
     overrides = {k: v for k, v in given.items() if v != getattr(base, k)}
@@ -601,27 +616,49 @@ def unpair(x: Tensor) -> Tensor:
 # =====================================================================================================================
 
 class Optimizer:
-    """Both optimizers over a model's declared parameters, with embedding and head tied, then untied. For 1 to N ranks."""
+    """NorMuon and Adam over a model's declared parameters, for 1 to N ranks, with embedding and head tied, then untied.
+
+    A replicated parameter is all-reduced and updated on every rank. A sharded one counts in units, matrices of a bank or
+    rows of a table, padded so that ranks divide them: gradients reduce-scatter, a rank updates its units, all gather them.
+    """
 
     def __init__(self, cfg: Config, model: GPT, ranks: "Ranks"):
         self.cfg, self.specs, self.ranks = cfg, model.specs, ranks
         self.params = dict(model.named_parameters())
-        self.state = {name: self.new_state(p, self.specs[name]) for name, p in self.params.items()}
         self.tied = cfg.untie_share > 0
+        self.state = {name: self.new_state(name) for name in self.params}
+        self.sparse = None
+        if "bigram_embed" in self.params and ranks.size > 1:
+            self.sparse = SparseRows(ranks, len(self.params["bigram_embed"]), timedelta(seconds=cfg.rank_timeout))
         compiled = partial(torch.compile, dynamic=False) if cfg.compile and ranks.device.type == "cuda" else lambda f: f
         self.normuon_, self.adam_ = compiled(normuon_), compiled(adam_)
 
-    @staticmethod
-    def new_state(p: Tensor, spec: Spec) -> dict[str, Tensor]:
-        """What is remembered of a parameter, in float32; low: the bits of its float32 value that bfloat16 leaves out."""
+    def units(self, name: str, t: Tensor) -> Tensor:
+        """t (a parameter, its gradient or a state of it) as (units, ...), a view if nothing is padded."""
+        t = t.flatten(0, -3) if self.specs[name].optimizer == "muon" else t
+        missing = -len(t) % self.ranks.size if self.specs[name].sharded else 0
+        return F.pad(t, (*[0] * (2 * t.dim() - 1), missing)) if missing else t
+
+    def own(self, name: str, units: Tensor) -> Tensor:
+        """What this rank updates, a view."""
+        return units.chunk(self.ranks.size)[self.ranks.rank] if self.specs[name].sharded else units
+
+    def new_state(self, name: str) -> dict[str, Tensor]:
+        """What is remembered of this rank's units, in float32; low: the bits of the value that bfloat16 leaves out."""
+        p, muon = self.own(name, self.units(name, self.params[name].detach())), self.specs[name].optimizer == "muon"
         state = {"momentum": torch.zeros_like(p, dtype=torch.float32)}
-        if spec.optimizer == "muon":
-            state["second"] = torch.zeros_like(p.mean(dim=longer_side(p), keepdim=True, dtype=torch.float32))
-        else:
-            state["second"] = torch.zeros_like(p, dtype=torch.float32)
+        m = state["momentum"]
+        state["second"] = m.mean(dim=averaged_side(p), keepdim=True) if muon else torch.zeros_like(m)
         if p.dtype == torch.bfloat16:
             state["low"] = torch.zeros_like(p, dtype=torch.int16)
         return state
+
+    def rates(self, name: str) -> Tensor:
+        """(units, 1, 1): what multiplies the learning rate of this rank's matrices of a bank (n, k, rows, columns)."""
+        p, spec = self.params[name], self.specs[name]
+        rate = torch.full((*p.shape[:2], 1, 1), max(1, p.size(-2) / p.size(-1))**0.5, device=p.device)
+        rate[:, 1:2] *= spec.second_lr
+        return self.own(name, self.units(name, rate))
 
     @torch.no_grad()
     def step(self, step: int, lr_mul: float, momentum: float, untie: bool) -> None:
@@ -630,50 +667,128 @@ class Optimizer:
         moving = [name for name, spec in self.specs.items() if spec.optimizer == "muon" or adam_turn]
         for name in moving:
             assert self.params[name].grad is not None, f"no gradient reached {name}"
-            self.ranks.sum_(self.params[name].grad)
         if adam_turn and self.tied:                         # one Adam step on the head, for both
+            moving.remove("embed")
             self.params["lm_head"].grad += self.params["embed"].grad.T
-        for name in sorted(moving, key=lambda name: self.params[name].numel()):
-            if not (name == "embed" and self.tied):
-                self.update(name, lr_mul, momentum, adam_steps=(step + 1) // 2)
+            self.params["embed"].grad = None
+        reduced = {name: self.start_reduction(name) for name in moving}     # every rank in the same order, all at once
+        gathered = []
+        for name in sorted(moving, key=lambda name: (self.specs[name].optimizer == "muon", self.params[name].numel())):
+            gathered.append(self.update(name, reduced[name](), lr_mul, momentum, adam_steps=(step + 1) // 2))
             self.params[name].grad = None
+        for wait in gathered:
+            wait()
         if adam_turn and self.tied:
             self.params["embed"].copy_(self.params["lm_head"].T)
         if untie and self.tied:
             assert adam_turn, f"untied on step {step}, which is even"
             self.tied = False
-            for key, value in self.state["lm_head"].items():
-                self.state["embed"][key].copy_(value.T)
+            for key in self.state["lm_head"]:
+                self.load_state("embed", key, self.whole_state("lm_head", key).T)
 
-    def update(self, name: str, lr_mul: float, momentum: float, adam_steps: int) -> None:
-        cfg, p, spec, state = self.cfg, self.params[name], self.specs[name], self.state[name]
+    def start_reduction(self, name: str) -> Callable[[], Tensor]:
+        """Sets the sum over ranks going -> a function that waits for it, the gradient of this rank's units."""
+        if name == "bigram_embed" and self.sparse:
+            return self.sparse.start(self.units(name, self.params[name].grad))
+        grad = self.units(name, self.params[name].grad)
+        return self.ranks.reduce_scatter(grad) if self.specs[name].sharded else self.ranks.all_reduce(grad)
+
+    def update(self, name: str, grad: Tensor, lr_mul: float, momentum: float, adam_steps: int) -> Callable[[], None]:
+        """Moves this rank's units, sets the gathering going -> a function that waits for it."""
+        cfg, spec, state = self.cfg, self.specs[name], self.state[name]
+        whole = self.units(name, self.params[name])
+        p = self.own(name, whole)
         if spec.optimizer == "muon":
-            self.normuon_(p, state.get("low"), p.grad, state["momentum"], state["second"], lr=cfg.muon_lr * lr_mul,
-                          wd=cfg.muon_wd * spec.wd, momentum=momentum, beta2=cfg.muon_beta2, second_lr=spec.second_lr)
+            self.normuon_(p, state.get("low"), grad, state["momentum"], state["second"], lr=cfg.muon_lr * lr_mul,
+                          wd=cfg.muon_wd * spec.wd, momentum=momentum, beta2=cfg.muon_beta2, rates=self.rates(name))
         else:
-            self.adam_(p, state.get("low"), p.grad, state["momentum"], state["second"], lr=cfg.adam_lr * spec.lr * lr_mul,
+            self.adam_(p, state.get("low"), grad, state["momentum"], state["second"], lr=cfg.adam_lr * spec.lr * lr_mul,
                        wd=cfg.adam_wd * spec.wd, betas=spec.betas, eps=cfg.adam_eps, steps=adam_steps)
+        return self.finish(name, whole) if spec.sharded else lambda: None
 
-def longer_side(matrix: Tensor) -> int:
+    def finish(self, name: str, whole: Tensor) -> Callable[[], None]:
+        gathering, target = self.ranks.all_gather(whole, self.own(name, whole)), self.params[name].flatten(0, -whole.dim())
+        def wait() -> None:
+            gathering()
+            if whole.data_ptr() != target.data_ptr():       # padded: a copy
+                target.copy_(whole[:len(target)])
+        return wait
+
+    def whole_state(self, name: str, key: str) -> Tensor:
+        """(units, ...) of all ranks, without padding: the same for every number of ranks. All ranks must call it."""
+        own = self.state[name][key]
+        if not self.specs[name].sharded or self.ranks.size == 1:
+            return own
+        whole = own.new_empty(len(own) * self.ranks.size, *own.shape[1:])
+        self.ranks.all_gather(whole.view(torch.uint8), own.view(torch.uint8))()     # gloo gathers no int16
+        p = self.params[name]
+        return whole[:math.prod(p.shape[:-2]) if self.specs[name].optimizer == "muon" else len(p)]
+
+    def load_state(self, name: str, key: str, whole: Tensor) -> None:
+        """The reverse: this rank keeps its units of what whole_state gave."""
+        missing = -len(whole) % self.ranks.size if self.specs[name].sharded else 0
+        padded = F.pad(whole, (*[0] * (2 * whole.dim() - 1), missing)) if missing else whole
+        self.state[name][key].copy_(self.own(name, padded))
+
+class SparseRows:
+    """The bigram table's gradient between ranks: only rows that a token touched travel (seed 002 asks for this).
+
+    The tokens say which: indices go out, between hosts, while the forward pass runs; values follow the backward pass.
+    """
+
+    def __init__(self, ranks: "Ranks", num_rows: int, timeout: timedelta):
+        self.ranks, self.share = ranks, -(-num_rows // ranks.size)
+        self.hosts = dist.new_group(backend="gloo", timeout=timeout)    # known on the host: no GPU waits for indices
+        self.rows, self.bytes_sent = np.empty(0, dtype=np.int64), 0
+
+    def announce(self, rows: np.ndarray, last: bool) -> None:
+        """rows that this rank's micro-batches of a step touch; last: of the steps whose gradients add up."""
+        self.rows = np.union1d(self.rows, rows)
+        if last:
+            owner_ends = np.searchsorted(self.rows, self.share * np.arange(self.ranks.size + 1))
+            self.sent = torch.from_numpy(np.diff(owner_ends))
+            self.received = torch.empty_like(self.sent)
+            dist.all_to_all_single(self.received, self.sent, group=self.hosts)
+            self.wanted = torch.empty(int(self.received.sum()), dtype=torch.int64)
+            self.indices = dist.all_to_all_single(self.wanted, torch.from_numpy(self.rows), self.received.tolist(),
+                                                  self.sent.tolist(), group=self.hosts, async_op=True)
+
+    def start(self, grad: Tensor) -> Callable[[], Tensor]:
+        """grad (rows, D), dense -> a function that gives this rank's rows of the sum over ranks, as reduce_scatter would."""
+        self.indices.wait()
+        device, counts = grad.device, self.received.tolist()
+        values = grad[torch.from_numpy(self.rows).to(device)]
+        arrived = values.new_empty(len(self.wanted), values.size(1))
+        work = dist.all_to_all_single(arrived, values, counts, self.sent.tolist(), async_op=True)
+        leaving = len(self.rows) - int(self.sent[self.ranks.rank])
+        self.bytes_sent = leaving * (values.size(1) * values.element_size() + self.rows.itemsize)
+        places, self.rows = self.wanted.to(device) - self.share * self.ranks.rank, self.rows[:0]
+        def wait() -> Tensor:
+            work.wait()
+            own = torch.zeros(self.share, grad.size(1), device=device)
+            for place, value in zip(places.split(counts), arrived.split(counts)):   # in the order of ranks
+                own.index_add_(0, place, value.float())
+            return own
+        return wait
+
+def averaged_side(matrix: Tensor) -> int:
     """The dimension to average over, so that one value is left for each index of the longer side."""
     return -1 if matrix.size(-2) >= matrix.size(-1) else -2
 
 def normuon_(p: Tensor, low: Tensor | None, g: Tensor, m: Tensor, second: Tensor, *, lr: float, wd: float, momentum: float,
-             beta2: float, second_lr: float) -> None:
-    """One NorMuon step (2510.05491) on a bank (n, k, rows, columns), in place."""
+             beta2: float, rates: Tensor) -> None:
+    """One NorMuon step (2510.05491) on matrices (units, rows, columns), in place; rates (units, 1, 1) multiply lr."""
     u = normuon_direction(g.float(), m, second, momentum, beta2)
-    step_size = torch.full((p.size(1), 1, 1), lr * max(1, p.size(-2) / p.size(-1))**0.5, device=p.device)
-    step_size[1:2] *= second_lr
     weight = exact(p, low)
-    decay = wd * lr * step_size * weight * (u * weight > 0)     # cautious (2411.16085): never against the update
-    store_exact_(p, low, weight - step_size * u - decay)
+    decay = wd * lr * weight * (u * weight > 0)                 # cautious (2411.16085): never against the update
+    store_exact_(p, low, weight - lr * rates * (u + decay))
 
 def normuon_direction(g: Tensor, m: Tensor, second: Tensor, momentum: float, beta2: float) -> Tensor:
     """Nesterov momentum, orthogonalised, rows (or columns) of equal size on average; the matrix's norm stays."""
     m.lerp_(g, 1 - momentum)
-    u = polar_express(g.lerp(m, momentum).flatten(0, -3)).view_as(g).float()
+    u = polar_express(g.lerp(m, momentum)).float()
     size = u.norm(dim=(-2, -1), keepdim=True)
-    second.lerp_(u.square().mean(dim=longer_side(u), keepdim=True), 1 - beta2)
+    second.lerp_(u.square().mean(dim=averaged_side(u), keepdim=True), 1 - beta2)
     u = u * second.clamp_min(1e-10).rsqrt()
     return u * (size / u.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10))
 
@@ -732,6 +847,7 @@ FIRST_DOCUMENTS = 2**20                                         # tokens in whic
 
 def read_shard(path: Path, vocab_size: int, bos_id: int) -> np.ndarray:
     """The tokens of a shard (n,), uint16, memory-mapped. UserError names the file and what is wrong with it."""
+    need(path.is_file(), f"{path}: not a file that can be read; fetch or make it again")
     size = path.stat().st_size
     need(size >= HEADER_BYTES, f"{path}: {size} bytes are less than a shard's header; fetch or make it again")
     header = np.fromfile(path, dtype="<i4", count=HEADER_BYTES // 4)
@@ -820,7 +936,7 @@ class Validation:
         need(total > cfg.val_tokens, f"--val_tokens {cfg.val_tokens}: --data_dir {cfg.data_dir} has {total}, needs one more")
         self.tokens, self.size = np.concatenate(found)[:cfg.val_tokens + 1], cfg.val_seq_len
         self.count = cfg.val_tokens // cfg.val_seq_len
-        lengths = token_bytes(find_data(cfg) / "vocab.tiktoken", cfg.vocab_size)
+        lengths = token_bytes(find_data(cfg) / "vocab.tiktoken", cfg.vocab_size, cfg.bos_id)
         self.bytes = int(lengths[self.tokens[1:]].sum()) if lengths is not None else None
 
     def sequence(self, n: int) -> tuple[Tensor, Tensor]:
@@ -830,16 +946,20 @@ class Validation:
         """loss in nats a token, the BOS targets included, over the bytes of the text (a BOS has none)."""
         return loss * (len(self.tokens) - 1) / (math.log(2) * self.bytes) if self.bytes else None
 
-def token_bytes(path: Path, vocab_size: int) -> np.ndarray | None:
+def token_bytes(path: Path, vocab_size: int, bos_id: int) -> np.ndarray | None:
     """Bytes that each token stands for, (vocab_size,), from tiktoken's `base64 rank` lines; None without the file."""
     if not path.exists():
         return None
-    lengths = np.zeros(vocab_size, dtype=np.int64)              # special tokens stand for no text
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        word, _, rank = line.partition(" ")
-        good = rank.isdigit() and int(rank) < vocab_size and len(word) % 4 == 0
-        need(good, f"{path}: line {number} is no `base64 rank` of a vocabulary of {vocab_size}; make the data again")
-        lengths[int(rank)] = len(word) // 4 * 3 - word.count("=")
+    lengths = np.full(vocab_size, -1)
+    lengths[bos_id] = 0                                         # a BOS stands for no text
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            word, rank = line.split()
+            assert int(rank) >= 0 > lengths[int(rank)]
+            lengths[int(rank)] = len(base64.b64decode(word, validate=True))
+        except (ValueError, IndexError, AssertionError):
+            raise UserError(f"{path}: line {number} is no `base64 rank` below {vocab_size}; make the data again") from None
+    need(lengths.min() >= 0, f"{path}: no line for token {lengths.argmin()} of {vocab_size}; make the data again")
     return lengths
 
 def tokens_needed(cfg: Config) -> int:
@@ -869,7 +989,7 @@ class Schedule:
         return (short, self.cfg.final_long_window) if step >= self.cfg.num_steps else (short, long)
 
     def lr_mul(self, step: int) -> float:
-        """The stage's multiplier, then a line down to final_lr, and final_lr in the extension."""
+        """The stage's multiplier, then a line down to final_lr, and final_lr in the extension; no cooldown: no line."""
         left = (1 - step / self.cfg.scheduled_steps) / self.cfg.cooldown_share if self.cfg.cooldown_share else 1.0
         flat = min(1.0, max(0.0, left))
         return flat * self.stage(step).lr_mul + (1 - flat) * self.cfg.final_lr
@@ -877,7 +997,7 @@ class Schedule:
     def momentum(self, step: int) -> float:
         """Muon's: up over the first steps, down over the last."""
         cfg = self.cfg
-        rising = step / max(cfg.momentum_warmup, 1)
+        rising = step / cfg.momentum_warmup if cfg.momentum_warmup else 1.0
         falling = (cfg.num_steps - step) / max(cfg.momentum_cooldown, 1)
         return cfg.momentum_min + (cfg.momentum_max - cfg.momentum_min) * min(1.0, rising, falling)
 
@@ -1005,7 +1125,7 @@ def symmetric_product(x: Tensor, alpha: float = 1.0, beta: float = 0.0) -> Tenso
 
 @dataclass
 class Ranks:
-    """Who am I among the processes; with one process every collective does nothing."""
+    """Who am I among the processes. Collectives start at once and give a function that waits; with one process, no-ops."""
     rank: int
     size: int
     device: torch.device
@@ -1013,7 +1133,7 @@ class Ranks:
     @staticmethod
     def join(cfg: Config) -> "Ranks":
         rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-        size = int(os.environ.get("WORLD_SIZE", 1))
+        size, near = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         need(cfg.micro_batches % size == 0, f"--micro_batches {cfg.micro_batches}: {size} processes cannot share them; "
                                             "start a number that divides it, or change it")
         if cfg.device == "cuda":
@@ -1021,43 +1141,107 @@ class Ranks:
             need(gpus > 0, f"--preset {cfg.preset}: wants a CUDA GPU and there is none; use --preset cpu, or --device cpu")
             need(local < gpus, f"process {local} has no GPU of its own, there are {gpus}; start as many processes as GPUs")
             torch.cuda.set_device(local)
-        device = torch.device("cuda", local) if cfg.device == "cuda" else torch.device("cpu")
+        elif near > 1:                                          # torchrun says 1 thread; a core without a thread is idle
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            torch.set_num_threads(max(1, cores // near))
         if size > 1:
-            dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo")
-        return Ranks(rank, size, device)
+            dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo", timeout=timedelta(seconds=cfg.rank_timeout))
+        return Ranks(rank, size, torch.device("cuda", local) if cfg.device == "cuda" else torch.device("cpu"))
 
     def leave(self) -> None:
         if self.size > 1:
             dist.destroy_process_group()
 
-    def sum_(self, x: Tensor) -> Tensor:
-        if self.size > 1:
-            dist.all_reduce(x)
-        return x
+    def all_reduce(self, x: Tensor) -> Callable[[], Tensor]:
+        """The sum over ranks, in place."""
+        work = dist.all_reduce(x, async_op=True) if self.size > 1 else None
+        return lambda: (work and work.wait(), x)[1]
+
+    def reduce_scatter(self, x: Tensor) -> Callable[[], Tensor]:
+        """x (units, ...) -> this rank's share of the sum, in float32 and in the order of ranks: a library's reduce-scatter
+        moves as many bytes, but adds in bfloat16 and in an order of its own."""
+        if self.size == 1:
+            return lambda: x
+        parts = torch.empty_like(x)
+        work = dist.all_to_all_single(parts, x, async_op=True)
+        return lambda: (work.wait(), sum(part.float() for part in parts.view(self.size, -1, *x.shape[1:])))[1]
+
+    def all_gather(self, whole: Tensor, own: Tensor) -> Callable[[], Tensor]:
+        """Fills whole with every rank's own, which may be a view of its place in it."""
+        work = dist.all_gather_single(whole, own, async_op=True) if self.size > 1 else None
+        return lambda: (work and work.wait(), whole)[1]
+
+class Pulse(threading.Thread):
+    """Every process says twice a second that it lives, in the store that they met in, so that a dead one can be named."""
+
+    def __init__(self, ranks: Ranks):
+        super().__init__(daemon=True)
+        self.ranks, self.over, self.last_word = ranks, threading.Event(), "failed"
+        if ranks.size > 1:
+            self.store = dist.PrefixStore("pulse", dist.distributed_c10d._get_default_store())
+            self.start()
+
+    def run(self) -> None:
+        beat, key = 0, str(self.ranks.rank)
+        try:
+            while not self.over.wait(0.5):
+                self.store.set(key, str(beat := beat + 1))
+            self.store.set(key, self.last_word)
+        except RuntimeError:                                    # the store is gone, with torchrun
+            pass
+
+    def end(self) -> None:
+        self.over.set()
+        if self.ranks.size > 1:
+            self.join(timeout=10)
+
+    def beat(self, rank: int) -> bytes:
+        return self.store.get(str(rank)) if self.store.check([str(rank)]) else b""
+
+    def silent(self) -> list[int]:
+        """Processes that for three seconds say nothing, and did not say that they leave."""
+        silent = {}
+        try:
+            for wait in range(31 if self.ranks.size > 1 else 0):
+                time.sleep(0.1 if wait else 0)
+                beats = {rank: self.beat(rank) for rank in (silent if wait else range(self.ranks.size))}
+                silent = {rank: beat for rank, beat in beats.items() if beat != b"left" and silent.get(rank, beat) == beat}
+                if not silent:
+                    break
+        except RuntimeError:                                    # as above: nobody knows
+            return []
+        return list(silent)
 
 class Log:
     """One file a run: the source, the configuration, then one line of key:value pairs an event."""
     END = "=" * 100
 
-    def __init__(self, cfg: Config, ranks: Ranks):
-        self.file = None
+    def __init__(self, cfg: Config, ranks: Ranks, run_id: str | None = None):
+        """run_id: of the run that goes on; its log is appended to."""
+        self.file, self.run_id = None, run_id or str(uuid.uuid4())
         if ranks.rank == 0:
-            path = Path(cfg.log_dir) / f"{uuid.uuid4()}.txt"
+            path = Path(cfg.log_dir) / f"{self.run_id}.txt"
+            self.appending = path.exists()
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self.file = path.open("w", buffering=1)         # line by line: an interrupted run's log is whole so far
+                self.file = path.open("a", buffering=1)         # line by line: an interrupted run's log is whole so far
             except OSError as error:
                 raise UserError(f"--log_dir {cfg.log_dir}: no log can be written there ({error.strerror})") from None
             print(f"log: {path}", flush=True)
 
     def write(self, line: str, echo: bool = True) -> None:
         if self.file:
-            self.file.write(line + "\n")
+            try:
+                self.file.write(line + "\n")
+            except OSError as error:                            # a full disk: the run matters more than its log
+                print(f"log: a line could not be written ({error.strerror})", file=sys.stderr)
             if echo:
                 print(line, flush=True)
 
     def header(self, cfg: Config, overrides: dict, facts: dict[str, object]) -> None:
-        """facts: what is known of the machine."""
+        """facts: what is known of the machine. A log that goes on has its header already."""
+        if self.file is None or self.appending:
+            return
         self.write(SOURCE.rstrip("\n"), echo=False)
         self.write(self.END, echo=False)
         self.write(f"source_sha256:{hashlib.sha256(SOURCE.encode()).hexdigest()}", echo=False)
@@ -1177,6 +1361,54 @@ def peak_memory(device: torch.device) -> float:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
+class Stopped(KeyboardInterrupt):
+    """Somebody asked the run to end: the name of the signal. No library's `except Exception` keeps it."""
+
+KEPT_CHECKPOINTS = 2
+MAY_DIFFER = set("data_dir log_dir rank_timeout save_every save_on_stop resume compile warmup val_every".split())
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    """Whole or not at all: a name of its own until it is on disk. OSError or RuntimeError when it cannot be written."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    run = path.name.partition(".step")[0]
+    killed = path.parent.glob(f".{run}.step*.part")             # what a process that was killed left
+    for old in [*by_age(path.parent, f"{run}.step*.pt")[KEPT_CHECKPOINTS:], *killed]:
+        old.unlink()
+
+def by_age(folder: Path, pattern: str) -> list[Path]:
+    """Newest first; by time, as a run that went on from an older one may stand at a lower step."""
+    return sorted(folder.glob(pattern), key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+
+def settings(cfg: Config) -> dict:
+    """The configuration as a checkpoint keeps it; what `auto` came to on this machine is part of it."""
+    return json.loads(json.dumps(asdict(cfg) | {"dtype": str(pick_dtype(cfg)).removeprefix("torch.")}))
+
+def newest_checkpoint(cfg: Config) -> dict | None:
+    """The newest whole checkpoint under log_dir. UserError if it is of another configuration, naming what differs."""
+    for path in by_age(Path(cfg.log_dir), "*.step*.pt"):
+        try:
+            if zipfile.ZipFile(path).testzip():                 # torch does not look at the checksums that it writes
+                raise zipfile.BadZipFile
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)    # runs no code
+            then, now = json.loads(content["config"]), settings(cfg)
+        except Exception as error:  # noqa: BLE001, half a file can fail in many ways
+            print(f"resume: {path} is not whole ({type(error).__name__}), looking for an older one", file=sys.stderr)
+            continue
+        differing = [f"--{name} was {then.get(name)}, is {now.get(name)}" for name in sorted({*then, *now} - MAY_DIFFER)
+                     if then.get(name) != now.get(name)]
+        need(not differing, f"{path}: a checkpoint of another configuration ({'; '.join(differing)}); use its flags, "
+                            "another --log_dir, or no --resume")
+        return content
+    return None
+
 class Run:
     """One run from its configuration to its last validation. What a user can get wrong is found before the log exists."""
 
@@ -1185,7 +1417,11 @@ class Run:
         self.ranks = Ranks.join(cfg)
         self.loader, self.validation = Loader(cfg), Validation(cfg)
         self.loader.check_enough(self.schedule)
-        self.log, self.clock = Log(cfg, self.ranks), Clock(self.ranks.device)
+        saved = newest_checkpoint(cfg) if cfg.resume else None
+        found = torch.tensor(saved["step"] + 1 if saved else 0, device=self.ranks.device)
+        need(int(self.ranks.all_reduce(found.clone())()) == self.ranks.size * int(found),
+             f"--log_dir {cfg.log_dir}: the processes found different checkpoints there; all nodes must see the same folder")
+        self.log, self.clock = Log(cfg, self.ranks, saved and saved["run_id"]), Clock(self.ranks.device)
         keep_memory(self.ranks.device)
         failure = compile_failure(cfg, self.ranks.device)
         torch._dynamo.config.recompile_limit = 64               # a graph for each kind of layer, stage and validation window
@@ -1194,20 +1430,30 @@ class Run:
         self.ceiling = matrix_ceiling(self.ranks.device, self.model.dtype) * self.ranks.size
         self.log.header(cfg, overrides, facts_of(self.ranks, self.model, failure, self.ceiling))
         self.steps_done = self.tokens_seen = self.flops = 0
+        self.stop = self.last_signal = self.saved_step = self.average = None
+        self.leaving = False
+        if saved:
+            self.restore(saved)
+        elif cfg.resume:
+            self.log.write(f"resume: no checkpoint in {cfg.log_dir}, starting at step 0")
+        self.began_at, self.norms = self.steps_done, self.group_norms()
 
     def loop(self) -> float:
         """Trains and validates; returns the last validation loss, nats a token."""
         cfg, long_window, unread = self.cfg, int(self.model.long_window), []
         lag = 1 if self.ranks.device.type == "cuda" else 0      # a GPU's loss is read a step late, so that it never waits
         self.clock.start()
-        for step in range(cfg.num_steps + 1):
+        for step in range(self.steps_done, cfg.num_steps + 1):
             last, windows = step == cfg.num_steps, self.schedule.windows(step)
+            if last and cfg.save_every and self.saved_step != step:
+                self.save()
             if windows[1] != long_window:
                 self.model.set_long_window(long_window := windows[1])
             if last or (cfg.val_every and step % cfg.val_every == 0):
                 self.report(unread, lag=0)
                 self.clock.stop()
                 loss = self.validate(windows)
+                self.norms = self.group_norms()
                 if last:
                     self.write_scalars()
                 bpb = self.validation.bits_per_byte(loss)
@@ -1218,21 +1464,81 @@ class Run:
                 return loss
             unread.append((step + 1, self.train_step(step, windows)))
             self.report(unread, lag)
+            if self.steps_done % 2 == 0:                        # after an odd step no gradient waits for its second half
+                if self.stop or (cfg.save_every and self.steps_done % cfg.save_every < 2):
+                    self.report(unread, lag=0)
+                    self.save()
+                if self.stop:
+                    raise Stopped(self.stop)
 
     def train_step(self, step: int, windows: tuple[int, int]) -> Tensor:
-        """One step, always the preset's number of micro-batches over all ranks; -> its loss, multi-token terms included."""
+        """One step, always the preset's number of micro-batches over all ranks.
+
+        -> (2,): its loss, multi-token terms included, and how many ranks were asked to stop, summed so that all agree.
+        """
         cfg, ranks, stage = self.cfg, self.ranks, self.schedule.stage(step)
         batches = list(self.loader.step(stage, ranks.rank, ranks.size))
+        if self.optimizer.sparse:
+            rows = [bigram_rows(t, documents(t, cfg.bos_id)[0], len(self.model.bigram_embed)).numpy() for t, _ in batches]
+            self.optimizer.sparse.announce(np.concatenate(rows), last=step % 2 == 1)
         weights = torch.tensor(self.schedule.predict(step), device=ranks.device)
-        total = torch.zeros((), device=ranks.device)
+        total = torch.tensor([0.0, float(self.last_signal is not None)], device=ranks.device)
         for tokens, targets in batches:
             loss = self.model(tokens.to(ranks.device), targets.to(ranks.device), weights, windows) / cfg.micro_batches
             loss.backward()
-            total += loss.detach()
+            total[0] += loss.detach()
         self.optimizer.step(step, self.schedule.lr_mul(step), self.schedule.momentum(step), step == self.schedule.untie_step)
         self.steps_done, self.tokens_seen = step + 1, self.tokens_seen + stage.batch_tokens
         self.flops += step_flops(cfg, batches, windows) * ranks.size
-        return ranks.sum_(total)
+        return ranks.all_reduce(total)()
+
+    def save(self) -> None:
+        """Everything a resumed run needs, the same whatever the number of ranks. All ranks call it; the clock stands."""
+        self.clock.stop()
+        place = "cpu" if self.log.file else "meta"              # only one process keeps what they all gather
+        optimizer = {name: {key: self.optimizer.whole_state(name, key).to(place) for key in state}
+                     for name, state in self.optimizer.state.items()}
+        if self.log.file:
+            path = Path(self.cfg.log_dir) / f"{self.log.run_id}.step{self.steps_done:06d}.pt"
+            content = {"config": json.dumps(settings(self.cfg)), "run_id": self.log.run_id, "step": self.steps_done,
+                       "model": self.model.state_dict(), "optimizer": optimizer, "tied": self.optimizer.tied,
+                       "loader": (self.loader.file, self.loader.document), "clock": self.clock.total,
+                       "tokens_seen": self.tokens_seen, "flops": self.flops, "average": self.average,
+                       "rng": torch.get_rng_state()}
+            try:
+                save_checkpoint(path, content)
+                self.log.write(f"checkpoint: {path}")
+            except (OSError, RuntimeError) as error:            # a full disk, most often, behind a RuntimeError of torch
+                cause = error.__context__ or error
+                why = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
+                self.log.write(f"checkpoint: NOT saved at step {self.steps_done}, the last good one stays ({why})")
+        self.saved_step = self.steps_done
+        self.clock.start()
+
+    def restore(self, saved: dict) -> None:
+        self.model.load_state_dict(saved["model"])
+        self.model.turn_rotary()
+        for name, state in saved["optimizer"].items():
+            for key, whole in state.items():
+                self.optimizer.load_state(name, key, whole.to(self.ranks.device))
+        self.optimizer.tied, self.steps_done, self.clock.total = saved["tied"], saved["step"], saved["clock"]
+        self.tokens_seen, self.flops, self.average = saved["tokens_seen"], saved["flops"], saved["average"]
+        self.loader.open(saved["loader"][0])
+        self.loader.document = saved["loader"][1]
+        torch.set_rng_state(saved["rng"])
+        self.saved_step = self.steps_done
+        self.log.write(f"resumed: from step {self.steps_done} with {self.ranks.size} process(es)")
+
+    def hear(self, number: int, _frame) -> None:
+        """A signal: remembered for the end of the step if there is something to save, else the end, now."""
+        now, again = time.monotonic(), self.last_signal and time.monotonic() - self.last_signal[1] > 2    # torchrun: twice
+        self.last_signal = signal.Signals(number).name, now
+        if not self.leaving and (again or not self.cfg.save_on_stop or self.steps_done == self.began_at):
+            raise Stopped(self.last_signal[0])
+
+    @torch.no_grad()
+    def group_norms(self) -> dict[str, float]:
+        return {name: float(p.norm(dtype=torch.float32)) for name, p in self.model.named_parameters()}
 
     @torch.no_grad()
     def validate(self, windows: tuple[int, int]) -> float:
@@ -1241,7 +1547,7 @@ class Run:
         for n in range(self.ranks.rank, self.validation.count, self.ranks.size):
             tokens, targets = self.validation.sequence(n)
             total += self.model(tokens.to(device), targets.to(device), torch.ones(1, device=device), windows)
-        return self.finite(float(self.ranks.sum_(total)) / self.validation.count, "validation", self.steps_done)
+        return self.finite(float(self.ranks.all_reduce(total)()) / self.validation.count, "validation", self.steps_done)
 
     def warm_up(self) -> None:
         """Compiles and runs every stage on dummy tokens, both optimizers and validation; then all is as it was."""
@@ -1265,6 +1571,8 @@ class Run:
         for self.optimizer.tied in {tied, False}:
             for p in self.model.parameters():
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            if self.optimizer.sparse:
+                self.optimizer.sparse.announce(np.arange(8), last=True)
             self.optimizer.step(1, lr_mul=0.0, momentum=0.9, untie=False)
         with torch.no_grad():
             for t, s in zip(state, saved):
@@ -1275,10 +1583,25 @@ class Run:
     def report(self, unread: list[tuple[int, Tensor]], lag: int) -> None:
         """A line for each step whose loss is due; ends the run when a loss is not finite."""
         while len(unread) > lag:
-            step, loss = unread.pop(0)
-            value, seconds = self.finite(float(loss), "training", step), self.clock.seconds()
+            step, result = unread.pop(0)
+            loss, stops = result.tolist()
+            if stops:
+                self.stop = self.last_signal[0] if self.last_signal else "a signal to another process"
+            value, seconds = self.finite(loss, "training", step), self.clock.seconds()
             self.write_event(step, "", f" train_loss:{value:.4f} tokens_per_second:{self.tokens_seen / seconds:.0f}"
                                        f" mfu:{self.flops / seconds / self.ceiling:.3f}")
+            if self.average and value > 1.3 * self.average:
+                self.log.write(f"spike: train_loss {value:.4f} at step {step}, {self.average:.4f} before; {self.suspect()}")
+            self.average = 0.9 * (self.average or value) + 0.1 * value
+
+    def suspect(self) -> str:
+        """The parameter group that a loss gone wrong points to."""
+        now = self.group_norms()
+        broken = [name for name, norm in now.items() if not math.isfinite(norm)]
+        if broken:
+            return f"not finite: {', '.join(broken)}"
+        name = max(now, key=lambda name: now[name] / (self.norms[name] + 1e-6) if self.norms[name] else 0.0)
+        return f"grown most since the last validation: {name}, from norm {self.norms[name]:.4g} to {now[name]:.4g}"
 
     def write_event(self, step: int, before: str, after: str) -> None:
         """The form that every tool of this field reads; more key:value pairs only behind it."""
@@ -1296,24 +1619,39 @@ class Run:
 
     def finite(self, loss: float, kind: str, step: int) -> float:
         if not math.isfinite(loss):
-            raise RunFailed(f"the {kind} loss is {loss} at step {step}: try a lower --muon_lr or --adam_lr")
+            raise RunFailed(f"the {kind} loss is {loss} at step {step} ({self.suspect()}); lower --muon_lr or --adam_lr")
         return loss
 
 def train(cfg: Config, overrides: dict) -> float:
     """One whole run; returns its final validation loss."""
     run = Run(cfg, overrides)
+    pulse = Pulse(run.ranks)
     try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, run.hear)
         if cfg.warmup:
             run.warm_up()
-        return run.loop()
-    except KeyboardInterrupt:
-        ms = 1e3 * run.clock.seconds()
-        run.log.write(f"interrupted: {run.steps_done} of {cfg.num_steps} steps done, train_time:{ms:.0f}ms")
-        raise
-    except RunFailed as error:
-        run.log.write(f"failed: {error}", echo=False)
-        raise
+        loss, pulse.last_word = run.loop(), "left"
+        return loss
+    except (Stopped, RunFailed, RuntimeError) as error:
+        run.leaving = True                                      # before any call: from here on a signal is only noted
+        silent = pulse.silent() if not isinstance(error, RunFailed) else []
+        if silent:                                              # torchrun sends SIGTERM to the others when one has died
+            names = ", ".join(map(str, silent))
+            error = RunFailed(f"process {names} of {run.ranks.size} died or hangs, after step {run.steps_done}; "
+                              "--resume goes on from the last checkpoint")
+        elif isinstance(error, RuntimeError) and run.last_signal and run.ranks.size > 1:    # told to stop, others left first
+            error = Stopped(run.last_signal[0])
+        if isinstance(error, Stopped):
+            ms = 1e3 * run.clock.seconds()
+            pulse.last_word = "left"
+            run.log.write(f"interrupted: {run.steps_done} of {cfg.num_steps} steps done, train_time:{ms:.0f}ms ({error})")
+        else:
+            run.log.write(f"failed: {error}", echo=False)
+        raise error
     finally:
+        run.leaving = True
+        pulse.end()
         run.ranks.leave()
 
 def main() -> None:
@@ -1325,8 +1663,8 @@ def main() -> None:
     except RunFailed as error:
         print(f"train_gpt.py: failed: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        sys.exit(143 if str(error) == "SIGTERM" else 130)
 
 if __name__ == "__main__":
     main()

@@ -10,10 +10,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-CLEAN_ENV = dict(os.environ)    # before anything is imported that changes it
+CLEAN_ENV = os.environ | {"OMP_NUM_THREADS": "1"}    # before anything is imported that changes it
+
+import torch  # noqa: E402
 
 import train_gpt as tg  # noqa: E402
 from data.shards import write_shard  # noqa: E402
+
+torch.set_num_threads(1)        # sizes here are tiny: two threads mostly wait for each other, the more so on a busy machine
 
 TINY_STAGES = (tg.Stage(until=0.5, batch_tokens=512, windows=(16, 48), max_doc_len=96, lr_mul=1.0, predict=((1.0, 1.0), (0.5, 0.0))),
                tg.Stage(until=2.0, batch_tokens=512, windows=(16, 64), max_doc_len=96, lr_mul=1.2))

@@ -14,14 +14,6 @@ from data.shards import write_shard
 
 BOS = 255   # tiny()'s
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On tensors this small, threads that wait for each other on a busy machine cost a hundred times the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 def stage(batch_tokens: int, max_doc_len: int, until: float = 2.0) -> tg.Stage:
     return tg.Stage(until=until, batch_tokens=batch_tokens, windows=(16, 48), max_doc_len=max_doc_len, lr_mul=1.0)
 
@@ -81,6 +73,16 @@ def test_a_document_must_begin_among_the_first_tokens(tmp_path, monkeypatch):
                 tg.read_shard(tmp_path / "a.bin", 256, BOS)
 
 @pytest.mark.parametrize("make, split", [(tg.Loader, "train"), (tg.Validation, "val")])
+@pytest.mark.parametrize("there", ["a folder", "a dangling link"])
+def test_what_has_a_shards_name_and_is_no_file_is_refused_by_name(tmp_path, make, split, there):
+    path = tmp_path / f"x_{split}_000000.bin"
+    path.mkdir() if there == "a folder" else path.symlink_to(tmp_path / "gone.bin")
+    with pytest.raises(tg.UserError) as refused:
+        make(tiny(data_dir=str(tmp_path)))
+    message = str(refused.value)
+    assert str(path) in message and "not a file" in message and len(message.splitlines()) == 1, message
+
+@pytest.mark.parametrize("make, split", [(tg.Loader, "train"), (tg.Validation, "val")])
 def test_a_missing_pattern_is_refused(tmp_path, make, split):
     other = "val" if split == "train" else "train"
     write_shard(tmp_path / f"x_{other}_000000.bin", made_up_text(2000))
@@ -128,7 +130,7 @@ def write_shards(folder: Path, shards: list[list[int]]) -> None:
         write_shard(folder / f"x_train_{n:06d}.bin", tokens)
 
 def random_shards(seed: int, sizes: tuple[int, ...] = (700, 90, 400, 1, 650)) -> list[list[int]]:
-    """Documents of very different lengths, often across a limit; all shards but the first begin within a document."""
+    """Documents of very different lengths, often across a limit; later shards mostly begin within one."""
     rng, shards = np.random.default_rng(seed), []
     for n, size in enumerate(sizes):
         tokens = rng.integers(0, BOS, size)
@@ -273,10 +275,10 @@ def test_too_few_validation_tokens_are_refused(tmp_path, count, good):
         assert f" {count}" in str(refused.value) and str(tmp_path) in str(refused.value)
 
 SMALL = dict(vocab_size=8, bos_id=7, val_tokens=6, val_seq_len=3)
-WORDS = "YQ== 0\nYmM= 1\nZGVm 2\nZ2hpag== 3\n"                # a, bc, def, ghij; the BOS, 7, has no line
+WORDS = ["YQ== 0", "YmM= 1", "ZGVm 2", "Z2hpag== 3", "a2xtbm8= 4", "cA== 5", "cQ== 6"]     # a, bc, def, ghij, klmno, p, q
 
 def test_bits_per_byte_by_hand(tmp_path):
-    (tmp_path / "vocab.tiktoken").write_text(WORDS)
+    (tmp_path / "vocab.tiktoken").write_text("\n".join(WORDS) + "\n")        # the BOS, 7, has no line
     found = validation(tmp_path, [7, 0, 1, 7, 2, 3, 3, 3], **SMALL)
     # Targets 0 1 7 2 3 3: 1 + 2 + 0 + 3 + 4 + 4 = 14 bytes; six losses of ln 2 are 6 bits. The eighth token is not read.
     assert found.bytes == 14
@@ -286,13 +288,26 @@ def test_bits_per_byte_by_hand(tmp_path):
 def test_without_a_vocabulary_there_are_no_bits_per_byte(tmp_path):
     assert validation(tmp_path, [7, 0, 1, 7, 2, 3, 3, 3], **SMALL).bits_per_byte(1.0) is None
 
-@pytest.mark.parametrize("line", ["YQ==", "YQ== x", "YQ== -1", "YQ== 8", "YQ= 3", "not a vocabulary", ""])
-def test_a_malformed_vocabulary_is_refused(tmp_path, line):
-    path = tmp_path / "vocab.tiktoken"
-    path.write_text(f"YmM= 1\n{line}\nZGVm 2\n")
-    with pytest.raises(tg.UserError, match="line 2") as refused:
-        tg.token_bytes(path, 8)
+def assert_vocabulary_refused(path: Path, lines: list[str], word: str) -> None:
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(tg.UserError, match=word) as refused:
+        tg.token_bytes(path, 8, 7)
     assert str(path) in str(refused.value) and len(str(refused.value).splitlines()) == 1
+
+@pytest.mark.parametrize("line", ["YQ==", "YQ== x", "YQ== -1", "YQ== -7", "YQ== 8", "not a vocabulary", "",
+                                  "YQ= 1", "Y*Q== 1", "a 1", "é 1", "{} 1",        # not base64
+                                  "YQ== 0", "YmM= 7"])                             # a second line for 0; one for the BOS
+def test_a_malformed_vocabulary_is_refused(tmp_path, line):
+    assert_vocabulary_refused(tmp_path / "vocab.tiktoken", [WORDS[0], line, *WORDS[2:]], r"\bline 2\b")
+
+@pytest.mark.parametrize("missing", [0, 3, 6])
+def test_a_vocabulary_without_one_of_its_tokens_is_refused(tmp_path, missing):
+    lines = WORDS[:missing] + WORDS[missing + 1:]
+    assert_vocabulary_refused(tmp_path / "vocab.tiktoken", lines, rf"\btoken {missing}\b")
+
+def test_the_lines_of_a_vocabulary_may_come_in_any_order(tmp_path):
+    (tmp_path / "vocab.tiktoken").write_text("\n".join(WORDS[::-1]))
+    assert tg.token_bytes(tmp_path / "vocab.tiktoken", 8, 7).tolist() == [1, 2, 3, 4, 5, 1, 1, 0]
 
 # How much work a step is
 

@@ -30,14 +30,6 @@ def text(T: int, starts: tuple[int, ...] = (0,), seed: int = 0) -> tuple[torch.T
     ids[list(starts)] = BOS
     return ids[:-1], ids[1:]
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small only wait for threads, and for long where another process uses the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 @pytest.fixture
 def stream(monkeypatch):
     """model, tokens -> the normed stream (T, D) that the head gets: the whole model but its loss."""
@@ -372,7 +364,7 @@ def test_initial_values():
     assert not p["mlp"][:, 1].any()
     assert torch.equal(p["lm_head"], p["embed"].T)
     assert not torch.equal(p["input_embed_0"], p["input_embed_1"])
-    assert set(model.bigram_sign.unique().tolist()) == {-1.0, 1.0} and abs(float(model.bigram_sign.mean())) < 0.05
+    assert set(model.bigram_sign.unique().tolist()) == {-1.0, 1.0} and abs(model.bigram_sign.mean().item()) < 0.05
     assert set(p) == set(constants) | set(normals) | {"lm_head", "qkvo", "mlp"}
 
 # =====================================================================================================================
@@ -440,14 +432,15 @@ ATTENTION = "qkvo qkv_scale o_scale attn_gate"
     case(matrix_std=0.25, restarted="qkvo mlp"),
 ])
 def test_a_switch_changes_what_it_should_and_nothing_else(changes, expected):
-    batch, models, losses = text(150, (0, 60)), [], []
+    models, losses = [], []
     for cfg in (tiny(softmax_scale=1.0), tiny(**dict(softmax_scale=1.0) | changes)):       # sharp: where it looks matters
         tg.check_config(cfg)
         model = tg.GPT(cfg)
         models.append({name: p.detach().clone() for name, p in model.named_parameters()})
         model.set_long_window(64)
         weights = torch.tensor(tg.Schedule(cfg).predict(0))
-        losses.append(randomise(model)(*batch, weights, WINDOWS).item())
+        randomise(model)            # three texts: the mean loss of one may stay the same by chance
+        losses.append(np.array([model(*text(150, (0, 60), seed), weights, WINDOWS).item() for seed in range(3)]))
     base, changed = models
     assert set(base) - set(changed) == expected["gone"]
     assert set(changed) - set(base) == expected["new"]
@@ -455,11 +448,12 @@ def test_a_switch_changes_what_it_should_and_nothing_else(changes, expected):
     reshaped = {name for name in common if base[name].shape != changed[name].shape}
     assert reshaped == expected["reshaped"]
     assert {name for name in common - reshaped if not torch.equal(base[name], changed[name])} == expected["restarted"]
-    assert math.isfinite(losses[1])
-    if not expected["restarted"]:       # the initial values are overwritten above
-        assert abs(losses[1] - losses[0]) > 1e-5, losses         # rounding: 1e-6
+    assert np.isfinite(losses[1]).all()
+    difference = np.abs(losses[1] - losses[0]).max()
+    if expected["restarted"]:       # these initial values are overwritten above
+        assert difference == 0
     else:
-        assert losses[1] == losses[0]
+        assert difference > 2e-5, "no more than rounding"
 
 def test_reshaped_banks_lose_only_the_rows_of_the_layers_that_went():
     """With the smaller bank's rows copied over, a layer less in the table is that layer less in the sum."""

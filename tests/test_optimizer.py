@@ -8,14 +8,6 @@ from conftest import tiny
 
 CPU = torch.device("cpu")
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On tensors this small, threads that wait for each other on a busy machine cost a hundred times the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -111,25 +103,33 @@ class PlainNorMuon:
         agree = torch.sign(u) * torch.sign(self.weight) > 0
         self.weight = self.weight - rate * u - torch.where(agree, wd * lr * rate * self.weight, 0.0)
 
+def alone(p: torch.Tensor, optimizer: str, **spec) -> tg.Optimizer:
+    """The optimizer of a model that is this one parameter."""
+    model = torch.nn.Module()
+    model.p, model.specs = torch.nn.Parameter(p), {"p": tg.Spec(optimizer, **spec)}
+    return tg.Optimizer(tiny(), model, tg.Ranks(0, 1, CPU))
+
 def muon_state(p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    state = tg.Optimizer.new_state(p, tg.Spec("muon"))
+    state = alone(p, "muon").state["p"]
     return state["momentum"], state["second"]
 
-BANKS = [(2, 2, 64, 16), (2, 2, 16, 64), (2, 2, 32, 32)]
-
-@pytest.mark.parametrize("shape", BANKS)
+@pytest.mark.parametrize("shape", [(2, 3, 64, 16), (2, 3, 16, 64), (2, 3, 32, 32)])
 def test_normuon_state_has_one_value_for_each_index_of_the_longer_side(shape):
-    _, second = muon_state(torch.zeros(shape))
+    m, second = muon_state(torch.zeros(shape))
     rows, columns = shape[-2:]
-    assert second.shape == (*shape[:-2], *((rows, 1) if rows >= columns else (1, columns)))
+    assert m.shape == (6, rows, columns)                            # a bank's matrices in one row, whoever updates them
+    assert second.shape == (6, *((rows, 1) if rows >= columns else (1, columns)))
 
-@pytest.mark.parametrize("shape", BANKS)
+MATRICES = [(4, 64, 16), (4, 16, 64), (4, 32, 32)]
+RATES_OF_FOUR = torch.tensor([1.0, 2.0, 1.0, 2.0]).view(4, 1, 1)    # as of a bank (2, 2, ...) whose [:, 1] go twice as fast
+
+@pytest.mark.parametrize("shape", MATRICES)
 def test_normuon_keeps_the_norm_and_evens_out_the_longer_side(shape):
     g = random(*shape)
     across = -1 if shape[-2] >= shape[-1] else -2
     g *= 10 ** torch.linspace(-1, 1, shape[-3 - across]).view((-1, 1) if across == -1 else (1, -1))    # very uneven
     m, second = muon_state(g)
-    plain = tg.polar_express(g.flatten(0, 1)).view_as(g).float()
+    plain = tg.polar_express(g).float()
     u = tg.normuon_direction(g.clone(), m, second, 0.0, 0.95)       # no momentum, first step: u's own sizes alone count
     sizes = u.norm(dim=across)
     torch.testing.assert_close(u.norm(dim=(-2, -1)), plain.norm(dim=(-2, -1)), rtol=1e-5, atol=0)
@@ -137,9 +137,9 @@ def test_normuon_keeps_the_norm_and_evens_out_the_longer_side(shape):
     torch.testing.assert_close(sizes, sizes.mean(dim=-1, keepdim=True).expand_as(sizes), rtol=1e-4, atol=0)
 
 def test_normuon_direction_of_nothing_is_nothing():
-    m, second = muon_state(torch.zeros(1, 2, 32, 16))
+    m, second = muon_state(torch.zeros(2, 32, 16))
     for _ in range(2):
-        assert (tg.normuon_direction(torch.zeros(1, 2, 32, 16), m, second, 0.95, 0.95) == 0).all()
+        assert (tg.normuon_direction(torch.zeros(2, 32, 16), m, second, 0.95, 0.95) == 0).all()
 
 @pytest.mark.parametrize("shape", [(4, 64, 16), (4, 16, 64), (4, 32, 32)])
 def test_polar_express_is_model_md_up_to_bfloat16(shape):
@@ -148,50 +148,52 @@ def test_polar_express_is_model_md_up_to_bfloat16(shape):
     assert (tg.polar_express(g) - expected).norm() < 0.08 * expected.norm()     # five steps amplify bfloat16's 0.4 %
     assert tg.POLAR_EXPRESS == COEFFICIENTS                                     # so a slip in a late coefficient could hide
 
-@pytest.mark.parametrize("shape", BANKS)
+@pytest.mark.parametrize("shape", MATRICES)
 def test_normuon_is_model_md_in_float64_over_several_steps(shape, monkeypatch):
     # With bfloat16 out of the way (its error is the test above), every other step can be compared closely.
     monkeypatch.setattr(tg, "polar_express", lambda u: torch.stack([plain_polar_express(matrix) for matrix in u]).float())
     settings, momenta = dict(lr=0.02, wd=8.0, beta2=0.9), (0.85, 0.9, 0.95, 0.95, 0.5)
     begin = 0.2 * random(*shape, seed=1)
+    rates = max(1, shape[1] / shape[2])**0.5 * RATES_OF_FOUR
     p, (m, second) = begin.clone(), muon_state(begin)
-    plain = {(n, k): PlainNorMuon(begin[n, k]) for n in range(shape[0]) for k in range(shape[1])}
+    plain = [PlainNorMuon(matrix) for matrix in begin]
     for i, mu in enumerate(momenta):
         g = spread(*shape, condition=10.0, seed=2 + i)
-        tg.normuon_(p, None, g.clone(), m, second, momentum=mu, second_lr=2.0, **settings)
-        for (n, k), matrix in plain.items():
-            matrix.step(g[n, k], mu=mu, twice=k == 1, **settings)
-    for (n, k), matrix in plain.items():
-        torch.testing.assert_close(m[n, k], matrix.m.float(), rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(second[n, k], matrix.second.float(), rtol=1e-3, atol=0)
-        torch.testing.assert_close(p[n, k], matrix.weight.float(), rtol=1e-3, atol=1e-4)
+        tg.normuon_(p, None, g.clone(), m, second, momentum=mu, rates=rates, **settings)
+        for n, matrix in enumerate(plain):
+            matrix.step(g[n], mu=mu, twice=n % 2 == 1, **settings)
+    for n, matrix in enumerate(plain):
+        torch.testing.assert_close(m[n], matrix.m.float(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(second[n], matrix.second.float(), rtol=1e-3, atol=0)
+        torch.testing.assert_close(p[n], matrix.weight.float(), rtol=1e-3, atol=1e-4)
 
 @pytest.mark.parametrize("shape, factor", [((2, 3, 64, 16), 2.0), ((2, 3, 16, 64), 1.0), ((2, 3, 32, 32), 1.0)])
 def test_normuon_learning_rate_follows_the_shape_and_the_second_matrix_has_its_own(shape, factor):
-    g, begin = random(*shape), random(*shape, seed=1)
+    optimizer = alone(torch.zeros(shape), "muon", second_lr=2.0)
+    g, begin = random(6, *shape[2:]), random(6, *shape[2:], seed=1)
     u = tg.normuon_direction(g.clone(), *muon_state(g), 0.9, 0.95)
     p = begin.clone()
-    tg.normuon_(p, None, g.clone(), *muon_state(p), lr=0.01, wd=0.0, momentum=0.9, beta2=0.95, second_lr=2.0)
-    rates = torch.tensor([1.0, 2.0, 1.0]).view(3, 1, 1)             # [:, 1] of each layer, and only that one
+    tg.normuon_(p, None, g.clone(), *muon_state(p), lr=0.01, wd=0.0, momentum=0.9, beta2=0.95, rates=optimizer.rates("p"))
+    rates = torch.tensor([1.0, 2.0, 1.0] * 2).view(6, 1, 1)         # [:, 1] of each layer, and only that one
     torch.testing.assert_close(begin - p, 0.01 * factor * rates * u, rtol=1e-3, atol=1e-6)
 
-@pytest.mark.parametrize("shape, factor", [((2, 2, 64, 16), 2.0), ((2, 2, 16, 64), 1.0)])
+@pytest.mark.parametrize("shape, factor", [((4, 64, 16), 2.0), ((4, 16, 64), 1.0)])
 def test_normuon_decays_only_where_update_and_weight_agree(shape, factor):
     g, begin = random(*shape), random(*shape, seed=1)
     after = {}
     for wd in (0.0, 3.0):
         after[wd] = begin.clone()
-        tg.normuon_(after[wd], None, g.clone(), *muon_state(g), lr=0.01, wd=wd, momentum=0.9, beta2=0.95, second_lr=2.0)
+        tg.normuon_(after[wd], None, g.clone(), *muon_state(g), lr=0.01, wd=wd, momentum=0.9, beta2=0.95,
+                    rates=factor * RATES_OF_FOUR)
     agree = (begin - after[0.0]).sign() == begin.sign()             # the update takes away from the weight
     assert 0.3 < agree.float().mean() < 0.7
-    rates = torch.tensor([1.0, 2.0]).view(2, 1, 1)
-    expected = torch.where(agree, 3.0 * 0.01 * (0.01 * factor * rates) * begin, 0.0)
+    expected = torch.where(agree, 3.0 * 0.01 * (0.01 * factor * RATES_OF_FOUR) * begin, 0.0)
     torch.testing.assert_close(after[0.0] - after[3.0], expected, rtol=1e-2, atol=3e-7)
 
 # Adam
 
 def adam_state(p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    state = tg.Optimizer.new_state(p, tg.Spec("adam"))
+    state = alone(p, "adam").state["p"]
     return state["momentum"], state["second"]
 
 @pytest.mark.parametrize("betas, eps", [((0.5, 0.95), 1e-10), ((0.9, 0.99), 1e-10), ((0.65, 0.95), 1e-3)])
@@ -258,22 +260,21 @@ def test_a_float32_parameter_needs_no_second_buffer():
     p = random(5)
     tg.store_exact_(p, None, value := random(5, seed=1))
     assert torch.equal(p, value) and torch.equal(tg.exact(p, None), value)
-    assert "low" not in tg.Optimizer.new_state(p, tg.Spec("adam"))
-    assert "low" in tg.Optimizer.new_state(p.bfloat16(), tg.Spec("adam"))
+    assert "low" not in alone(p, "adam").state["p"] and "low" in alone(p.bfloat16(), "adam").state["p"]
 
 def small_adam(p, low, g, state, step):
     tg.adam_(p, low, g, *state, lr=3e-4, wd=10.0, betas=(0.9, 0.99), eps=1e-10, steps=step)
 
 def small_normuon(p, low, g, state, step):
-    tg.normuon_(p, low, g, *state, lr=1e-3, wd=1.2, momentum=0.9, beta2=0.95, second_lr=2.0)
+    tg.normuon_(p, low, g, *state, lr=1e-3, wd=1.2, momentum=0.9, beta2=0.95, rates=RATES_OF_FOUR)
 
 @pytest.mark.parametrize("update, state_of", [(small_adam, adam_state), (small_normuon, muon_state)])
 def test_updates_too_small_for_bfloat16_add_up_as_in_float32(update, state_of):
-    begin = (1 + random(2, 2, 32, 16).abs()).bfloat16()             # neighbours of 1 in bfloat16 are 2**-7 away
+    begin = (1 + random(4, 32, 16).abs()).bfloat16()                # neighbours of 1 in bfloat16 are 2**-7 away
     p, low, wide = begin.clone(), torch.zeros_like(begin, dtype=torch.int16), begin.float()
     state, wide_state = state_of(begin), state_of(wide)
     for step in range(1, 41):
-        g = (0.5 + random(2, 2, 32, 16, seed=step)).bfloat16()      # a drift, so that small steps go somewhere
+        g = (0.5 + random(4, 32, 16, seed=step)).bfloat16()         # a drift, so that small steps go somewhere
         update(p, low, g.clone(), state, step)
         update(wide, None, g.float(), wide_state, step)
         assert torch.equal(bits(tg.exact(p, low)), bits(wide)), step
@@ -340,15 +341,17 @@ def test_adam_steps_on_the_sum_of_two_gradients_and_counts_its_own_steps():
 def test_muon_steps_on_each_gradient_with_the_momentum_it_is_given():
     model, optimizer = build()
     begin = values(model)
-    expected = {name: begin[name].clone() for name in ("qkvo", "mlp")}
+    expected = {name: begin[name].flatten(0, 1).clone() for name in ("qkvo", "mlp")}
+    rates = {"qkvo": torch.ones(6 * 4, 1, 1),                       # square
+             "mlp": torch.tensor([2.0, 4.0] * 6).view(-1, 1, 1)}    # four times as many rows as columns; the second twice
     state = {name: muon_state(p) for name, p in expected.items()}
     for step, (lr_mul, momentum) in enumerate([(1.0, 0.85), (0.5, 0.9), (0.7, 0.95)]):
         g = add_gradients(model, step)
         optimizer.step(step, lr_mul=lr_mul, momentum=momentum, untie=False)
-        for name, twice in (("qkvo", 1.0), ("mlp", 2.0)):
-            tg.normuon_(expected[name], None, g[name], *state[name], lr=0.023 * lr_mul, wd=1.2, momentum=momentum,
-                        beta2=0.95, second_lr=twice)
-            torch.testing.assert_close(optimizer.params[name].detach(), expected[name], rtol=1e-6, atol=1e-7)
+        for name, p in expected.items():
+            tg.normuon_(p, None, g[name].flatten(0, 1), *state[name], lr=0.023 * lr_mul, wd=1.2, momentum=momentum,
+                        beta2=0.95, rates=rates[name])
+            torch.testing.assert_close(optimizer.params[name].detach().flatten(0, 1), p, rtol=1e-6, atol=1e-7)
 
 def test_a_bfloat16_model_is_optimized_as_if_it_were_float32():
     narrow, narrow_optimizer = build(torch.bfloat16)
@@ -361,7 +364,8 @@ def test_a_bfloat16_model_is_optimized_as_if_it_were_float32():
             add_gradients(model, step)
             optimizer.step(step, lr_mul=0.3, momentum=0.9, untie=step == 3)
     for name, p in narrow.named_parameters():
-        value = tg.exact(p.detach(), narrow_optimizer.state[name].get("low"))
+        low = narrow_optimizer.state[name].get("low")
+        value = tg.exact(p.detach(), low if low is None else low.view_as(p))
         assert torch.equal(bits(value), bits(wide.get_parameter(name).detach())), name
 
 # model.md's tables. Adam: betas, lr x, wd x; names without the name of a table at their end.

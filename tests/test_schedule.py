@@ -172,14 +172,19 @@ REFUSED = [
     ("skips", ".a....", "'a'"), ("skips", ".a.aa.", "'a'"), ("skips", ".a.ba.", "'b'"), ("backout", "b..b..", "one"),
     # gates
     *[(name, text, "model_dim") for name in ("smear_chunk", "skip_chunk", "attn_chunk", "ve_chunk")
-      for text in ("12:0", "5:5", "5", "a:b", "0:257", "-1:3", ":", "3:")],
+      for text in ("12:0", "5:5", "5", "a:b", "0:257", "-1:3", ":", "3:", "²:3", "0:³")],     # int() reads no superscripts
     ("ve_own_dims", "257", "model_dim"), ("ve_own_dims", "-1", "0"),
     # counts and shares
     *[(name, text, "1") for name in ("vocab_size", "head_dim", "mlp_ratio", "num_steps", "max_predict", "micro_batches",
                                      "val_tokens", "val_seq_len", "final_long_window") for text in ("0", "-5")],
     *[(name, "-1", "negative") for name in ("extra_inputs", "bigram_rows", "bigram_signs", "val_every", "momentum_warmup",
-                                            "momentum_cooldown")],
-    *[(name, text, "between 0 and 1") for name in ("extension_share", "cooldown_share", "untie_share", "rotary_share")
+                                            "momentum_cooldown", "save_every")],
+    *[(name, text, "negative") for name in ("embed_std", "value_embed_std", "matrix_std", "muon_lr", "muon_wd", "adam_lr",
+                                            "adam_wd", "adam_eps", "softcap") for text in ("-0.1", "nan", "inf")],
+    *[(name, text, "above 0") for name in ("softmax_scale", "softcap_width", "rotary_base", "rank_timeout")
+      for text in ("0", "-1", "nan", "inf")],
+    *[(name, text, "between 0 and 1") for name in ("extension_share", "cooldown_share", "untie_share", "rotary_share",
+                                                     "momentum_min", "momentum_max", "muon_beta2")
       for text in ("-0.1", "1.1", "nan")],
     ("extension_share", "1", "num_steps"),
     # sizes that do not fit each other
