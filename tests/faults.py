@@ -100,7 +100,7 @@ def differences(folder: Path, expected: Path) -> list[str]:
 def names_the_dead(output: str, rank: int, ranks: int) -> list[str]:
     """Who said which process died: torchrun, and the survivor."""
     said = []
-    if re.search(rf"rank\s*: {rank} \(local_rank: {rank}\)\s+exitcode\s*: -9 ", output):
+    if re.search(rf"rank\s*: {rank} \(local_rank: {rank}\)\s+exitcode\s*: -9 |exitcode: -9\) local_rank: {rank} ", output):
         said.append("torchrun")
     if f"process {rank} of {ranks} died or hangs" in output:
         said.append("survivor")
@@ -140,10 +140,10 @@ def one_kill(ranks: int, steps: int, duration: float, expected: Path, rng: rando
     try:
         output = run.wait(10 * duration + 60 if restarts else BOUND)
         seconds = time.monotonic() - killed
-        if ranks > 1:
+        if run.torchrun:
             said = names_the_dead(output, rank, ranks)
-            line += f"; others ended after {seconds:4.1f} s, named by {' and '.join(said) or 'nobody'}"
-            wrong += [] if said or restarts else [f"nobody named process {rank}:\n{output}"]
+            line += f"; {'all over' if restarts else 'others ended'} after {seconds:4.1f} s, named by {' and '.join(said)}"
+            wrong += [] if said else [f"nobody named process {rank}:\n{output}"]
         if restarts:
             wrong += [f"torchrun gave up, exit code {run.process.returncode}:\n{output}"] if run.process.returncode else []
         else:

@@ -216,9 +216,13 @@ def start(folder: Path, *given: dict) -> list:
     return processes
 
 def finish(folder: Path, processes: list, timeout: float = 60) -> list[tuple[int, str, str]]:
-    """[(exit code, stdout, stderr)] of each."""
+    """[(exit code, stdout, stderr)] of each; they have so many seconds."""
+    deadline = time.monotonic() + timeout
     for process in processes:
-        process.join(timeout)
+        process.join(max(0, deadline - time.monotonic()))
+    for process in processes:                                               # none, if all is well
+        process.kill()
+        process.join()
     return [(process.exitcode, *((folder / f"process{rank}.{end}").read_text() for end in ("out", "err")))
             for rank, process in enumerate(processes)]
 
@@ -289,12 +293,14 @@ def test_two_are_kept_and_a_reader_never_sees_a_half_one(tiny_data, tmp_path):
                     broken.append((path.name, error))
     reader = threading.Thread(target=read)
     reader.start()
-    for step in range(2, 42, 2):
-        save_at(run, step)
-        kept = sorted(int(path.stem[-6:]) for path in tmp_path.glob("*.pt"))
-        assert kept == [step - 2, step][2 - min(step // 2, 2):]
-    over.set()
-    reader.join()
+    try:
+        for step in range(2, 42, 2):
+            save_at(run, step)
+            kept = sorted(int(path.stem[-6:]) for path in tmp_path.glob("*.pt"))
+            assert kept == [step - 2, step][2 - min(step // 2, 2):]
+    finally:
+        over.set()
+        reader.join()
     assert not broken and len(set(loaded)) > 5
 
 def test_what_a_killed_process_left_half_written_is_ignored_and_cleared_away(tiny_data, tmp_path):
