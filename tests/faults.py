@@ -74,7 +74,8 @@ class Run:
 
 def events(folder: Path) -> list[str]:
     """The lines of all logs of a folder without what depends on the time: one log, or more if it died before it saved."""
-    lines = "\n".join(path.read_text() for path in sorted(folder.glob("*.txt"))).splitlines()
+    logs = sorted(folder.glob("*.txt"), key=lambda path: path.stat().st_mtime_ns)      # their names say nothing of their order
+    lines = "\n".join(path.read_text() for path in logs).splitlines()
     lines = [line for line in lines if re.match(r"step:\d", line)]
     return [re.sub(r" (train_time|step_avg|tokens_per_second|mfu):\S+", "", line) for line in lines]
 

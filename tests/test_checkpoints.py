@@ -521,8 +521,67 @@ def test_a_signal_while_nothing_new_is_there_to_save_ends_the_run_at_once(tiny_d
     run.last_signal = run.last_signal[0], run.last_signal[1] - 3
     with pytest.raises(tg.Stopped):                                         # later: somebody does not want to wait
         run.hear(signal.SIGINT, None)
-    run.leaving, run.last_signal = True, None
-    run.hear(signal.SIGINT, None)                                           # on its way out already: the log is being ended
+    run.leaving, run.steps_done = True, run.began_at
+    try:
+        run.hear(signal.SIGINT, None)
+    except tg.Stopped:                                                      # pytest would take it for a Ctrl-C of its own
+        pytest.fail("on its way out already, the log was being ended")
+
+# ---- processes that die
+
+def test_who_is_silent(monkeypatch):
+    """Alive, or said goodbye: not. Failed, stopped beating, or was never heard: yes."""
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
+    me, alive, gone, failed = (tg.Pulse(tg.Ranks(rank, 6, torch.device("cpu"))) for rank in range(4))
+    gone.last_word = "left"
+    gone.end()
+    failed.end()
+    me.store.set("4", "17")
+    assert me.silent() == [3, 4, 5]
+    monkeypatch.setattr(tg.Pulse, "beat", lambda *_: (_ for _ in ()).throw(RuntimeError("the store is gone")))
+    assert me.silent() == []
+    alive.end()
+    me.end()
+
+NAN = tg.RunFailed("the training loss is nan")
+
+@pytest.mark.parametrize("error, silent, heard, line", [
+    (tg.Stopped("SIGINT"), [], "SIGINT", "interrupted: 0 of 13 steps done, train_time:0ms (SIGINT)"),
+    (RuntimeError("connection closed"), [], "SIGTERM", "interrupted: 0 of 13 steps done, train_time:0ms (SIGTERM)"),
+    (RuntimeError("connection closed"), [1], None, "failed: process 1 of 4 died or hangs, after step 0"),
+    (tg.Stopped("SIGTERM"), [1, 3], "SIGTERM", "failed: process 1, 3 of 4 died or hangs, after step 0"),
+    (RuntimeError("out of memory"), [], None, "failed: out of memory"),
+    (NAN, [1], "SIGTERM", "failed: the training loss is nan"),
+])
+def test_what_ended_a_run_is_told_apart(error, silent, heard, line, tiny_data, tmp_path, monkeypatch):
+    """A process among four. torchrun sends SIGTERM also when another has died; and who hears it first leaves first."""
+    class Run(RecordedRun):
+        def __init__(self, cfg, overrides):
+            super().__init__(cfg)
+            self.ranks = tg.Ranks(0, 4, self.ranks.device)
+        def loop(self):
+            self.last_signal = heard and (heard, time.monotonic())
+            raise error
+    class Pulse:
+        def __init__(self, ranks):
+            self.last_word, self.ended = "failed", []
+            pulses.append(self)
+        def silent(self):
+            return silent
+        def end(self):
+            self.ended = [self.last_word]
+    pulses = []
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(tg.Ranks, "leave", lambda *_: None)
+    monkeypatch.setattr(tg, "Run", Run)
+    monkeypatch.setattr(tg, "Pulse", Pulse)
+    stopped = line.startswith("interrupted")
+    with pytest.raises(tg.Stopped if stopped else (tg.RunFailed, RuntimeError)) as raised:
+        tg.train(tiny(data_dir=str(tiny_data), log_dir=str(tmp_path), **BASE), {})
+    assert events_of(tmp_path)[-1].startswith(line)
+    assert pulses[0].ended == ["left" if stopped else "failed"]                 # a failed one is named by the others
+    assert not stopped or str(raised.value) == heard                            # its exit code depends on it
 
 # ---- losses that go wrong
 
