@@ -614,10 +614,3 @@ def test_a_spike_is_named_with_step_and_group_and_the_run_goes_on(tiny_data, tmp
 
 def test_a_quiet_run_has_no_spikes(undisturbed):
     assert not any(line.startswith("spike:") for line in undisturbed.events)
-
-# ---- real commands, killed at any moment
-
-def test_the_fault_program_finds_no_difference(corpus_dir):
-    """tests/faults.py, a kill with one process and one with two; as a benchmark it does twenty."""
-    result = run_command([sys.executable, ROOT / "tests" / "faults.py", "--kills", 2, "--ranks", "1,2", "--steps", 4])
-    assert result.returncode == 0 and "2 of 2" in result.stdout.splitlines()[-1], result.stdout + result.stderr
