@@ -2,24 +2,32 @@
 
     python data/fineweb.py [N] [--dataset 10B|100B] [--out DIR]      default: 9 shards, enough for the short track
 
-Fetches only what is missing. A file gets its final name when it is whole and right. HF_ENDPOINT, HF_HUB_OFFLINE and
-HF_TOKEN work as everywhere with huggingface_hub.
+Fetches only what is missing, and goes on in the middle of a file where it was stopped. A file gets its final name when
+it is whole, checked and on disk. HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN work as everywhere with huggingface_hub.
 """
 import errno
+import os
+import re
 import shutil
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 if str(HERE.parent) not in sys.path:
     sys.path.insert(0, str(HERE.parent))
-from data.shards import arguments, command, make_folder, user_error  # noqa: E402
+from data.shards import (alone_in, arguments, command, make_folder, move, say, sha256, shard_is_whole,  # noqa: E402
+                         user_error)
 
 TRAIN_SHARDS = {"10B": 103, "100B": 1029}
 SHARD_TOKENS = 100_000_000
 VOCAB_SIZE, BOS_ID = 50257, 50256
-AT_ONCE = 4
+AT_ONCE = 4                     # files
+WAITS = (1, 2, 4, 8, 16, 32)    # seconds after each failure in a row that brought nothing new; then it gives up
+LONGEST_WAIT = 300              # seconds, if the hub names a time
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def main(argv: list[str]) -> None:
@@ -32,60 +40,221 @@ def main(argv: list[str]) -> None:
 
 
 def fetch(shards: int, dataset: str, out: Path) -> None:
+    """Makes `out` hold the validation shard and the first training shards. UserError: what is wrong, and where."""
     most = TRAIN_SHARDS[dataset]
     if not 1 <= shards <= most:
         raise user_error(f"{shards} shards: FineWeb {dataset} has 1 to {most} training shards")
     names = ["fineweb_val_000000.bin"] + [f"fineweb_train_{i:06d}.bin" for i in range(1, shards + 1)]
-    missing = [name for name in names if not (out / name).exists()]
+    missing = [name for name in names if not shard_is_whole(out / name)]
+    for name in missing:
+        if (out / name).exists():
+            print(f"{out / name}: not a whole shard, fetching it again", flush=True)
     if missing:
         print(f"{out}: {len(missing)} of {len(names)} shards are missing, fetching", flush=True)
-        fetch_files(missing, f"kjj0/fineweb{dataset}-gpt2", make_folder(out))
+        with alone_in(make_folder(out)):
+            Fetch(f"kjj0/fineweb{dataset}-gpt2", out, missing).run()
     add_vocab(out)
     print(f"{out}: complete, {shards} training shards")
 
 
-def fetch_files(names: list[str], repo: str, out: Path) -> None:
-    fetch_file(names[0], repo, out)     # alone: a hub out of reach is then said once, not by every thread
-    pool = ThreadPoolExecutor(AT_ONCE)
-    try:
-        for _ in pool.map(lambda name: fetch_file(name, repo, out), names[1:]):
-            pass
-    finally:                            # on an error or Ctrl-C: start no more, and do not wait for the others
-        pool.shutdown(wait=False, cancel_futures=True)
-    shutil.rmtree(out / ".staging", ignore_errors=True)
+class Broken(Exception):
+    """An answer that is not the whole file: what is wrong with it, in one line."""
 
 
-def fetch_file(name: str, repo: str, out: Path) -> None:
-    import huggingface_hub
-    from train_gpt import read_shard
-    staged = out / ".staging" / name    # same disk as `out`, so that the move at the end is one step
+class WrongContent(Broken):
+    """A file that is whole and not the right one."""
+
+
+@dataclass(frozen=True)
+class Remote:
+    """What the hub says of a file before sending it."""
+    url: str
+    size: int | None
+    sha256: str | None          # None: the hub has no content hash for it
+
+    @property
+    def tag(self) -> str:       # of the unfinished file's name: only the same content is gone on with
+        return (self.sha256 or str(self.size))[:16]
+
+
+class Fetch:
+    """Fetches the named shards of a dataset into `out`, AT_ONCE at a time; unfinished ones are in out/.staging."""
+
+    def __init__(self, repo: str, out: Path, names: list[str]):
+        self.repo, self.out, self.names = repo, out, names
+        self.staging = make_folder(out / ".staging")            # same disk as `out`: the move at the end is one step
+        self.stop, self.lock = threading.Event(), threading.Lock()
+        self.have = dict.fromkeys(names, 0)                     # bytes that are here
+        self.finished = 0
+
+    def run(self) -> None:
+        from huggingface_hub.utils import logging
+        from tqdm import tqdm
+        logging.set_verbosity_error()                           # its warnings name signed addresses
+        first = self.persist(self.names[0], self.look_up)       # a hub out of reach is said once, not by every thread
+        total = len(self.names) * (first.size or 0)             # shards are of equal size, but for the last
+        self.check_disk(total)
+        self.bar = tqdm(total=total, unit="B", unit_scale=True, disable=None)   # None: no bar where no terminal is
+        pool = ThreadPoolExecutor(AT_ONCE)
+        try:
+            for done in wait([pool.submit(self.persist, name, self.fetch_file) for name in self.names],
+                             return_when=FIRST_EXCEPTION).done:
+                done.result()
+        finally:                                                # on an error or Ctrl-C: start no more, end the others
+            self.stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            self.bar.close()
+        shutil.rmtree(self.staging, ignore_errors=True)
+
+    def check_disk(self, total: int) -> None:
+        kept = sum(path.stat().st_size for path in self.staging.iterdir())
+        free = shutil.disk_usage(self.out).free
+        if total - kept > free:
+            raise user_error(f"{self.out}: {len(self.names)} shards need {(total - kept) / 1e9:.1f} GB, the disk has "
+                             f"{free / 1e9:.1f} GB free; make room, fetch fewer, or choose another disk with --out")
+
+    def persist(self, name: str, attempt):
+        """attempt(name), again with growing waits while the failure is one that may pass."""
+        failures = wrong = most = 0
+        while True:
+            try:
+                if self.stop.is_set():
+                    raise Broken("stopped")
+                return attempt(name)
+            except Exception as error:
+                if not about_the_fetch(error):
+                    raise
+                failures = 1 if self.have[name] > most else failures + 1    # since something new came
+                most = max(most, self.have[name])
+                wrong += isinstance(error, WrongContent)
+                if self.stop.is_set() or final(error) or wrong == 2 or failures > len(WAITS):
+                    raise user_error(f"{self.out / name}: not fetched from {self.repo}: {reason(error)}") from error
+                pause = min(max(WAITS[failures - 1], asked_wait(error)), LONGEST_WAIT)
+                self.say(f"{name}: {reason(error)}; again in {pause} s")
+            self.stop.wait(pause)
+
+    def look_up(self, name: str) -> Remote:
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+        found = get_hf_file_metadata(hf_hub_url(self.repo, name, repo_type="dataset"))
+        url = hf_hub_url(self.repo, name, repo_type="dataset", revision=found.commit_hash)      # no later version of it
+        content = found.etag if re.fullmatch("[0-9a-f]{64}", found.etag or "") else None
+        return Remote(url, found.size, content)
+
+    def fetch_file(self, name: str) -> None:
+        remote = self.look_up(name)
+        part = self.staging / f"{name}.{remote.tag}.part"
+        self.receive(name, remote, part)
+        try:
+            check(part, remote)
+        except WrongContent:
+            part.unlink()
+            self.count(name, -self.have[name])
+            raise
+        move(part, self.out / name)
+        self.finished += 1
+        self.say(f"{name}: {self.have[name] / 1e6:.1f} MB, {self.finished} of {len(self.names)}")
+
+    def receive(self, name: str, remote: Remote, part: Path) -> None:
+        """The rest of the file, behind what an earlier attempt left."""
+        from huggingface_hub import constants, get_session
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+        if not remote.size:                                     # nothing tells where a rest would end
+            part.unlink(missing_ok=True)
+        had = part.stat().st_size if part.exists() else 0
+        self.count(name, had - self.have[name])
+        if had == remote.size:
+            return
+        headers = build_hf_headers() | {"Range": f"bytes={had}-", "Accept-Encoding": "identity"}
+        with get_session().stream("GET", remote.url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as answer:
+            hf_raise_for_status(answer)
+            with open(part, "ab") as file:
+                if had and answer.status_code != 206:           # a server that knows no ranges sends it from the start
+                    file.truncate(0)
+                    self.count(name, -had)
+                for chunk in answer.iter_bytes():
+                    if self.stop.is_set():
+                        raise Broken("stopped")
+                    file.write(chunk)
+                    file.flush()                                # a kill leaves what was counted
+                    self.count(name, len(chunk))
+        if remote.size and self.have[name] < remote.size:
+            raise Broken(f"the connection ended after {self.have[name]} of {remote.size} bytes")
+
+    def count(self, name: str, new: int) -> None:
+        with self.lock:
+            self.have[name] += new
+            self.bar.update(new)
+
+    def say(self, line: str) -> None:
+        with self.lock:
+            say(line)
+
+
+def check(part: Path, remote: Remote) -> None:
+    """Size, the hub's hash, and what a loader asks of a shard; WrongContent says what does not hold."""
+    from train_gpt import UserError, read_shard
+    size = part.stat().st_size
+    if remote.size not in (None, size):
+        raise WrongContent(f"{size} bytes came, the hub promised {remote.size}")
+    if remote.sha256 and sha256(part) != remote.sha256:
+        raise WrongContent("what came has another sha256 than the hub promised")
     try:
-        huggingface_hub.hf_hub_download(repo, name, repo_type="dataset", local_dir=staged.parent)
-    except Exception as error:          # whatever this call raises is about the hub, the network or the disk
-        raise user_error(f"{out / name}: not fetched from {repo}: {reason(error)}") from error
-    try:
-        read_shard(staged, VOCAB_SIZE, BOS_ID)
-    except Exception:
-        staged.unlink(missing_ok=True)  # or the hub's client would take it for done the next time
-        raise
-    staged.replace(out / name)
+        read_shard(part, VOCAB_SIZE, BOS_ID)
+    except UserError as error:
+        raise WrongContent("what came is no shard: " + str(error).removeprefix(f"{part}: ")) from error
+
+
+# Which errors may pass, and how they are said
+
+def about_the_fetch(error: Exception) -> bool:
+    """The hub, the network or the disk; anything else is a bug and keeps its trace."""
+    libraries = ("huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2")
+    return isinstance(error, (Broken, OSError)) or type(error).__module__.split(".")[0] in libraries
+
+
+def status_of(error: Exception) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def final(error: Exception) -> bool:
+    """Would be the same the next time: the disk, offline mode, a file or address that is not there."""
+    from huggingface_hub import errors
+    status = status_of(error)
+    return (getattr(error, "errno", None) is not None or isinstance(error, errors.OfflineModeIsEnabled)
+            or type(error).__name__ in ("UnsupportedProtocol", "InvalidURL", "LocalProtocolError")
+            or status is not None and 400 <= status < 500 and status not in (408, 425, 429))
+
+
+def asked_wait(error: Exception) -> int:
+    """Seconds that the hub asks for before the next request."""
+    asked = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "")
+    return int(asked) if asked.isdecimal() else 0
 
 
 def reason(error: Exception) -> str:
     """One line. Not the hub's own text, which runs over many and may hold a signed address."""
-    from huggingface_hub import constants, errors
-    if constants.HF_HUB_OFFLINE:
+    from huggingface_hub import errors
+    if isinstance(error, Broken):
+        return str(error)
+    if isinstance(error, errors.OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set; unset it, or put the shards there yourself"
-    if isinstance(error, errors.RemoteEntryNotFoundError):
-        return "the hub has no such file in this dataset"
     if isinstance(error, errors.RepositoryNotFoundError):
         return "the hub knows no such dataset, or HF_TOKEN is wrong for it"
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        return "the hub cannot be reached; check the network or HF_ENDPOINT, then run this again"
-    if getattr(error, "errno", None) == errno.ENOSPC:
-        return "no space left on the disk; a shard takes 200 MB"
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    return f"{type(error).__name__}{f' {status}' if status else ''}; run this again to go on where it stopped"
+    if isinstance(error, errors.RemoteEntryNotFoundError) or status_of(error) in (404, 410):
+        return "the hub has no such file in this dataset"
+    if status_of(error):
+        return f"the hub answers with status {status_of(error)}"
+    if getattr(error, "errno", None) in DISK:
+        return f"{os.strerror(error.errno)}; a shard takes 200 MB, make room and run this again"
+    if getattr(error, "errno", None) is not None:
+        return os.strerror(error.errno)
+    if type(error).__name__ in ("UnsupportedProtocol", "InvalidURL", "LocalProtocolError"):
+        return "no request can be made with this HF_ENDPOINT or HF_TOKEN"
+    if type(error).__name__ in ("ConnectError", "ConnectTimeout"):
+        return "the hub cannot be reached; check the network or HF_ENDPOINT"
+    if type(error).__name__.endswith("Timeout"):
+        return "the hub does not answer"
+    return f"the connection broke ({type(error).__name__})"
 
 
 def add_vocab(out: Path) -> None:

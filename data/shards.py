@@ -1,5 +1,7 @@
 """Writing token shards, and what the commands of this folder share. The reader is train_gpt.py's read_shard."""
 import argparse
+import contextlib
+import fcntl
 import hashlib
 import os
 import sys
@@ -48,6 +50,13 @@ def arguments(doc: str) -> argparse.ArgumentParser:
     return parser
 
 
+def say(line: str) -> None:
+    """A line of output; a progress bar makes room for it."""
+    from tqdm import tqdm
+    tqdm.write(line)
+    sys.stdout.flush()
+
+
 def sha256(data: bytes | Path) -> str:
     if isinstance(data, Path):
         with open(data, "rb") as file:
@@ -63,6 +72,32 @@ def make_folder(path: Path) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def alone_in(folder: Path):
+    """Two that write the same folder would spoil each other's files."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise user_error(f"{folder}: another process is writing this folder; wait for it or end it") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def move(part: Path, path: Path) -> None:
+    """A finished file to its final name, when it is on disk."""
+    with open(part, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)            # the name too
+    finally:
+        os.close(folder)
+
+
 def write_file(path: Path, *parts: bytes) -> None:
     """Whole or not at all: a temporary name beside it, on disk, and only then its own name."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -70,23 +105,38 @@ def write_file(path: Path, *parts: bytes) -> None:
         with open(temporary, "wb") as file:
             for part in parts:
                 file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        move(temporary, path)
     except OSError as error:
         raise user_error(f"{path}: cannot be written: {error.strerror}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def shard_is_whole(path: Path) -> bool:
+    """Whether it is there with as many bytes as its header says: no more than that, so that it costs nothing to ask."""
+    try:
+        with open(path, "rb") as file:
+            header = file.read(12)
+        return path.stat().st_size == 1024 + 2 * int.from_bytes(header[8:], "little")
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise user_error(f"{path}: cannot be read: {error.strerror}") from error
+
+
 def write_shard(path: Path, tokens) -> None:
     """A header of 256 int32 (magic, version, count, zeros), then the tokens as uint16, both little-endian."""
     import numpy as np
-    from train_gpt import HEADER_BYTES, SHARD_MAGIC, SHARD_VERSION
     tokens = np.asarray(tokens)
     assert tokens.ndim == 1 and tokens.size > 0, f"{path}: a shard holds one row of tokens, not {tokens.shape}"
     assert 0 <= tokens.min() and tokens.max() < 2**16, f"{path}: tokens {tokens.min()}..{tokens.max()} do not fit uint16"
-    assert tokens.size < 2**31, f"{path}: {tokens.size} tokens do not fit the header's int32"
+    write_file(path, shard_header(tokens.size), np.ascontiguousarray(tokens, dtype="<u2").data)
+
+
+def shard_header(tokens: int) -> bytes:
+    import numpy as np
+    from train_gpt import HEADER_BYTES, SHARD_MAGIC, SHARD_VERSION
+    assert 0 < tokens < 2**31, f"{tokens} tokens do not fit the header's int32"
     header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
-    header[:3] = SHARD_MAGIC, SHARD_VERSION, tokens.size
-    write_file(path, header.tobytes(), np.ascontiguousarray(tokens, dtype="<u2").data)
+    header[:3] = SHARD_MAGIC, SHARD_VERSION, tokens
+    return header.tobytes()

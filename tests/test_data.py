@@ -1,11 +1,10 @@
-"""data/: the BPE, the shards, the embedded corpus, the fetch. No network beyond what making the corpus needs (pip)."""
+"""data/: the BPE, the shards, the embedded corpus, what a run needs. No network beyond what making the corpus needs (pip)."""
 import base64
 import os
 import random
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -259,89 +258,6 @@ def test_pip_out_of_reach_is_one_line(tmp_path):
     one_line(done.stderr)
     assert done.stderr.startswith("error: ") and "pip" in done.stderr
     assert os.listdir(tmp_path / "new") == []
-
-
-# The fetch
-
-@pytest.fixture
-def hub(monkeypatch):
-    """A hub of small right shards; returns the names that were asked for. content[name] replaces a file."""
-    import huggingface_hub
-    asked, content = [], {}
-
-    def download(repo, name, repo_type, local_dir):
-        assert (repo, repo_type) == ("kjj0/fineweb10B-gpt2", "dataset")
-        asked.append(name)
-        path = Path(local_dir) / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content.get(name), Exception):
-            raise content[name]
-        shards.write_shard(path, np.array([50256, 1, 2, 50256, 3] * 20))
-        if name in content:
-            path.write_bytes(content[name])
-        return str(path)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    monkeypatch.setattr(fineweb, "add_vocab", lambda out: None)
-    download.asked, download.content = asked, content
-    return download
-
-
-def train(i: int) -> str:
-    return f"fineweb_train_{i:06d}.bin"
-
-
-def test_fetches_only_what_is_missing(hub, tmp_path):
-    out = tmp_path / "fineweb10B"
-    fineweb.main(["2", "--out", str(out)])
-    assert sorted(hub.asked) == [train(1), train(2), "fineweb_val_000000.bin"]
-    assert sorted(os.listdir(out)) == [train(1), train(2), "fineweb_val_000000.bin"]
-    hub.asked.clear()
-    fineweb.main(["2", "--out", str(out)])
-    assert hub.asked == []
-    (out / train(1)).unlink()
-    fineweb.main(["3", "--out", str(out)])
-    assert sorted(hub.asked) == [train(1), train(3)]
-
-
-@pytest.mark.parametrize("content", [b"", b"<html>sorry</html>" * 100, "cut"])
-def test_wrong_file_never_gets_its_final_name(hub, tmp_path, content):
-    if content == "cut":
-        shards.write_shard(tmp_path / "x", np.array([50256, 1, 2]))
-        content = (tmp_path / "x").read_bytes()[:-2]
-    hub.content[train(2)] = content
-    out = tmp_path / "out"
-    with pytest.raises(UserError) as error:
-        fineweb.fetch(3, "10B", out)
-    one_line(str(error.value))
-    assert train(2) in str(error.value)
-    assert not (out / train(2)).exists() and not (out / ".staging" / train(2)).exists()
-    hub.content.clear()
-    fineweb.fetch(3, "10B", out)
-    assert sorted(os.listdir(out)) == [train(1), train(2), train(3), "fineweb_val_000000.bin"]
-
-
-def test_error_of_the_hub_is_one_line_without_its_text(hub, tmp_path):
-    hub.content["fineweb_val_000000.bin"] = RuntimeError("many\nlines with https://x/?token=secret")
-    with pytest.raises(UserError, match="fineweb_val_000000.bin.*RuntimeError") as error:
-        fineweb.fetch(1, "10B", tmp_path)
-    one_line(str(error.value))
-    assert "secret" not in str(error.value) and hub.asked == ["fineweb_val_000000.bin"]
-
-
-@pytest.mark.parametrize("flags", [["0"], ["104"], ["1030", "--dataset", "100B"], ["nine"], ["--dataset", "1B"], ["--what"]])
-def test_wrong_flags(hub, flags):
-    with pytest.raises(UserError) as error:
-        fineweb.main(flags)
-    one_line(str(error.value))
-    assert hub.asked == []
-
-
-def test_offline_fetch_ends_with_one_line_and_code_2(tmp_path):
-    done = run(ROOT / "data" / "fineweb.py", "1", "--out", tmp_path, HF_HUB_OFFLINE="1")
-    assert done.returncode == 2
-    one_line(done.stderr)
-    assert done.stderr.startswith("error: ") and "HF_HUB_OFFLINE" in done.stderr
-    assert not list(tmp_path.glob("*.bin"))
 
 
 # What a run needs
