@@ -1,0 +1,1 @@
+"""Records: their rules, and the tools that read logs, compare runs, plot, run ablations and check records."""

@@ -1,0 +1,50 @@
+"""How fast records/logs.py reads: 1,500 logs of about 100 KB, every tenth one damaged, listed by its own command.
+
+    python tests/log_speed.py [--logs 1500] [--kilobytes 100]
+
+Half of a log is source, the rest events: a line a step, a validation every 125. Writing them is not timed.
+"""
+import argparse
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+def write_log(path: Path, size: int, rng: random.Random, damaged: bool) -> None:
+    source = (ROOT / "train_gpt.py").read_text()[:size // 2]
+    steps = size // 2 // 60
+    lines = [source, "=" * 100, "hardware: made up", "=" * 100]
+    for step in range(1, steps + 1):
+        taken = f"train_time:{61 * step}ms step_avg:61.00ms"
+        lines.append(f"step:{step}/{steps} {taken} train_loss:{9 - step / steps + rng.random():.4f}")
+        if step % 125 == 0 or step == steps:
+            lines.append(f"step:{step}/{steps} val_loss:{9 - step / steps:.4f} {taken}")
+    data = bytearray("\n".join(lines).encode() + b"\n")
+    for _ in range(100 if damaged else 0):
+        data[rng.randrange(len(data))] = rng.randrange(256)
+    path.write_bytes(data)
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--logs", type=int, default=1500)
+    parser.add_argument("--kilobytes", type=int, default=100)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        rng = random.Random(0)
+        for n in range(args.logs):
+            write_log(Path(folder) / f"{n:05}.txt", args.kilobytes * 1000, rng, damaged=n % 10 == 9)
+        megabytes = sum(path.stat().st_size for path in Path(folder).iterdir()) / 1e6
+        began = time.perf_counter()
+        command = [sys.executable, str(ROOT / "records" / "logs.py"), folder]
+        done = subprocess.run(command, capture_output=True, text=True)
+        seconds = time.perf_counter() - began
+    if done.returncode:
+        sys.exit(done.stderr)
+    print(f"{args.logs} logs, {megabytes:.0f} MB: {seconds:.1f} s, {len(done.stdout.splitlines()) - 2} runs listed")
+
+if __name__ == "__main__":
+    main()
