@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # ./run.sh [FLAGS]        sets up what is missing (Python packages, data) and trains; FLAGS go to train_gpt.py
+# ./run.sh sample PROMPT  text from the newest checkpoint in logs/; further arguments go to evals/sample.py
 # ./run.sh test [ARGS]    sets up what tests need and runs them; ARGS go to pytest
 # Works from any folder. What is there already is not made again.
 set -euo pipefail
@@ -57,16 +58,24 @@ count_processes() {
 choose_python
 if [ "${1:-}" = test ]; then
     shift
-    install "$here/requirements.txt" "$here/tests/requirements.txt"
-    exec "$python" -m pytest "$here/tests" "$@"
+    install "$here/requirements.txt" "$here/records/requirements.txt" "$here/evals/requirements.txt" "$here/tests/requirements.txt"
+    exec "$python" -m pytest -n auto --dist worksteal "$here/tests" "$@"
 fi
 install "$here/requirements.txt"
+if [ "${1:-}" = sample ]; then
+    shift
+    exec "$python" "$here/evals/sample.py" "$here/logs" "$@"
+fi
 case " $* " in
     *" -h "* | *" --help "*) exec "$python" "$here/train_gpt.py" --help ;;
 esac
 "$python" "$here/data/prepare.py" "$@"
 processes=$(count_processes "$@")
 if [ "$processes" -eq 1 ]; then
+    case " $* " in
+        *" --preset "* | *" --log_dir "*) ;;
+        *) echo "run.sh: when the run is over, try: ./run.sh sample \"The king\"" >&2 ;;
+    esac
     exec "$python" "$here/train_gpt.py" "$@"
 fi
 exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$processes" "$here/train_gpt.py" "$@"

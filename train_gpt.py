@@ -8,7 +8,7 @@ train_gpt.py -- train a small GPT on FineWeb to a fixed validation loss, as fast
 
 Reading order                       to change...                                    edit
     1  Config                       a size, a layer's features, a schedule          PRESETS (or pass a flag)
-    2  Model                        the network                                     GPT.__init__ (declare), GPT.forward (use)
+    2  Model                        the network                                     GPT.__init__ (declare), GPT.hidden (use)
     3  Optimizer                    an update rule, how ranks share work            Optimizer, normuon_, adam_
     4  Data                         nothing: the token stream is fixed              Loader
     5  Schedule                     learning rate, momentum, windows over time      Schedule
@@ -30,15 +30,17 @@ import re
 import resource
 import signal
 import sys
-import threading
 import time
 import uuid
 import zipfile
 import zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Callable, Iterator
 
 import numpy as np
@@ -46,6 +48,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:                     # no Triton for this system, so no GPU either: kernels are read, never run
+    triton, tl, TensorDescriptor = SimpleNamespace(jit=lambda f: f), SimpleNamespace(constexpr=None), None
 
 SOURCE = Path(__file__).read_text()  # read before anything slow, so the log holds what really ran
 
@@ -59,10 +67,7 @@ def need(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
 
-# =====================================================================================================================
-# 1. Config: what a run is. A record is a preset with no overrides.
-# =====================================================================================================================
-
+# ===== 1. Config: what a run is. A record is a preset with no overrides. ============================================
 @dataclass(frozen=True)
 class Layer:
     """One row of the topology table: what is special about this layer."""
@@ -150,42 +155,31 @@ class Config:
     device: str = "cuda"            # "cuda" | "cpu"
     dtype: str = "auto"             # "bfloat16" | "float32"; auto: bfloat16 where the hardware multiplies it
     compile: bool = True
+    reference: bool = False         # GPU: no kernels of this file, plain PyTorch in their place
+    graphs: bool = True             # GPU: replay each kind of step from CUDA graphs, captured in the warm-up
     warmup: bool = True             # compile and run each stage on dummy data before the clock starts
     rank_timeout: float = 300.0     # seconds that a process waits for the others before it gives up
     save_every: int = 0             # steps between checkpoints, beside the log, and one at the end; 0: none
     save_on_stop: bool = False      # SIGTERM and Ctrl-C save a checkpoint before they end the run
     resume: bool = False            # go on from the newest whole checkpoint under log_dir, if there is one
+    plan: str = ""                  # such as 8xH100: print what the run would take there, and run nothing
     log_dir: str = "logs"
     seed: int = 0
 
-    @property
-    def num_heads(self) -> int:
-        return self.model_dim // self.head_dim
-
-    @property
-    def vocab_rows(self) -> int:
-        return -(-self.vocab_size // 128) * 128
-
-    @property
-    def scheduled_steps(self) -> int:
-        return self.num_steps - round(self.extension_share * self.num_steps)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence of the run."""
-        return max([self.val_seq_len] + [stage.batch_tokens // self.micro_batches for stage in self.stages])
+    num_heads = property(lambda self: self.model_dim // self.head_dim)
+    vocab_rows = property(lambda self: -(-self.vocab_size // 128) * 128)
+    scheduled_steps = property(lambda self: self.num_steps - round(self.extension_share * self.num_steps))
 
 def topology(cfg: Config) -> tuple[Layer, ...]:
     """The five strings as rows. UserError names the string and the layer that do not fit."""
     for name in ("paired_heads", "value_embeds", "skips", "backout"):
         text = getattr(cfg, name)
         need(len(text) == len(cfg.windows), f"--{name} {text!r} describes {len(text)} layers, --windows {len(cfg.windows)}")
-    windows = {"s": "short", "l": "long", "-": "none"}
-    rows = []
+    windows, rows = {"s": "short", "l": "long", "-": "none"}, []
     for i, window in enumerate(cfg.windows):
-        need(window in windows, f"--windows: layer {i} is {window!r}; use s (short), l (long) or - (no attention)")
-        need(cfg.paired_heads[i] in "p.", f"--paired_heads: layer {i} is {cfg.paired_heads[i]!r}; use p or .")
-        need(cfg.backout[i] in "b.", f"--backout: layer {i} is {cfg.backout[i]!r}; use b or .")
+        for name, allowed in (("windows", "sl-"), ("paired_heads", "p."), ("backout", "b.")):
+            mark = getattr(cfg, name)[i]
+            need(mark in allowed, f"--{name}: layer {i} is {mark!r}; use {' or '.join(allowed)} (s short, l long, - none)")
         table, skip = cfg.value_embeds[i], cfg.skips[i]
         need(table == "." or window != "-", f"--value_embeds: layer {i} has no attention to add table {table!r} to")
         need(table == "." or table.isascii() and table.isalnum(), f"--value_embeds: {table!r}: use letters and digits")
@@ -209,23 +203,23 @@ def chunk(cfg: Config, name: str) -> slice | None:
 
 def check_config(cfg: Config) -> None:
     """UserError names the first value that no run can have."""
-    def check(name: str, good: bool, rule: str) -> None:
-        need(good, f"--{name} {getattr(cfg, name)}: {rule}")
+    check = lambda name, good, rule: need(good, f"--{name} {getattr(cfg, name)}: {rule}")  # noqa: E731
     layers = topology(cfg)
-    for name in ("vocab_size", "model_dim", "head_dim", "mlp_ratio", "num_steps", "max_predict", "micro_batches",
-                 "val_tokens", "val_seq_len", "final_long_window"):
-        check(name, getattr(cfg, name) >= 1, "must be at least 1")
-    for name in ("extra_inputs", "bigram_rows", "bigram_signs", "val_every", "save_every", "momentum_warmup",
-                 "momentum_cooldown", "embed_std", "value_embed_std", "matrix_std", "muon_lr", "muon_wd", "adam_lr",
-                 "adam_wd", "adam_eps", "softcap"):
-        check(name, 0 <= getattr(cfg, name) < math.inf, "must not be negative")
-    for name in ("softmax_scale", "softcap_width", "rotary_base", "rank_timeout"):
-        check(name, 0 < getattr(cfg, name) < math.inf, "must be above 0")
-    for name in ("extension_share", "cooldown_share", "untie_share", "rotary_share", "momentum_min", "momentum_max",
-                 "muon_beta2"):
-        check(name, 0 <= getattr(cfg, name) <= 1, "must lie between 0 and 1")
-    for name, allowed in (("device", "cuda cpu"), ("dtype", "auto bfloat16 float32"), ("activation", "relu2 gelu")):
-        check(name, getattr(cfg, name) in allowed.split(), f"choose from {allowed}")
+    for rule, good, names in (
+        ("must be at least 1", lambda v: v >= 1, "vocab_size model_dim head_dim mlp_ratio num_steps max_predict"
+         " micro_batches val_tokens val_seq_len final_long_window"),
+        ("must not be negative", lambda v: 0 <= v < math.inf, "extra_inputs bigram_rows bigram_signs val_every save_every"
+         " momentum_warmup momentum_cooldown embed_std value_embed_std matrix_std muon_lr muon_wd adam_lr adam_wd"
+         " adam_eps softcap"),
+        ("must be above 0", lambda v: 0 < v < math.inf, "softmax_scale softcap_width rotary_base rank_timeout"),
+        ("must lie between 0 and 1", lambda v: 0 <= v <= 1, "extension_share cooldown_share untie_share rotary_share"
+         " momentum_min momentum_max muon_beta2"),
+        ("choose from cuda cpu", lambda v: v in ("cuda", "cpu"), "device"),
+        ("choose from auto bfloat16 float32", lambda v: v in ("auto", "bfloat16", "float32"), "dtype"),
+        ("choose from relu2 gelu", lambda v: v in ("relu2", "gelu"), "activation"),
+    ):
+        for name in names.split():
+            check(name, good(getattr(cfg, name)), rule)
     for name in ("smear_chunk", "skip_chunk", "attn_chunk", "ve_chunk"):
         chunk(cfg, name)
     check("extension_share", cfg.scheduled_steps >= 1, f"leaves no scheduled step of --num_steps {cfg.num_steps}")
@@ -287,7 +281,7 @@ PRESETS = {
         ),
         num_steps=120, adam_lr=0.016, muon_lr=0.035, extension_share=0.0, momentum_warmup=60, momentum_cooldown=20,
         final_long_window=512, data_dir="data/corpus", micro_batches=1, val_tokens=163840, val_seq_len=8192, val_every=40,
-        device="cpu",
+        device="cpu", save_every=1000,      # at the end: something to sample from
     ),
 }
 
@@ -296,9 +290,8 @@ def parse_config(argv: list[str]) -> tuple[Config, dict]:
     parser = argparse.ArgumentParser(prog="train_gpt.py", allow_abbrev=False, description=__doc__.split("\n\nReading")[0],
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
                                      epilog="A preset's values: PRESETS, at the top of train_gpt.py.")
-    parser.error = partial(_flag_error, parser)
-    default = "short" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--preset", choices=PRESETS, default=default)
+    parser.error = lambda message: need(False, f"{message} (--help lists the flags)")
+    parser.add_argument("--preset", choices=PRESETS, default="short" if torch.cuda.is_available() else "cpu")
     comments = dict(re.findall(r"^    (\w+): \w+ [^#\n]*# (.*)", SOURCE, re.MULTILINE))    # the fields' own
     for f in fields(Config):
         if f.type in (int, float, str) and f.name != "preset":
@@ -312,13 +305,7 @@ def parse_config(argv: list[str]) -> tuple[Config, dict]:
     check_config(cfg)
     return cfg, overrides
 
-def _flag_error(parser: argparse.ArgumentParser, message: str) -> None:
-    raise UserError(f"{message} (--help lists the flags)")
-
-# =====================================================================================================================
-# 2. Model: each parameter is declared once, with its shape, its init and how it is optimized.
-# =====================================================================================================================
-
+# ===== 2. Model: each parameter is declared once, with its shape, its init and how it is optimized. =================
 @dataclass(frozen=True)
 class Spec:
     """Everything that the optimizer needs to know of a parameter."""
@@ -345,14 +332,12 @@ def matrices(std: float, zero_second: bool = False) -> Callable:
 
 class GPT(nn.Module):
     """tokens (T,), one packed stream of documents -> the mean loss. dtype: of matrices and tables; the rest is float32."""
-
     def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32, compiled: bool = False):
         super().__init__()
         unit = partial(torch.compile, dynamic=False, fullgraph=True) if compiled else lambda f: f
-        self.first_stream, self.normed, self.mix, self.skip = unit(first_stream), unit(norm), unit(mix), unit(skip)
-        self.gated_value, self.project, self.attend = unit(gated_value), unit(project), unit(attend)
-        self.put_back, self.mlp_block = unit(put_back), unit(mlp_block)
-        self.head_chunk = unit(head_chunk)                              # layers are alike: a piece compiles once for all
+        for piece in (first_stream, norm, mix, skip, gated_value, project, attend, put_back, mlp_block):
+            setattr(self, piece.__name__, unit(piece))                  # layers are alike: a piece compiles once for all
+        self.head_chunk = unit(IN_USE["head_chunk"])
         self.cfg, self.layers, self.dtype, self.specs = cfg, topology(cfg), dtype, {}
         self.value_tables = sorted({row.value_embed for row in self.layers} - {None})
         self.chunks = {name: chunk(cfg, f"{name}_chunk") for name in ("smear", "skip", "attn", "ve")}
@@ -376,8 +361,7 @@ class GPT(nn.Module):
         for name in self.value_tables:
             table(f"value_embed_{name}", (V, H * d), init=normal(cfg.value_embed_std), betas=(0.75, 0.95), lr=75.0, wd=5.0)
         if cfg.bigram_rows:
-            rows = cfg.bigram_rows * V
-            table("bigram_embed", (rows, D), init=constant(0), betas=(0.75, 0.95), lr=75.0, wd=5.0)
+            table("bigram_embed", (cfg.bigram_rows * V, D), init=constant(0), betas=(0.75, 0.95), lr=75.0, wd=5.0)
 
     def declare_layers(self) -> None:
         cfg, layers, chunks = self.cfg, self.layers, self.chunks
@@ -430,7 +414,8 @@ class GPT(nn.Module):
         self.register_buffer("rotary_freqs", cfg.rotary_base ** -powers)            # radians a token, (half,)
         self.register_buffer("softmax_scale", torch.tensor(cfg.softmax_scale))
         self.register_buffer("long_window", torch.tensor(cfg.stages[0].windows[1]))
-        positions = cfg.longest * (2 if any(layer.paired for layer in self.layers) else 1)
+        longest = max(cfg.val_seq_len, *(stage.batch_tokens // cfg.micro_batches for stage in cfg.stages))
+        positions = longest * (2 if any(layer.paired for layer in self.layers) else 1)
         for name in ("rotary_cos", "rotary_sin"):
             self.register_buffer(name, torch.empty(positions, half), persistent=False)
         if cfg.bigram_rows and cfg.bigram_signs:
@@ -459,16 +444,24 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor, targets: Tensor, weights: Tensor, windows: tuple[int, int]) -> Tensor:
         """tokens, targets (T,) ids; weights (n,) of the losses on the next n tokens; windows (short, long) -> mean loss."""
-        cfg, layers, p = self.cfg, self.layers, dict(self.named_parameters())
+        cap = (self.cfg.softcap, self.cfg.softcap_shift, self.cfg.softcap_width)
+        return head_loss(self.hidden(tokens, windows), self.lm_head, targets, weights, cap, self.head_chunk)
+
+    def hidden(self, tokens: Tensor, windows: tuple[int, int], past=None) -> Tensor:
+        """tokens (T,) -> what the head reads, (T, D). past: what remembers the tokens before these (evals/model.py)."""
+        cfg, layers, p = self.cfg, self.layers, self._parameters
         reach = {"short": windows[0], "long": windows[1]}
         first, doc_start = documents(tokens, cfg.bos_id)
         x = x0 = self.first_stream(F.embedding(tokens, p["embed"]), first, p.get("smear_scale"), p.get("smear_gate"),
                                    self.chunks["smear"])                            # (T, D)
-        added = [self.normed(F.embedding(tokens, p[f"input_embed_{k}"])) for k in range(cfg.extra_inputs)]
+        added = [self.norm(F.embedding(tokens, p[f"input_embed_{k}"])) for k in range(cfg.extra_inputs)]
         if cfg.bigram_rows:
             added.append(self.bigram(tokens, first, p["bigram_embed"]))
         values = {name: F.embedding(tokens, p[f"value_embed_{name}"]) for name in self.value_tables}
 
+        if past:                                                                # the token before served smear and bigrams
+            x0, first, doc_start, *added = (t[past.again:] for t in (x0, first, doc_start, *added))
+            x, values = x0, {name: value[past.again:] for name, value in values.items()}
         attending, valued, skipping = zip(*[(row.window != "none", row.value_embed is not None, row.skip_from is not None)
                                             for row in layers])
         qkvo, attn_gate = deal(p.get("qkvo"), attending), deal(p.get("attn_gate"), attending)
@@ -483,22 +476,22 @@ class GPT(nn.Module):
             if row.skip_from is not None:
                 x = self.skip(x, outputs[row.skip_from], x0, skip_scale[i], skip_gate[i], self.chunks["skip"])
             if row.window != "none":
-                n = self.normed(x)
+                n = self.norm(x)
                 q, k, v = self.project(n, qkvo[i], qkv_scale[i], cfg.head_dim, cfg.qk_norm)
                 if row.value_embed is not None:
                     value = values[row.value_embed].view_as(v)
                     v = v + self.gated_value(n, value, ve_gate[i], self.chunks["ve"], cfg.ve_own_dims)
                 positions = len(x) * (2 if row.paired else 1)
-                y = self.attend(q, k, v, first, doc_start, self.rotary_cos[:positions], self.rotary_sin[:positions],
-                                self.softmax_scale, reach[row.window], row.paired, cfg.key_offset and row.window == "long")
+                attend = partial(past.attend, i) if past else self.attend
+                y = attend(q, k, v, first, doc_start, self.rotary_cos[:positions], self.rotary_sin[:positions],
+                           self.softmax_scale, reach[row.window], row.paired, cfg.key_offset and row.window == "long")
                 x = self.put_back(x, y, n, qkvo[i], o_scale[i], attn_gate[i], self.chunks["attn"])
             x = self.mlp_block(x, mlp_bank[i][0], mlp_bank[i][1], cfg.activation)
             outputs.append(x)
         for row, output in zip(layers, outputs):
             if row.backout:                                                         # what only the middle needed goes out
                 x = x - p["backout_scale"][0] * output
-        cap = (cfg.softcap, cfg.softcap_shift, cfg.softcap_width)
-        return head_loss(self.normed(x), p["lm_head"], targets, weights, cap, self.head_chunk)
+        return self.norm(x)
 
     def bigram(self, tokens: Tensor, first: Tensor, table: Tensor) -> Tensor:
         """A row a pair of neighbours, by hash; with signs, pairs that share a row can be told apart. -> (T, D)"""
@@ -510,9 +503,7 @@ class GPT(nn.Module):
 
 def documents(tokens: Tensor, bos_id: int) -> tuple[Tensor, Tensor]:
     """(T,) -> whether a token is the first of its document, and where that document starts, (T,) each.
-
-    Documents never see each other: for a first token there is no token before, in the smear, the keys and the bigrams too.
-    """
+    Documents never see each other: for a first token there is no token before, in the smear, keys and bigrams too."""
     position = torch.arange(len(tokens), device=tokens.device)
     first = (tokens == bos_id) | (position == 0)
     return first, torch.where(first, position, 0).cummax(0).values
@@ -545,15 +536,22 @@ def project(n: Tensor, qkvo: Tensor, scale: Tensor, head_dim: int, qk_norm: bool
 def attend(q: Tensor, k: Tensor, v: Tensor, first: Tensor, doc_start: Tensor, cos: Tensor, sin: Tensor, scale: Tensor,
            reach: int, paired: bool, key_offset: bool) -> Tensor:
     """q, k, v (T, H, d); cos, sin (T or, paired, 2T, half) -> (T, H, d)."""
+    q, k, v = placed(q, k, v, first, cos, sin, paired, key_offset)
+    if paired:
+        doc_start = 2 * doc_start.repeat_interleave(2)
+    lo = torch.maximum(doc_start, torch.arange(len(q), device=q.device) - reach + 1)
+    y = IN_USE["attention"](q, k, v, lo, reach, scale)
+    return unpair(y) if paired else y
+
+def placed(q: Tensor, k: Tensor, v: Tensor, first: Tensor, cos: Tensor, sin: Tensor, paired: bool,
+           key_offset: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v (T, H, d) as attention takes them, paired (2T, H/2, d); only the key offset looks at another token."""
     if key_offset:                                                                  # one layer finds "what followed this?"
         still = k[..., 2 * cos.size(-1):]
         k = torch.cat((k[..., :2 * cos.size(-1)], torch.where(first[:, None, None], still, before(still, first))), dim=-1)
     if paired:                                                                      # twice the length, half the heads
         q, k, v = pair(q), pair(k), pair(v)
-        doc_start = 2 * doc_start.repeat_interleave(2)
-    lo = torch.maximum(doc_start, torch.arange(len(q), device=q.device) - reach + 1)
-    y = attention(rotary(q, cos, sin), rotary(k, cos, sin), v, lo, reach, scale)
-    return unpair(y) if paired else y
+    return rotary(q, cos, sin), rotary(k, cos, sin), v
 
 def put_back(x: Tensor, y: Tensor, n: Tensor, qkvo: Tensor, scale: Tensor, w: Tensor | None, dims: slice | None) -> Tensor:
     """x (T, D) plus the heads' outputs y (T, H, d), each gated by what the normed stream n says, through o."""
@@ -562,7 +560,7 @@ def put_back(x: Tensor, y: Tensor, n: Tensor, qkvo: Tensor, scale: Tensor, w: Te
     return x + y.flatten(1) @ (scale * qkvo[3])
 
 def mlp_block(x: Tensor, up: Tensor, down: Tensor, activation: str) -> Tensor:
-    return x + mlp(norm(x), up, down, activation)
+    return x + IN_USE["mlp"](norm(x), up, down, activation)
 
 def deal(bank: Tensor | None, wanted: list[bool]) -> list[Tensor | None]:
     """The rows of a bank, dealt out to the layers that have one."""
@@ -603,30 +601,25 @@ def yarn(freqs: Tensor, a: int, b: int) -> tuple[Tensor, float]:
 
 def pair(x: Tensor) -> Tensor:
     """(T, H, d) -> (2T, H/2, d): token t of heads 2j and 2j+1 at positions 2t and 2t+1."""
-    T, H, d = x.shape
-    return x.view(T, H // 2, 2, d).transpose(1, 2).reshape(2 * T, H // 2, d)
+    return x.unflatten(1, (-1, 2)).transpose(1, 2).flatten(0, 1)
 
 def unpair(x: Tensor) -> Tensor:
     """(2T, H/2, d) -> (T, H, d), the reverse of pair."""
-    T2, H2, d = x.shape
-    return x.view(T2 // 2, 2, H2, d).transpose(1, 2).reshape(T2 // 2, 2 * H2, d)
+    return x.unflatten(0, (-1, 2)).transpose(1, 2).flatten(1, 2)
 
-# =====================================================================================================================
-# 3. Optimizer: NorMuon for matrix banks, Adam for the rest. Driven by the declarations.
-# =====================================================================================================================
-
+# ===== 3. Optimizer: NorMuon for matrix banks, Adam for the rest. Driven by the declarations. =======================
 class Optimizer:
     """NorMuon and Adam over a model's declared parameters, for 1 to N ranks, with embedding and head tied, then untied.
-
     A replicated parameter is all-reduced and updated on every rank. A sharded one counts in units, matrices of a bank or
-    rows of a table, padded so that ranks divide them: gradients reduce-scatter, a rank updates its units, all gather them.
-    """
-
+    rows of a table, padded so that ranks divide them: gradients reduce-scatter, a rank updates its units, all gather."""
     def __init__(self, cfg: Config, model: GPT, ranks: "Ranks"):
         self.cfg, self.specs, self.ranks = cfg, model.specs, ranks
         self.params = dict(model.named_parameters())
         self.tied = cfg.untie_share > 0
         self.state = {name: self.new_state(name) for name in self.params}
+        self.rates = {name: self.new_rates(name) for name, spec in self.specs.items() if spec.optimizer == "muon"}
+        self.dials = torch.zeros(3, device=ranks.device)    # on the device, where a graph reads them
+        self.lr_mul, self.momentum, self.adam_steps = self.dials.unbind()
         self.sparse = None
         if "bigram_embed" in self.params and ranks.size > 1:
             self.sparse = SparseRows(ranks, len(self.params["bigram_embed"]), timedelta(seconds=cfg.rank_timeout))
@@ -653,7 +646,7 @@ class Optimizer:
             state["low"] = torch.zeros_like(p, dtype=torch.int16)
         return state
 
-    def rates(self, name: str) -> Tensor:
+    def new_rates(self, name: str) -> Tensor:
         """(units, 1, 1): what multiplies the learning rate of this rank's matrices of a bank (n, k, rows, columns)."""
         p, spec = self.params[name], self.specs[name]
         rate = torch.full((*p.shape[:2], 1, 1), max(1, p.size(-2) / p.size(-1))**0.5, device=p.device)
@@ -661,49 +654,62 @@ class Optimizer:
         return self.own(name, self.units(name, rate))
 
     @torch.no_grad()
-    def step(self, step: int, lr_mul: float, momentum: float, untie: bool) -> None:
-        """Muon's banks move on every step, Adam's parameters on odd ones, on the gradients of two steps."""
+    def step(self, step: int, lr_mul: float, momentum: float, untie: bool,
+             move: Callable[[bool], None] | None = None) -> None:
+        """Muon's banks move on every step, Adam's parameters on odd ones, on the gradients of two steps.
+        move: plays self.move(adam_turn) back from a CUDA graph. Exchanges of uneven size stay outside of it."""
         adam_turn = step % 2 == 1
-        moving = [name for name, spec in self.specs.items() if spec.optimizer == "muon" or adam_turn]
-        for name in moving:
-            assert self.params[name].grad is not None, f"no gradient reached {name}"
-        if adam_turn and self.tied:                         # one Adam step on the head, for both
-            moving.remove("embed")
-            self.params["lm_head"].grad += self.params["embed"].grad.T
-            self.params["embed"].grad = None
-        reduced = {name: self.start_reduction(name) for name in moving}     # every rank in the same order, all at once
-        gathered = []
-        for name in sorted(moving, key=lambda name: (self.specs[name].optimizer == "muon", self.params[name].numel())):
-            gathered.append(self.update(name, reduced[name](), lr_mul, momentum, adam_steps=(step + 1) // 2))
-            self.params[name].grad = None
-        for wait in gathered:
-            wait()
-        if adam_turn and self.tied:
-            self.params["embed"].copy_(self.params["lm_head"].T)
+        upload(torch.tensor([lr_mul, momentum, (step + 1) // 2]), self.dials)
+        sparse = adam_turn and self.sparse
+        arriving = sparse.start(self.units("bigram_embed", self.params["bigram_embed"].grad)) if sparse else None
+        (move or self.move)(adam_turn)
+        if arriving:
+            self.update("bigram_embed", arriving())()
+            self.clear("bigram_embed")
         if untie and self.tied:
             assert adam_turn, f"untied on step {step}, which is even"
             self.tied = False
             for key in self.state["lm_head"]:
                 self.load_state("embed", key, self.whole_state("lm_head", key).T)
 
-    def start_reduction(self, name: str) -> Callable[[], Tensor]:
-        """Sets the sum over ranks going -> a function that waits for it, the gradient of this rank's units."""
-        if name == "bigram_embed" and self.sparse:
-            return self.sparse.start(self.units(name, self.params[name].grad))
-        grad = self.units(name, self.params[name].grad)
-        return self.ranks.reduce_scatter(grad) if self.specs[name].sharded else self.ranks.all_reduce(grad)
+    @torch.no_grad()
+    def move(self, adam_turn: bool) -> None:
+        """All that is the same on every step of a kind: reductions, updates, gathers."""
+        moving = [name for name, spec in self.specs.items() if (spec.optimizer == "muon" or adam_turn)
+                  and not (self.sparse and name == "bigram_embed")]
+        for name in moving:
+            assert self.params[name].grad is not None, f"no gradient reached {name}"
+        if adam_turn and self.tied:                         # one Adam step on the head, for both
+            moving.remove("embed")
+            IN_USE["transposed_"](self.params["lm_head"].grad, self.params["embed"].grad, add=True)
+            self.clear("embed")
+        gathered, reduced = [], {}
+        for name in moving:                                 # every rank in the same order, all at once
+            start = self.ranks.reduce_scatter if self.specs[name].sharded else self.ranks.all_reduce
+            reduced[name] = start(self.units(name, self.params[name].grad))
+        for name in sorted(moving, key=lambda name: (self.specs[name].optimizer == "muon", self.params[name].numel())):
+            gathered.append(self.update(name, reduced[name]()))
+            self.clear(name)
+        for wait in gathered:
+            wait()
+        if adam_turn and self.tied:
+            IN_USE["transposed_"](self.params["embed"].detach(), self.params["lm_head"].detach(), add=False)
 
-    def update(self, name: str, grad: Tensor, lr_mul: float, momentum: float, adam_steps: int) -> Callable[[], None]:
+    def clear(self, name: str) -> None:
+        """The gradient is used up. On a GPU its memory stays, since graphs write there."""
+        self.params[name].grad = self.params[name].grad.zero_() if self.ranks.device.type == "cuda" else None
+
+    def update(self, name: str, grad: Tensor) -> Callable[[], None]:
         """Moves this rank's units, sets the gathering going -> a function that waits for it."""
         cfg, spec, state = self.cfg, self.specs[name], self.state[name]
         whole = self.units(name, self.params[name])
         p = self.own(name, whole)
         if spec.optimizer == "muon":
-            self.normuon_(p, state.get("low"), grad, state["momentum"], state["second"], lr=cfg.muon_lr * lr_mul,
-                          wd=cfg.muon_wd * spec.wd, momentum=momentum, beta2=cfg.muon_beta2, rates=self.rates(name))
+            self.normuon_(p, state.get("low"), grad, state["momentum"], state["second"], lr=cfg.muon_lr * self.lr_mul,
+                          wd=cfg.muon_wd * spec.wd, momentum=self.momentum, beta2=cfg.muon_beta2, rates=self.rates[name])
         else:
-            self.adam_(p, state.get("low"), grad, state["momentum"], state["second"], lr=cfg.adam_lr * spec.lr * lr_mul,
-                       wd=cfg.adam_wd * spec.wd, betas=spec.betas, eps=cfg.adam_eps, steps=adam_steps)
+            self.adam_(p, state.get("low"), grad, state["momentum"], state["second"], wd=cfg.adam_wd * spec.wd,
+                       lr=cfg.adam_lr * spec.lr * self.lr_mul, betas=spec.betas, eps=cfg.adam_eps, steps=self.adam_steps)
         return self.finish(name, whole) if spec.sharded else lambda: None
 
     def finish(self, name: str, whole: Tensor) -> Callable[[], None]:
@@ -732,10 +738,7 @@ class Optimizer:
 
 class SparseRows:
     """The bigram table's gradient between ranks: only rows that a token touched travel (seed 002 asks for this).
-
-    The tokens say which: indices go out, between hosts, while the forward pass runs; values follow the backward pass.
-    """
-
+    The tokens say which: indices go out, between hosts, while the forward pass runs; values follow the backward pass."""
     def __init__(self, ranks: "Ranks", num_rows: int, timeout: timedelta):
         self.ranks, self.share = ranks, -(-num_rows // ranks.size)
         self.hosts = dist.new_group(backend="gloo", timeout=timeout)    # known on the host: no GPU waits for indices
@@ -757,12 +760,12 @@ class SparseRows:
         """grad (rows, D), dense -> a function that gives this rank's rows of the sum over ranks, as reduce_scatter would."""
         self.indices.wait()
         device, counts = grad.device, self.received.tolist()
-        values = grad[torch.from_numpy(self.rows).to(device)]
+        values = grad[upload(torch.from_numpy(self.rows), torch.empty(len(self.rows), dtype=torch.int64, device=device))]
         arrived = values.new_empty(len(self.wanted), values.size(1))
         work = dist.all_to_all_single(arrived, values, counts, self.sent.tolist(), async_op=True)
-        leaving = len(self.rows) - int(self.sent[self.ranks.rank])
-        self.bytes_sent = leaving * (values.size(1) * values.element_size() + self.rows.itemsize)
-        places, self.rows = self.wanted.to(device) - self.share * self.ranks.rank, self.rows[:0]
+        self.bytes_sent = (len(self.rows) - int(self.sent[self.ranks.rank])) * (grad[0].nbytes + self.rows.itemsize)
+        places, self.rows = upload(self.wanted, torch.empty_like(self.wanted, device=device)), self.rows[:0]
+        places -= self.share * self.ranks.rank
         def wait() -> Tensor:
             work.wait()
             own = torch.zeros(self.share, grad.size(1), device=device)
@@ -775,15 +778,15 @@ def averaged_side(matrix: Tensor) -> int:
     """The dimension to average over, so that one value is left for each index of the longer side."""
     return -1 if matrix.size(-2) >= matrix.size(-1) else -2
 
-def normuon_(p: Tensor, low: Tensor | None, g: Tensor, m: Tensor, second: Tensor, *, lr: float, wd: float, momentum: float,
-             beta2: float, rates: Tensor) -> None:
+def normuon_(p: Tensor, low: Tensor | None, g: Tensor, m: Tensor, second: Tensor, *, lr: Tensor | float, wd: float,
+             momentum: Tensor | float, beta2: float, rates: Tensor) -> None:
     """One NorMuon step (2510.05491) on matrices (units, rows, columns), in place; rates (units, 1, 1) multiply lr."""
     u = normuon_direction(g.float(), m, second, momentum, beta2)
     weight = exact(p, low)
     decay = wd * lr * weight * (u * weight > 0)                 # cautious (2411.16085): never against the update
     store_exact_(p, low, weight - lr * rates * (u + decay))
 
-def normuon_direction(g: Tensor, m: Tensor, second: Tensor, momentum: float, beta2: float) -> Tensor:
+def normuon_direction(g: Tensor, m: Tensor, second: Tensor, momentum: Tensor | float, beta2: float) -> Tensor:
     """Nesterov momentum, orthogonalised, rows (or columns) of equal size on average; the matrix's norm stays."""
     m.lerp_(g, 1 - momentum)
     u = polar_express(g.lerp(m, momentum)).float()
@@ -805,15 +808,15 @@ def polar_express(g: Tensor) -> Tensor:
     """g (n, rows, columns) -> about U V^T of its singular value decomposition, bfloat16."""
     x = g.bfloat16()
     tall = x.size(-2) > x.size(-1)
-    x = x.mT if tall else x                                     # the Gram matrix on the shorter side
+    x = x.mT.contiguous() if tall else x                        # the Gram matrix on the shorter side
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
     for a, b, c in POLAR_EXPRESS:
-        gram = symmetric_product(x)
-        x = a * x + symmetric_product(gram, alpha=c, beta=b) @ x
+        gram = IN_USE["symmetric_product"](x)
+        x = a * x + IN_USE["symmetric_product"](gram, alpha=c, beta=b) @ x
     return x.mT if tall else x
 
-def adam_(p: Tensor, low: Tensor | None, g: Tensor, m: Tensor, second: Tensor, *, lr: float, wd: float,
-          betas: tuple[float, float], eps: float, steps: int) -> None:
+def adam_(p: Tensor, low: Tensor | None, g: Tensor, m: Tensor, second: Tensor, *, lr: Tensor | float, wd: float,
+          betas: tuple[float, float], eps: float, steps: Tensor | int) -> None:
     """Adam's step number `steps` (from 1) with cautious weight decay, in place."""
     g = g.float()
     m.lerp_(g, 1 - betas[0])
@@ -838,10 +841,7 @@ def store_exact_(p: Tensor, low: Tensor | None, value: Tensor) -> None:
     p.view(torch.int16).copy_(high)
     low.copy_(bits - (high << 16))
 
-# =====================================================================================================================
-# 4. Data: .bin shards of uint16 tokens behind a 256-int32 header. Nothing reorders, filters, pads or wraps.
-# =====================================================================================================================
-
+# ===== 4. Data: .bin shards of uint16 tokens behind a 256-int32 header. Nothing reorders, filters, pads or wraps. ===
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 FIRST_DOCUMENTS = 2**20                                         # tokens in which a shard must have a BOS
 
@@ -863,8 +863,7 @@ def read_shard(path: Path, vocab_size: int, bos_id: int) -> np.ndarray:
 
 def find_data(cfg: Config) -> Path:
     """--data_dir as given, or, where that is not there, beside this file (the presets' own folders)."""
-    given = Path(cfg.data_dir)
-    return given if given.is_dir() else Path(__file__).resolve().parent / given
+    return given if (given := Path(cfg.data_dir)).is_dir() else Path(__file__).resolve().parent / given
 
 def find_shards(cfg: Config, split: str) -> list[Path]:
     files = sorted(find_data(cfg).glob(f"*_{split}_*.bin"))
@@ -873,11 +872,8 @@ def find_shards(cfg: Config, split: str) -> list[Path]:
 
 class Loader:
     """Training sequences in a fixed order: micro-batch n of a step is the same tokens whatever the number of ranks.
-
     A sequence starts at a BOS and is filled with whole documents, each cut at the stage's limit, the last one where the
-    sequence is full; the next sequence starts with the next document. The position is (file, document).
-    """
-
+    sequence is full; the next sequence starts with the next document. The position is (file, document)."""
     def __init__(self, cfg: Config):
         self.cfg, self.files = cfg, find_shards(cfg, "train")
         self.open(0)
@@ -929,7 +925,6 @@ def split_targets(tokens: np.ndarray) -> tuple[Tensor, Tensor]:
 
 class Validation:
     """The first val_tokens targets of the validation stream as it is, in sequences of val_seq_len."""
-
     def __init__(self, cfg: Config):
         found = [read_shard(path, cfg.vocab_size, cfg.bos_id) for path in find_shards(cfg, "val")]
         total = sum(map(len, found))
@@ -948,29 +943,23 @@ class Validation:
 
 def token_bytes(path: Path, vocab_size: int, bos_id: int) -> np.ndarray | None:
     """Bytes that each token stands for, (vocab_size,), from tiktoken's `base64 rank` lines; None without the file."""
-    if not path.exists():
-        return None
     lengths = np.full(vocab_size, -1)
     lengths[bos_id] = 0                                         # a BOS stands for no text
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            word, rank = line.split()
+    try:
+        for word, rank in map(bytes.split, path.read_bytes().splitlines() if path.exists() else ()):
             assert int(rank) >= 0 > lengths[int(rank)]
             lengths[int(rank)] = len(base64.b64decode(word, validate=True))
-        except (ValueError, IndexError, AssertionError):
-            raise UserError(f"{path}: line {number} is no `base64 rank` below {vocab_size}; make the data again") from None
-    need(lengths.min() >= 0, f"{path}: no line for token {lengths.argmin()} of {vocab_size}; make the data again")
-    return lengths
+        assert lengths.min() >= 0 or not path.exists()
+    except (ValueError, IndexError, AssertionError):
+        raise UserError(f"{path}: not one `base64 rank` line a token below {vocab_size}; make the data again") from None
+    return lengths if path.exists() else None
 
 def tokens_needed(cfg: Config) -> int:
     """Tokens that the run trains on; documents cut at the limit leave the rest unread, so shards hold more."""
     schedule = Schedule(cfg)
     return sum(schedule.stage(step).batch_tokens for step in range(cfg.num_steps))
 
-# =====================================================================================================================
-# 5. Schedule: pure functions of the step, so that they can be printed and tested.
-# =====================================================================================================================
-
+# ===== 5. Schedule: pure functions of the step, so that they can be printed and tested. =============================
 class Schedule:
     def __init__(self, cfg: Config):
         self.cfg = cfg
@@ -1018,10 +1007,7 @@ class Schedule:
         step = math.ceil(self.cfg.untie_share * self.cfg.scheduled_steps)
         return step if step % 2 else step + 1
 
-# =====================================================================================================================
-# 6. Operators: the reference is the documentation and the oracle of the tests; what follows it is what runs.
-# =====================================================================================================================
-
+# ===== 6. Operators: the reference is the documentation and the oracle of the tests; what follows it is what runs. ==
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, scale: Tensor | float) -> Tensor:
     """q, k, v (T, H, d); query i sees keys lo[i] .. i, lo (T,) holds document starts and window -> (T, H, d)."""
     key = torch.arange(len(k), device=k.device)
@@ -1052,26 +1038,215 @@ def bands(x: Tensor, back: int) -> Tensor:
     shifted = [before[start:start + len(x)].unflatten(0, (-1, QUERY_BLOCK)) for start in range(0, back + 1, QUERY_BLOCK)]
     return torch.cat(shifted, dim=1).transpose(1, 2)
 
+# Rows of queries, of keys, warps, stages, from a compute capability on; Hopper's are those of PyTorch's flex_attention.
+ATTENTION_FORWARD = {80: (128, 64, 8, 2), 90: (128, 64, 8, 3), 120: (128, 64, 8, 2)}
+ATTENTION_DQ = {80: (64, 64, 4, 2), 90: (128, 64, 8, 3), 120: (64, 64, 4, 2)}
+ATTENTION_DKV = {80: (64, 64, 8, 2), 90: (64, 128, 8, 3), 120: (64, 64, 8, 2)}
+
+@torch.compiler.assume_constant_result
+def target() -> int:
+    """The compute capability that kernels are compiled for, 90 on an H100; Triton's interpreter passes for one."""
+    return 90 if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().arch
+
+def fitting(table: dict[int, tuple]) -> tuple:
+    return table[max(capability for capability in table if capability <= target())]
+
+def blocks_of(x: Tensor, *shape: int) -> TensorDescriptor | tuple:
+    """x for a kernel that moves blocks of this shape, by TMA from 90 on. Outside of x it reads 0 and writes nothing."""
+    if x.stride(-1) != 1 or x.data_ptr() % 16 or any(stride == 0 or stride * x.itemsize % 16 for stride in x.stride()[:-1]):
+        x = x.contiguous()
+    return TensorDescriptor.from_tensor(x, list(shape)) if target() >= 90 else (x, tuple(x.shape), x.stride())
+
+@triton.jit
+def opened(x, SHAPE: tl.constexpr):
+    """What blocks_of gave, to load from and store to. Below 90 the compiler makes plain pointers of it."""
+    return x if isinstance(x, tl.tensor_descriptor) else tl.make_tensor_descriptor(x[0], x[1], x[2], SHAPE)
+
+@triton.jit
+def attention_forward_kernel(q, k, v, o, lse, lo, scale, T, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr):
+    """A block of queries of one head over the key blocks that it sees; softmax in base 2, rescaled as its maximum grows."""
+    m, h = tl.program_id(0) * BM, tl.program_id(1)
+    q, o, k, v = opened(q, [BM, D]), opened(o, [BM, D]), opened(k, [BN, D]), opened(v, [BN, D])
+    rows, end = m + tl.arange(0, BM), tl.minimum(m + BM, T)
+    row_lo, columns = tl.load(lo + rows, mask=rows < T, other=T)[:, None], tl.arange(0, BN)
+    first, last = tl.load(lo + m), tl.load(lo + end - 1)
+    factor = tl.load(scale) * 1.4426950408889634                                    # exp(x) = exp2(x log2(e))
+    queries = q.load([m, h * D])
+    top = tl.full([BM], -1e30, tl.float32)                                          # finite: a row may see no key of a block
+    total, acc = tl.zeros([BM], tl.float32), tl.zeros([BM, D], tl.float32)
+    for n in range(first // BN * BN, end, BN):
+        s = tl.dot(queries, k.load([n, h * D]).T)
+        if (n < last) | (n + BN > m + 1):                                           # the interval cuts this block
+            s = tl.where((n + columns >= row_lo) & (n + columns <= rows[:, None]), s, float("-inf"))
+        new = tl.maximum(top, tl.max(s, 1) * factor)
+        p = tl.math.exp2(s * factor - new[:, None])
+        shrink = tl.math.exp2(top - new)
+        total, top = total * shrink + tl.sum(p, 1), new
+        acc = tl.dot(p.to(queries.dtype), v.load([n, h * D]), acc * shrink[:, None])
+    o.store([m, h * D], (acc / total[:, None]).to(o.dtype))
+    tl.store(lse + h * T + rows, top + tl.math.log2(total), mask=rows < T)
+
+@triton.jit
+def attention_dq_kernel(q, k, v, o, do, dq, lse, delta, lo, scale, T, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr):
+    """dq of a block of queries; and delta = sum(do * o) over each row, which attention_dkv_kernel needs too."""
+    m, h = tl.program_id(0) * BM, tl.program_id(1)
+    q, o, k, v = opened(q, [BM, D]), opened(o, [BM, D]), opened(k, [BN, D]), opened(v, [BN, D])
+    do, dq = opened(do, [BM, D]), opened(dq, [BM, D])
+    rows, end = m + tl.arange(0, BM), tl.minimum(m + BM, T)
+    row_lo, columns = tl.load(lo + rows, mask=rows < T, other=T)[:, None], tl.arange(0, BN)
+    first, last = tl.load(lo + m), tl.load(lo + end - 1)
+    factor = tl.load(scale) * 1.4426950408889634
+    queries, row_do = q.load([m, h * D]), do.load([m, h * D])
+    row_delta = tl.sum(row_do.to(tl.float32) * o.load([m, h * D]).to(tl.float32), 1)
+    tl.store(delta + h * T + rows, row_delta, mask=rows < T)
+    row_lse, acc = tl.load(lse + h * T + rows, mask=rows < T, other=0), tl.zeros([BM, D], tl.float32)
+    for n in range(first // BN * BN, end, BN):
+        block = k.load([n, h * D])
+        p = tl.math.exp2(tl.dot(queries, block.T) * factor - row_lse[:, None])
+        if (n < last) | (n + BN > m + 1):
+            p = tl.where((n + columns >= row_lo) & (n + columns <= rows[:, None]), p, 0)
+        ds = p * (tl.dot(row_do, v.load([n, h * D]).T) - row_delta[:, None])
+        acc = tl.dot(ds.to(block.dtype), block, acc)
+    dq.store([m, h * D], (acc * tl.load(scale)).to(dq.dtype))
+
+@triton.jit
+def attention_dkv_kernel(q, k, v, do, dk, dv, lse, delta, lo, end, scale, T, BM: tl.constexpr, BN: tl.constexpr,
+                         D: tl.constexpr):
+    """dk and dv of a block of keys, over the queries up to end[block] that see it; scores are transposed, a row a key."""
+    n, h = tl.program_id(0) * BN, tl.program_id(1)
+    q, do, k, v = opened(q, [BM, D]), opened(do, [BM, D]), opened(k, [BN, D]), opened(v, [BN, D])
+    dk, dv = opened(dk, [BN, D]), opened(dv, [BN, D])
+    keys, columns = n + tl.arange(0, BN), tl.arange(0, BM)
+    factor = tl.load(scale) * 1.4426950408889634
+    row_k, row_v = k.load([n, h * D]), v.load([n, h * D])
+    dk_acc, dv_acc = tl.zeros([BN, D], tl.float32), tl.zeros([BN, D], tl.float32)
+    for m in range(n, tl.load(end + tl.program_id(0)), BM):
+        queries, block = q.load([m, h * D]), do.load([m, h * D])
+        place, inside = h * T + m + columns, m + columns < T
+        p = tl.math.exp2(tl.dot(row_k, queries.T) * factor - tl.load(lse + place, mask=inside, other=0)[None, :])
+        if (n < tl.load(lo + tl.minimum(m + BM, T) - 1)) | (n + BN > m + 1):
+            column_lo = tl.load(lo + m + columns, mask=inside, other=T)
+            p = tl.where((keys[:, None] >= column_lo[None, :]) & (keys[:, None] <= (m + columns)[None, :]), p, 0)
+        dv_acc = tl.dot(p.to(block.dtype), block, dv_acc)
+        ds = p * (tl.dot(row_v, block.T) - tl.load(delta + place, mask=inside, other=0)[None, :])
+        dk_acc = tl.dot(ds.to(queries.dtype), queries, dk_acc)
+    dk.store([n, h * D], (dk_acc * tl.load(scale)).to(dk.dtype))
+    dv.store([n, h * D], dv_acc.to(dv.dtype))
+
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """-> o (T, H, d) and the base-2 log-sum-exp of its scores (H, T)."""
+    (T, H, D), (BM, BN, warps, stages) = q.shape, fitting(ATTENTION_FORWARD)
+    o, lse = q.new_empty(q.shape), q.new_empty(H, T, dtype=torch.float32)
+    rows, keys = (lambda x, n=n: blocks_of(x.flatten(1), n, D) for n in (BM, BN))
+    attention_forward_kernel[triton.cdiv(T, BM), H](rows(q), keys(k), keys(v), rows(o), lse, lo, scale, T, BM, BN, D,
+                                                    num_warps=warps, num_stages=stages)
+    return o, lse
+
+def attention_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, lo: Tensor, scale: Tensor, o: Tensor, lse: Tensor
+                       ) -> tuple[Tensor, Tensor, Tensor]:
+    """-> dq, dk, dv (T, H, d). No atomics: the same bits every time."""
+    (T, H, D), delta, (dq, dk, dv) = q.shape, torch.empty_like(lse), (q.new_empty(q.shape) for _ in range(3))
+    BM, BN, warps, stages = fitting(ATTENTION_DQ)
+    rows, keys = (lambda x, n=n: blocks_of(x.flatten(1), n, D) for n in (BM, BN))
+    attention_dq_kernel[triton.cdiv(T, BM), H](rows(q), keys(k), keys(v), rows(o), rows(do), rows(dq), lse, delta, lo, scale,
+                                               T, BM, BN, D, num_warps=warps, num_stages=stages)
+    BM, BN, warps, stages = fitting(ATTENTION_DKV)
+    last = torch.arange(BN - 1, T + BN - 1, BN, dtype=torch.int32, device=lo.device)
+    end = torch.searchsorted(lo, last, right=True, out_int32=True)
+    rows, keys = (lambda x, n=n: blocks_of(x.flatten(1), n, D) for n in (BM, BN))
+    attention_dkv_kernel[triton.cdiv(T, BN), H](rows(q), keys(k), keys(v), rows(do), keys(dk), keys(dv), lse, delta, lo, end,
+                                                scale, T, BM, BN, D, num_warps=warps, num_stages=stages)
+    return dq, dk, dv
+
+attention_op = torch.library.custom_op("train_gpt::attention", attention_forward, mutates_args=())
+attention_op.register_fake(lambda q, *rest: (q.new_empty(q.shape), q.new_empty(*q.shape[1::-1], dtype=torch.float32)))
+attention_backward_op = torch.library.custom_op("train_gpt::attention_backward", attention_backward, mutates_args=())
+attention_backward_op.register_fake(lambda do, q, *rest: tuple(q.new_empty(q.shape) for _ in range(3)))
+attention_op.register_autograd(lambda ctx, do, _: (*attention_backward_op(do, *ctx.saved_tensors), None, None),
+                               setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, *output))
+
+def attention_triton(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, reach: int, scale: Tensor | float) -> Tensor:
+    """attention_reference for scale > 0, lo non-decreasing; d filled up to a power of two. FlashAttention-2, 2307.08691."""
+    scale, d = scale if isinstance(scale, Tensor) else q.new_full((), scale, dtype=torch.float32), q.size(2)
+    missing = triton.next_power_of_2(d) - d
+    q, k, v = (F.pad(t, (0, missing)) for t in (q, k, v)) if missing else (q, k, v)
+    return attention_op(q, k, v, lo.to(torch.int32), scale)[0][..., :d]
+
 def mlp(x: Tensor, up: Tensor, down: Tensor, activation: str) -> Tensor:
     """x (T, D); up, down (4D, D) -> (T, D). relu(x)^2: 2109.08668"""
     hidden = F.linear(x, up)
     return (F.relu(hidden).square() if activation == "relu2" else F.gelu(hidden)) @ down
 
+# Rows, columns, depth of a block, warps, stages forward and backward; shared memory: 99 KB on Ada and on 120, 227 on 90.
+RELU2_BLOCKS = {80: (128, 256, 32, 8, 3, 3), 90: (128, 256, 64, 8, 4, 3), 120: (128, 128, 64, 8, 3, 3)}
+PROCESSORS = 132                                                # an H100's, where there is no GPU
+
+@triton.jit
+def relu2_kernel(a, b, hidden, out, DEPTH: tl.constexpr, BACKWARD: tl.constexpr, PROGRAMS: tl.constexpr, ROWS: tl.constexpr,
+                 COLUMNS: tl.constexpr, STEP: tl.constexpr):
+    """A program takes every PROGRAMS-th block, in one flat loop: while it stores one, it already loads the next."""
+    HALF: tl.constexpr = COLUMNS // 2                               # what is stored at once: less shared memory
+    a, b, out = opened(a, [ROWS, STEP]), opened(b, [COLUMNS, STEP]), opened(out, [ROWS, HALF])
+    across = tl.cdiv(out.shape[1], COLUMNS)
+    for block in tl.range(tl.program_id(0), tl.cdiv(out.shape[0], ROWS) * across, PROGRAMS, flatten=True):
+        row, column = block // across * ROWS, block % across * COLUMNS
+        total = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for k in range(0, DEPTH, STEP):
+            total = tl.dot(a.load([row, k]), b.load([column, k]).T, total)
+        halves = total.reshape(ROWS, 2, HALF).permute(0, 2, 1).split()
+        for i in tl.static_range(2):
+            if BACKWARD:
+                y = halves[i] * 2 * tl.sqrt(opened(hidden, [ROWS, HALF]).load([row, column + i * HALF]).to(tl.float32))
+            else:
+                y = tl.maximum(halves[i], 0) * tl.maximum(halves[i], 0)
+            out.store([row, column + i * HALF], y.to(out.dtype))
+
+@torch.library.custom_op("train_gpt::relu2_product", mutates_args=())
+def relu2_product(a: Tensor, b: Tensor, hidden: Tensor | None) -> Tensor:
+    """a (T, K), b (N, K) -> relu(a b^T)^2 (T, N); with such a result as hidden: 2 sqrt(hidden) a b^T, its derivative"""
+    ROWS, COLUMNS, STEP, warps, *stages = fitting(RELU2_BLOCKS)
+    out, backward = a.new_empty(len(a), len(b)), hidden is not None
+    processors = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else PROCESSORS
+    programs = min(processors, triton.cdiv(len(a), ROWS) * triton.cdiv(len(b), COLUMNS))
+    kept, to = (blocks_of(t, ROWS, COLUMNS // 2) for t in (hidden if backward else out, out))
+    relu2_kernel[programs,](blocks_of(a, ROWS, STEP), blocks_of(b, COLUMNS, STEP), kept, to, a.size(1), backward, programs,
+                            ROWS, COLUMNS, STEP, num_warps=warps, num_stages=stages[backward])
+    return out
+
+relu2_product.register_fake(lambda a, b, hidden: a.new_empty(len(a), len(b)))
+
+class ReLU2MLP(torch.autograd.Function):
+    """relu(x up^T)^2 is all that is kept: the derivative needs its root, with half the rounding error of a kept relu."""
+    @staticmethod
+    def forward(ctx, x, up, down):
+        hidden = relu2_product(x, up, None)
+        ctx.save_for_backward(x, up, down, hidden)
+        return hidden @ down
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, up, down, hidden = ctx.saved_tensors
+        d_up = relu2_product(dy.contiguous(), down, hidden)         # of x up^T
+        return d_up @ up, d_up.T @ x, hidden.T @ dy
+
+def mlp_triton(x: Tensor, up: Tensor, down: Tensor, activation: str) -> Tensor:
+    """mlp, fused for relu2 in bfloat16; D a multiple of 8."""
+    return ReLU2MLP.apply(x.contiguous(), up, down) if activation == "relu2" else mlp(x, up, down, activation)
+
 Cap = tuple[float, float, float]                                # logits become cap[0] sigmoid((logits + cap[1]) / cap[2])
 
 def head_loss_reference(x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, cap: Cap) -> Tensor:
     """x (T, D), head (D, V), targets (T,): sum over k of weights[k] * cross-entropy with the token k + 1 ahead, over T."""
-    logits = (x @ head).float()
-    if cap[0]:
-        logits = cap[0] * torch.sigmoid((logits + cap[1]) / cap[2])
-    T = len(targets)
+    logits, T = capped((x @ head).float(), cap), len(targets)
     losses = [F.cross_entropy(logits[:T - k], targets[k:], reduction="sum") for k in range(len(weights))]
     return (torch.stack(losses) * weights).sum() / T
 
-HEAD_CHUNK = 1024                                               # tokens
+def capped(z: Tensor, cap: Cap) -> Tensor:
+    return cap[0] * torch.sigmoid((z + cap[1]) / cap[2]) if cap[0] else z
 
-def head_loss(x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, cap: Cap,
-              piece: Callable | None = None) -> Tensor:
+HEAD_CHUNK = {"cpu": 1024, "cuda": 16384}                       # tokens, by device
+
+def head_loss(x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, cap: Cap, piece: Callable | None = None) -> Tensor:
     """head_loss_reference, a chunk of tokens at a time: the float32 logits of a whole sequence never exist at once."""
     T, ahead = len(targets), torch.arange(len(weights), device=x.device)
     place = torch.arange(T, device=x.device)[:, None] + ahead                       # (T, n)
@@ -1081,14 +1256,16 @@ def head_loss(x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, cap: Ca
 
 class HeadLoss(torch.autograd.Function):
     """The gradient is made with the loss, while a chunk's logits are at hand; backward only scales it."""
-
     @staticmethod
     def forward(ctx, x, head, targets, weights, cap, piece, with_grad):
-        chunks = zip(*(t.split(HEAD_CHUNK) for t in (x, targets, weights)))
-        losses, dx, dhead = zip(*[piece(part, head, *rest, cap, with_grad) for part, *rest in chunks])
+        loss, dx, dhead = 0.0, [], None
+        for part, *rest in zip(*(t.split(HEAD_CHUNK[x.device.type]) for t in (x, targets, weights))):
+            part_loss, part_dx, part_dhead = piece(part, head, *rest, cap, with_grad)
+            loss, dx = loss + part_loss, [*dx, part_dx]
+            dhead = part_dhead if dhead is None else dhead.add_(part_dhead)
         if with_grad:
-            ctx.save_for_backward(torch.cat(dx), sum(dhead).to(head.dtype))
-        return sum(losses)
+            ctx.save_for_backward(torch.cat(dx), dhead.to(head.dtype))
+        return loss
 
     @staticmethod
     def backward(ctx, grad):
@@ -1114,15 +1291,176 @@ def chunk_loss(z: Tensor, targets: Tensor, weights: Tensor, cap: Cap) -> tuple[T
     dz = (exp * (weights.sum(dim=-1, keepdim=True) / total)).scatter_add(1, targets, -weights)
     return loss, dz * (cap[0] / cap[2] * s * (1 - s)) if cap[0] else dz
 
+@triton.jit
+def capped_logit(z, CAP: tl.constexpr, SHIFT: tl.constexpr, WIDTH: tl.constexpr):
+    """z -> its logit, the logit's derivative by z."""
+    if CAP == 0:
+        return z, z * 0 + 1
+    s = tl.sigmoid((z + SHIFT) * (1 / WIDTH))
+    return CAP * s, CAP / WIDTH * s * (1 - s)
+
+@triton.jit
+def cross_entropy_kernel(z, targets, weights, loss, V, N: tl.constexpr, CAP: tl.constexpr, SHIFT: tl.constexpr,
+                         WIDTH: tl.constexpr, WITH_GRAD: tl.constexpr, AHEAD: tl.constexpr, BLOCK: tl.constexpr):
+    """A row a program: z (V,) before the cap, targets and weights (N,) -> the row's loss; z becomes its gradient."""
+    row = tl.program_id(0).to(tl.int64)
+    z += row * V
+    lane, k = tl.arange(0, BLOCK), tl.arange(0, AHEAD)
+    target = tl.load(targets + row * N + k, mask=k < N, other=0)
+    weight = tl.load(weights + row * N + k, mask=k < N, other=0)
+    picked, picked_slope = capped_logit(tl.load(z + target).to(tl.float32), CAP, SHIFT, WIDTH)
+    top, total = tl.full([BLOCK], -1e30 if CAP == 0 else CAP, tl.float32), tl.zeros([BLOCK], tl.float32)
+    for start in range(0, V, BLOCK):
+        inside = start + lane < V
+        logit, _ = capped_logit(tl.load(z + start + lane, mask=inside, other=0).to(tl.float32), CAP, SHIFT, WIDTH)
+        logit = tl.where(inside, logit, float("-inf"))
+        if CAP == 0 or CAP > 64:
+            higher = tl.maximum(top, logit)
+            total = total * tl.exp(top - higher) + tl.exp(logit - higher)
+            top = higher
+        else:
+            total += tl.exp(logit - CAP)
+    highest = tl.max(top, 0)
+    log_total = highest + tl.log(tl.sum(total * tl.exp(top - highest), 0))
+    tl.store(loss + row, tl.sum(weight * (log_total - picked), 0))
+    if WITH_GRAD:
+        all_weight = tl.sum(weight, 0)
+        same = tl.sum(tl.where(target[:, None] == target[None, :], weight[None, :], 0), 1)
+        tl.debug_barrier()
+        for start in range(0, V, BLOCK):
+            inside = start + lane < V
+            logit, slope = capped_logit(tl.load(z + start + lane, mask=inside, other=0).to(tl.float32), CAP, SHIFT, WIDTH)
+            tl.store(z + start + lane, (all_weight * tl.exp(logit - log_total) * slope).to(z.dtype.element_ty), mask=inside)
+        tl.debug_barrier()
+        dz = (all_weight * tl.exp(picked - log_total) - same) * picked_slope
+        tl.store(z + target, dz.to(z.dtype.element_ty), mask=k < N)
+
+@torch.library.custom_op("train_gpt::cross_entropy_", mutates_args={"z"})
+def cross_entropy_(z: Tensor, targets: Tensor, weights: Tensor, cap: list[float], with_grad: bool) -> Tensor:
+    """chunk_loss in one kernel: z (c, V) -> the loss of each row (c,), float32; z becomes its gradient if that is wanted."""
+    assert all(t.is_contiguous() for t in (z, targets, weights)), [t.stride() for t in (z, targets, weights)]
+    n, loss = targets.size(1), z.new_empty(len(z), dtype=torch.float32)
+    cross_entropy_kernel[len(z),](z, targets, weights, loss, z.size(1), n, *cap, with_grad, triton.next_power_of_2(n),
+                                  BLOCK=4096, num_warps=8)
+    return loss
+
+cross_entropy_.register_fake(lambda z, *rest: z.new_empty(len(z), dtype=torch.float32))
+
+X_SCALE, HEAD_SCALE = 2**-2, 2**-8      # near the records' 100 / 448 and 1.6 / 448; powers of two round nothing
+
+def to_fp8(x: Tensor, scale: float) -> Tensor:
+    return (x * (1 / scale)).to(torch.float8_e4m3fn)            # which saturates, at 448
+
+def head_chunk_triton(x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, cap: Cap, with_grad: bool):
+    """head_chunk without float32 logits in memory; in training they are a product in FP8, where the GPU has it."""
+    if with_grad and target() >= 89:
+        scale = x.new_full((), (X_SCALE * HEAD_SCALE)**0.5, dtype=torch.float32)
+        head8 = to_fp8(head.T, HEAD_SCALE).contiguous().T       # columns contiguous, as _scaled_mm wants its second factor
+        z = torch._scaled_mm(to_fp8(x, X_SCALE), head8, scale, scale, out_dtype=x.dtype, use_fast_accum=True)
+    else:
+        z = x @ head
+    loss = cross_entropy_(z, targets, weights, cap, with_grad).sum()
+    return (loss, z @ head.T, (x.T @ z).float()) if with_grad else (loss, None, None)
+
 def symmetric_product(x: Tensor, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
     """alpha x x^T + beta x, x (n, rows, columns); beta needs x symmetric."""
     product = alpha * (x @ x.mT)
     return product + beta * x if beta else product
 
-# =====================================================================================================================
-# 7. Run: ranks, log, clock, and the loop.
-# =====================================================================================================================
+@triton.jit
+def symmetric_kernel(x, square, out, alpha, beta, depth, BETA: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr):
+    """A block on or below the diagonal of alpha x x^T + beta x, and its mirror image."""
+    row, column, n = tl.program_id(0) * ROWS, tl.program_id(1) * ROWS, tl.program_id(2)
+    if column > row:
+        return
+    x, out, total = opened(x, [1, ROWS, STEP]), opened(out, [1, ROWS, ROWS]), tl.zeros((ROWS, ROWS), tl.float32)
+    for k in range(0, depth, STEP):
+        right = x.load([n, column, k]).reshape(ROWS, STEP).T
+        total = tl.dot(x.load([n, row, k]).reshape(ROWS, STEP), right, total)
+    total *= alpha
+    if BETA:
+        total += beta * opened(square, [1, ROWS, ROWS]).load([n, row, column]).reshape(ROWS, ROWS).to(tl.float32)
+    y = total.to(out.dtype)
+    out.store([n, row, column], y.reshape(1, ROWS, ROWS))
+    if column < row:
+        out.store([n, column, row], y.T.reshape(1, ROWS, ROWS))
 
+@torch.library.custom_op("train_gpt::symmetric_product", mutates_args=())
+def symmetric_op(x: Tensor, alpha: float, beta: float) -> Tensor:
+    ROWS, STEP, out = 128, 64, x.new_empty(len(x), x.size(1), x.size(1))        # 96 KB: two programs on a multiprocessor
+    x, blocks = x.contiguous(), triton.cdiv(x.size(1), ROWS)
+    symmetric_kernel[blocks, blocks, len(x)](
+        blocks_of(x, 1, ROWS, STEP), blocks_of(x, 1, ROWS, ROWS), blocks_of(out, 1, ROWS, ROWS), alpha, beta, x.size(2),
+        beta != 0, ROWS, STEP, num_warps=8, num_stages=3)
+    return out
+
+symmetric_op.register_fake(lambda x, alpha, beta: x.new_empty(len(x), x.size(1), x.size(1)))
+
+def symmetric_product_triton(x: Tensor, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
+    """symmetric_product in bfloat16, half of it computed; rows and columns multiples of 8."""
+    return symmetric_op(x, alpha, beta)
+
+def transposed_(to: Tensor, x: Tensor, add: bool) -> Tensor:
+    """to (R, C) = x.T, or to += x.T, in place; x (C, R)."""
+    return to.add_(x.T) if add else to.copy_(x.T)
+
+@triton.jit
+def transposed_kernel(dst, src, rows, columns, dst_stride, src_stride, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    y = tl.load(src + column[:, None] * src_stride + row, mask=(column[:, None] < columns) & (row < rows)).to(tl.float32).T
+    place, inside = dst + row[:, None] * dst_stride + column, (row[:, None] < rows) & (column < columns)
+    if ADD:
+        y += tl.load(place, mask=inside).to(tl.float32)
+    tl.store(place, y.to(dst.dtype.element_ty), mask=inside)
+
+def transposed_triton_(dst: Tensor, src: Tensor, add: bool, block: int = 64) -> Tensor:
+    """transposed_ through shared memory, so that both sides are touched along their rows."""
+    assert dst.shape == src.T.shape and dst.stride(1) == src.stride(1) == 1, [(t.shape, t.stride()) for t in (dst, src)]
+    blocks = tuple(triton.cdiv(size, block) for size in dst.shape)
+    transposed_kernel[blocks](dst, src, *dst.shape, dst.stride(0), src.stride(0), add, block)
+    return dst
+
+IN_USE = {f.__name__: f for f in (attention, mlp, head_chunk, symmetric_product, transposed_)}  # by model and optimizer
+
+def choose_operators(cfg: Config, device: torch.device) -> str:
+    """On a GPU, each fast version that is right on a small input takes its place. -> the line of the log on what runs."""
+    rng, D, T, notes = torch.Generator().manual_seed(0), cfg.model_dim, 384, []
+    random = lambda *size: torch.randn(*size, generator=rng).bfloat16()  # noqa: E731
+    cap, targets = (cfg.softcap, cfg.softcap_shift, cfg.softcap_width), torch.randint(cfg.vocab_size, (T, 2), generator=rng)
+    fast_versions = (                                           # with arguments as wide as the model
+        (attention, attention_triton, [*random(3, T, 2, cfg.head_dim), torch.arange(T) // 99 * 99, T, torch.tensor(0.1)]),
+        (mlp, mlp_triton, [random(T, D), *random(2, cfg.mlp_ratio * D, D) / D**0.5, cfg.activation]),
+        (head_chunk, head_chunk_triton,
+         [random(T, D), random(D, cfg.vocab_rows) / D**0.5, targets, torch.full((T, 2), 1 / T), cap, True]),
+        (symmetric_product, symmetric_product_triton, [random(2, 2 * D, D).mT]),
+        (transposed_, transposed_triton_, [random(D, T), random(T, D), True]),
+    ) if device.type == "cuda" and not cfg.reference else ()
+    for plain, fast, args in fast_versions:
+        wrong = trial(plain, fast, args, device)
+        IN_USE[plain.__name__] = plain if wrong else fast
+        notes.append(f"{plain.__name__} plain ({wrong})" if wrong else f"{plain.__name__} by kernel")
+    return ", ".join(notes) or "all plain"
+
+def trial(plain: Callable, fast: Callable, args: list, device: torch.device) -> str:
+    """Why a fast version cannot run here: its results and gradients against the plain one's in float32; '': it can."""
+    def results(operator: Callable, dtype: torch.dtype) -> list[Tensor]:
+        here = [a.to(device, dtype if a.dtype == torch.bfloat16 else a.dtype, copy=True) if isinstance(a, Tensor) else a
+                for a in args]
+        leaves = [a.requires_grad_() for a in here[:3] if plain in (attention, mlp)]
+        out = operator(*here)
+        out = out if isinstance(out, tuple) else (out,)
+        return [*out, *torch.autograd.grad(out[0].float().square().sum(), leaves)] if leaves else list(out)
+    try:
+        for ours, exact in zip(results(fast, torch.bfloat16), results(plain, torch.float32)):
+            error = float((ours - exact).detach().norm() / exact.detach().norm())
+            if not error < 0.05 and not is_null(device):
+                return f"relative error {error:.2g}"
+    except Exception as error:  # noqa: BLE001, whatever it is, the plain version stays
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return ""
+
+# ===== 7. Run: ranks, log, clock, and the loop. =====================================================================
 @dataclass
 class Ranks:
     """Who am I among the processes. Collectives start at once and give a function that waits; with one process, no-ops."""
@@ -1148,10 +1486,6 @@ class Ranks:
             dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo", timeout=timedelta(seconds=cfg.rank_timeout))
         return Ranks(rank, size, torch.device("cuda", local) if cfg.device == "cuda" else torch.device("cpu"))
 
-    def leave(self) -> None:
-        if self.size > 1:
-            dist.destroy_process_group()
-
     def all_reduce(self, x: Tensor) -> Callable[[], Tensor]:
         """The sum over ranks, in place."""
         work = dist.all_reduce(x, async_op=True) if self.size > 1 else None
@@ -1171,46 +1505,34 @@ class Ranks:
         work = dist.all_gather_single(whole, own, async_op=True) if self.size > 1 else None
         return lambda: (work and work.wait(), whole)[1]
 
-class Pulse(threading.Thread):
-    """Every process says twice a second that it lives, in the store that they met in, so that a dead one can be named."""
+def upload(host: Tensor, onto: Tensor) -> Tensor:
+    """Host memory onto a tensor of the device; a GPU's queue goes on meanwhile."""
+    return onto.copy_(host.pin_memory() if onto.is_cuda else host, non_blocking=True)
 
-    def __init__(self, ranks: Ranks):
-        super().__init__(daemon=True)
-        self.ranks, self.over, self.last_word = ranks, threading.Event(), "failed"
-        if ranks.size > 1:
-            self.store = dist.PrefixStore("pulse", dist.distributed_c10d._get_default_store())
-            self.start()
+def download(x: Tensor) -> tuple[Tensor, Callable[[], None]]:
+    """The reverse: what is on the host, once the function has been called, which waits."""
+    if not x.is_cuda:
+        return x, lambda: None
+    host, event = torch.empty(x.shape, pin_memory=True).copy_(x, non_blocking=True), torch.cuda.Event()
+    event.record()
+    return host, event.synchronize
 
-    def run(self) -> None:
-        beat, key = 0, str(self.ranks.rank)
+class Graphs:
+    """Work that is the same on every step of a kind: captured as a CUDA graph once, replayed then; else a plain call."""
+    def __init__(self, log: "Log"):
+        self.log, self.kept, self.pool = log, {}, None
+
+    def capture(self, key: object, work: Callable[[], None]) -> None:
+        """Nothing runs. If something in it cannot be captured on this stack, the log says so, and it stays a plain call."""
         try:
-            while not self.over.wait(0.5):
-                self.store.set(key, str(beat := beat + 1))
-            self.store.set(key, self.last_word)
-        except RuntimeError:                                    # the store is gone, with torchrun
-            pass
+            with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), pool=self.pool, capture_error_mode="thread_local"):
+                work()
+            self.kept[key], self.pool = graph, graph.pool()
+        except RuntimeError as error:
+            self.log.write(f"graphs: no graph of {key} ({str(error).splitlines()[0]})")
 
-    def end(self) -> None:
-        self.over.set()
-        if self.ranks.size > 1:
-            self.join(timeout=10)
-
-    def beat(self, rank: int) -> bytes:
-        return self.store.get(str(rank)) if self.store.check([str(rank)]) else b""
-
-    def silent(self) -> list[int]:
-        """Processes that for three seconds say nothing, and did not say that they leave."""
-        silent = {}
-        try:
-            for wait in range(31 if self.ranks.size > 1 else 0):
-                time.sleep(0.1 if wait else 0)
-                beats = {rank: self.beat(rank) for rank in (silent if wait else range(self.ranks.size))}
-                silent = {rank: beat for rank, beat in beats.items() if beat != b"left" and silent.get(rank, beat) == beat}
-                if not silent:
-                    break
-        except RuntimeError:                                    # as above: nobody knows
-            return []
-        return list(silent)
+    def __call__(self, key: object, work: Callable[[], None]) -> None:
+        self.kept[key].replay() if key in self.kept else work()
 
 class Log:
     """One file a run: the source, the configuration, then one line of key:value pairs an event."""
@@ -1220,8 +1542,8 @@ class Log:
         """run_id: of the run that goes on; its log is appended to."""
         self.file, self.run_id = None, run_id or str(uuid.uuid4())
         if ranks.rank == 0:
-            path = Path(cfg.log_dir) / f"{self.run_id}.txt"
-            self.appending = path.exists()
+            path = Path(cfg.log_dir) / f"{self.run_id}.txt" if not is_null(ranks.device) else Path(os.devnull)
+            self.appending = run_id is not None and path.exists()
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self.file = path.open("a", buffering=1)         # line by line: an interrupted run's log is whole so far
@@ -1242,14 +1564,17 @@ class Log:
         """facts: what is known of the machine. A log that goes on has its header already."""
         if self.file is None or self.appending:
             return
-        self.write(SOURCE.rstrip("\n"), echo=False)
-        self.write(self.END, echo=False)
-        self.write(f"source_sha256:{hashlib.sha256(SOURCE.encode()).hexdigest()}", echo=False)
-        self.write(f"config:{json.dumps(asdict(cfg))}", echo=False)
+        digest = hashlib.sha256(SOURCE.encode()).hexdigest()
+        self.write("\n".join((SOURCE.rstrip("\n"), self.END, f"source_sha256:{digest}",
+                              f"config:{json.dumps(asdict(cfg))}")), echo=False)
         self.write(f"preset:{cfg.preset} overrides:{json.dumps(overrides)}")
         for name, fact in facts.items():
             self.write(f"{name}: {fact}")
         self.write(self.END, echo=False)
+
+def is_null(device: torch.device) -> bool:
+    """A stand-in for a GPU that computes nothing (tests/null_device.py): its losses are no results, nothing is kept."""
+    return device.type == "cuda" and torch.cuda.get_device_name(device).startswith("NULLGPU")
 
 def keep_memory(device: torch.device) -> None:
     """glibc: freed memory stays ours. Else every large activation is mapped, and zeroed page by page, anew: a CPU step
@@ -1261,7 +1586,6 @@ def keep_memory(device: torch.device) -> None:
 
 class Clock:
     """Training time only: it stands still during validation, compilation and warm-up."""
-
     def __init__(self, device: torch.device):
         self.device, self.total, self.started = device, 0.0, None
 
@@ -1281,10 +1605,8 @@ class Clock:
 
 def pick_dtype(cfg: Config) -> torch.dtype:
     """auto: bfloat16 on GPUs and on CPUs that multiply it in hardware (AVX-512 BF16, AMX), else float32."""
-    if cfg.dtype != "auto":
-        return getattr(torch, cfg.dtype)
     fast = cfg.device == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else torch.float32
+    return getattr(torch, cfg.dtype if cfg.dtype != "auto" else "bfloat16" if fast else "float32")
 
 def compile_failure(cfg: Config, device: torch.device) -> str | None:
     """Why torch.compile cannot be used here (no C++ compiler, say), by trying it."""
@@ -1300,76 +1622,65 @@ def matrix_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large square matrix product on this machine: the best of several, outside the clock."""
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    times: list[float] = []
-    while len(times) < 3 or sum(times) < 0.5:
-        clock = Clock(device)
+    clock, times = Clock(device), [0.0]
+    while len(times) < 4 or times[-1] < 0.5:
         clock.start()
         a @ b
         clock.stop()
         times.append(clock.total)
-    return 2 * size**3 / min(times)
+    return 2 * size**3 / float(np.diff(times).min())
 
-def matrix_flops(cfg: Config) -> int:
-    """FLOPs of matrix products a token, forward; attention's scores apart, which depend on the documents."""
-    width = cfg.num_heads * cfg.head_dim
-    attending = sum(layer.window != "none" for layer in topology(cfg))
-    matrices = attending * 4 * cfg.model_dim * width + len(cfg.windows) * 2 * cfg.mlp_ratio * cfg.model_dim**2
-    return 2 * (matrices + cfg.model_dim * cfg.vocab_rows)
+def matrix_flops(cfg: Config) -> dict[str, int]:
+    """FLOPs of matrix products a token, forward, by part; attention's scores apart, which depend on the documents."""
+    D, attending = cfg.model_dim, sum(layer.window != "none" for layer in topology(cfg))
+    return {"projections": 2 * attending * 4 * D * cfg.num_heads * cfg.head_dim,
+            "MLP": 2 * len(cfg.windows) * 2 * cfg.mlp_ratio * D**2, "head": 2 * D * cfg.vocab_rows}
 
 def attended_pairs(tokens: np.ndarray, bos_id: int, window: int, paired: bool) -> int:
     """Query-key pairs that the mask lets through, for each head (or pair of heads), of one sequence."""
     position = np.arange(len(tokens))
-    start = np.maximum.accumulate(np.where(tokens == bos_id, position, 0))
-    age = position - start + 1
+    age = position - np.maximum.accumulate(np.where(tokens == bos_id, position, 0)) + 1
     return int(sum(np.minimum(n, window).sum() for n in ((2 * age - 1, 2 * age) if paired else (age,))))
 
-def step_flops(cfg: Config, batches: list[tuple[Tensor, Tensor]], windows: tuple[int, int]) -> int:
-    """FLOPs of the model on these micro-batches, 3 x forward; nothing for masked blocks or recomputation."""
-    reach = {"short": windows[0], "long": windows[1]}
-    total = 0
+def step_flops(cfg: Config, batches: list[tuple[Tensor, Tensor]], windows: tuple[int, int]) -> dict[str, int]:
+    """FLOPs of the model on these micro-batches by part, 3 x forward; nothing for masked blocks or recomputation."""
+    kinds = Counter((layer.window, layer.paired) for layer in topology(cfg) if layer.window != "none")
+    reach, count = {"short": windows[0], "long": windows[1]}, len(batches) * len(batches[0][0])
+    parts = {part: 3 * count * flops for part, flops in matrix_flops(cfg).items()} | {"attention": 0}
     for tokens, _ in batches:
-        total += len(tokens) * matrix_flops(cfg)
-        pairs = {(layer.window, layer.paired): 0 for layer in topology(cfg) if layer.window != "none"}
-        for window, paired in pairs:
-            pairs[window, paired] = attended_pairs(tokens.numpy(), cfg.bos_id, reach[window], paired)
-        for layer in topology(cfg):
-            if layer.window != "none":                          # two products of head_dim multiply-adds a pair and head
-                heads = cfg.num_heads // (2 if layer.paired else 1)
-                total += 4 * heads * cfg.head_dim * pairs[layer.window, layer.paired]
-    return 3 * total
+        for (window, paired), layers in kinds.items():          # two products of head_dim multiply-adds a pair and head
+            pairs = layers * attended_pairs(tokens.numpy(), cfg.bos_id, reach[window], paired)
+            parts["attention"] += 3 * 4 * cfg.num_heads // (2 if paired else 1) * cfg.head_dim * pairs
+    return parts
 
 def facts_of(ranks: Ranks, model: GPT, failure: str | None, ceiling: float) -> dict[str, object]:
     """What the log's header says of this machine and this model. Never the environment: it may hold tokens."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    cpu = f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-    chip = torch.cuda.get_device_name() if ranks.device.type == "cuda" else cpu
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    cpu = (re.findall(r"model name\s*: (.*)", cpuinfo) or [platform.processor() or platform.machine()])[0]
+    chip = torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"{cpu}, {os.cpu_count()} cores"
     matrices = sum(p.numel() for name, p in model.named_parameters() if model.specs[name].optimizer == "muon")
     return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": f"python {platform.python_version()}, torch {torch.__version__}, {platform.system()}",
         "hardware": f"{chip}; {ranks.size} process(es), {torch.get_num_threads()} thread(s) each",
-        "precision": str(model.dtype).removeprefix("torch."),
-        "compile": failure or "torch.compile",
+        "precision": str(model.dtype).removeprefix("torch."), "compile": failure or "torch.compile",
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}, of them {matrices:,} in matrices",
         "matrix ceiling": f"{ceiling / 1e9:.0f} GFLOP/s measured, all processes together",
     }
 
 def peak_memory(device: torch.device) -> float:
     """MiB: allocated on the GPU, or the process's largest resident size."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)
+    return (torch.cuda.max_memory_allocated() if device.type == "cuda" else resident) / 2**20
 
-class Stopped(KeyboardInterrupt):
-    """Somebody asked the run to end: the name of the signal. No library's `except Exception` keeps it."""
-
+Stopped = KeyboardInterrupt                                     # with the signal's name; `except Exception` lets it through
 KEPT_CHECKPOINTS = 2
-MAY_DIFFER = set("data_dir log_dir rank_timeout save_every save_on_stop resume compile warmup val_every".split())
+MAY_DIFFER = set("data_dir log_dir rank_timeout save_every save_on_stop resume compile reference graphs warmup val_every"
+                 " plan".split())
 
 def save_checkpoint(path: Path, content: dict) -> None:
     """Whole or not at all: a name of its own until it is on disk. OSError or RuntimeError when it cannot be written."""
-    part = path.with_name(f".{path.name}.part")
+    part, run = path.with_name(f".{path.name}.part"), path.name.partition(".step")[0]
     try:
         with part.open("wb") as file:
             torch.save(content, file)
@@ -1378,7 +1689,6 @@ def save_checkpoint(path: Path, content: dict) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-    run = path.name.partition(".step")[0]
     killed = path.parent.glob(f".{run}.step*.part")             # what a process that was killed left
     for old in [*by_age(path.parent, f"{run}.step*.pt")[KEPT_CHECKPOINTS:], *killed]:
         old.unlink()
@@ -1411,27 +1721,30 @@ def newest_checkpoint(cfg: Config) -> dict | None:
 
 class Run:
     """One run from its configuration to its last validation. What a user can get wrong is found before the log exists."""
-
     def __init__(self, cfg: Config, overrides: dict):
         self.cfg, self.schedule = cfg, Schedule(cfg)
         self.ranks = Ranks.join(cfg)
         self.loader, self.validation = Loader(cfg), Validation(cfg)
-        self.loader.check_enough(self.schedule)
+        if self.ranks.rank == 0:
+            self.loader.check_enough(self.schedule)
         saved = newest_checkpoint(cfg) if cfg.resume else None
         found = torch.tensor(saved["step"] + 1 if saved else 0, device=self.ranks.device)
         need(int(self.ranks.all_reduce(found.clone())()) == self.ranks.size * int(found),
              f"--log_dir {cfg.log_dir}: the processes found different checkpoints there; all nodes must see the same folder")
         self.log, self.clock = Log(cfg, self.ranks, saved and saved["run_id"]), Clock(self.ranks.device)
         keep_memory(self.ranks.device)
-        failure = compile_failure(cfg, self.ranks.device)
+        failure, operators = compile_failure(cfg, self.ranks.device), choose_operators(cfg, self.ranks.device)
         torch._dynamo.config.recompile_limit = 64               # a graph for each kind of layer, stage and validation window
         self.model = GPT(cfg, pick_dtype(cfg), compiled=not failure).to(self.ranks.device)
         self.optimizer = Optimizer(cfg, self.model, self.ranks)
         self.ceiling = matrix_ceiling(self.ranks.device, self.model.dtype) * self.ranks.size
-        self.log.header(cfg, overrides, facts_of(self.ranks, self.model, failure, self.ceiling))
+        self.log.header(cfg, overrides, facts_of(self.ranks, self.model, failure, self.ceiling) | {"operators": operators})
+        self.graphs = Graphs(self.log)
+        self.dials = torch.zeros(len(self.schedule.predict(0)) + 1, device=self.ranks.device)   # loss weights, signals
+        self.result, self.inputs = torch.zeros(2, device=self.ranks.device), {}                 # what graphs write and read
+        self.worker, self.ahead, self.position = ThreadPoolExecutor(1), {}, (0, 0)
         self.steps_done = self.tokens_seen = self.flops = 0
-        self.stop = self.last_signal = self.saved_step = self.average = None
-        self.leaving = False
+        self.stop = self.last_signal = self.saved_step = self.average = self.leaving = None
         if saved:
             self.restore(saved)
         elif cfg.resume:
@@ -1456,13 +1769,12 @@ class Run:
                 self.norms = self.group_norms()
                 if last:
                     self.write_scalars()
-                bpb = self.validation.bits_per_byte(loss)
-                known = f" val_bpb:{bpb:.4f}" if bpb else ""
+                known = f" val_bpb:{bpb:.4f}" if (bpb := self.validation.bits_per_byte(loss)) else ""
                 self.write_event(step, f"val_loss:{loss:.4f} ", f"{known} tokens:{self.tokens_seen}")
                 self.clock.start()
             if last:
                 return loss
-            unread.append((step + 1, self.train_step(step, windows)))
+            unread.append((step + 1, *download(self.train_step(step, windows))))
             self.report(unread, lag)
             if self.steps_done % 2 == 0:                        # after an odd step no gradient waits for its second half
                 if self.stop or (cfg.save_every and self.steps_done % cfg.save_every < 2):
@@ -1471,26 +1783,48 @@ class Run:
                 if self.stop:
                     raise Stopped(self.stop)
 
+    def fetch(self, step: int) -> tuple:
+        """This rank's micro-batches of a step and what follows from them alone; in a thread, while the step before runs."""
+        batches = list(self.loader.step(self.schedule.stage(step), self.ranks.rank, self.ranks.size))
+        position, rows = (self.loader.file, self.loader.document), []
+        if self.optimizer.sparse:
+            rows = [bigram_rows(t, documents(t, self.cfg.bos_id)[0], len(self.model.bigram_embed)) for t, _ in batches]
+        return batches, position, rows, sum(step_flops(self.cfg, batches, self.schedule.windows(step)).values())
+
     def train_step(self, step: int, windows: tuple[int, int]) -> Tensor:
         """One step, always the preset's number of micro-batches over all ranks.
+        -> (2,): its loss, multi-token terms included, and how many ranks were asked to stop, summed so that all agree."""
+        fetched = self.ahead.pop(step, None) or self.worker.submit(self.fetch, step)
+        batches, self.position, rows, flops = fetched.result()
+        if step + 1 < self.cfg.num_steps:
+            self.ahead[step + 1] = self.worker.submit(self.fetch, step + 1)
+        if rows:
+            self.optimizer.sparse.announce(torch.cat(rows).numpy(), last=step % 2 == 1)
+        upload(torch.tensor([*self.schedule.predict(step), float(self.last_signal is not None)]), self.dials)
+        batches = self.place(batches)
+        self.graphs((len(batches[0][0]), windows), lambda: self.compute(batches, windows))
+        self.optimizer.step(step, self.schedule.lr_mul(step), self.schedule.momentum(step), step == self.schedule.untie_step,
+                            lambda turn: self.graphs((turn, self.optimizer.tied), lambda: self.optimizer.move(turn)))
+        self.steps_done, self.tokens_seen = step + 1, self.tokens_seen + self.schedule.stage(step).batch_tokens
+        self.flops += flops * self.ranks.size
+        return self.ranks.all_reduce(self.result.clone())()
 
-        -> (2,): its loss, multi-token terms included, and how many ranks were asked to stop, summed so that all agree.
-        """
-        cfg, ranks, stage = self.cfg, self.ranks, self.schedule.stage(step)
-        batches = list(self.loader.step(stage, ranks.rank, ranks.size))
-        if self.optimizer.sparse:
-            rows = [bigram_rows(t, documents(t, cfg.bos_id)[0], len(self.model.bigram_embed)).numpy() for t, _ in batches]
-            self.optimizer.sparse.announce(np.concatenate(rows), last=step % 2 == 1)
-        weights = torch.tensor(self.schedule.predict(step), device=ranks.device)
-        total = torch.tensor([0.0, float(self.last_signal is not None)], device=ranks.device)
+    def place(self, batches: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """Micro-batches where the model reads them: on a GPU in the same memory every time."""
+        if self.ranks.device.type == "cpu":
+            return batches
+        size = len(batches[0][0])
+        if size not in self.inputs:
+            self.inputs[size] = [tuple(torch.empty_like(t, device=self.ranks.device) for t in pair) for pair in batches]
+        return [tuple(map(upload, pair, onto)) for pair, onto in zip(batches, self.inputs[size])]
+
+    def compute(self, batches: list[tuple[Tensor, Tensor]], windows: tuple[int, int]) -> None:
+        """Forward and backward of these micro-batches: gradients add up, the loss and the last dial go to self.result."""
+        self.result.copy_(F.pad(self.dials[-1:], (1, 0)))
         for tokens, targets in batches:
-            loss = self.model(tokens.to(ranks.device), targets.to(ranks.device), weights, windows) / cfg.micro_batches
+            loss = self.model(tokens, targets, self.dials[:-1], windows) / self.cfg.micro_batches
             loss.backward()
-            total[0] += loss.detach()
-        self.optimizer.step(step, self.schedule.lr_mul(step), self.schedule.momentum(step), step == self.schedule.untie_step)
-        self.steps_done, self.tokens_seen = step + 1, self.tokens_seen + stage.batch_tokens
-        self.flops += step_flops(cfg, batches, windows) * ranks.size
-        return ranks.all_reduce(total)()
+            self.result[0] += loss.detach()
 
     def save(self) -> None:
         """Everything a resumed run needs, the same whatever the number of ranks. All ranks call it; the clock stands."""
@@ -1498,19 +1832,17 @@ class Run:
         place = "cpu" if self.log.file else "meta"              # only one process keeps what they all gather
         optimizer = {name: {key: self.optimizer.whole_state(name, key).to(place) for key in state}
                      for name, state in self.optimizer.state.items()}
-        if self.log.file:
+        if self.log.file and not is_null(self.ranks.device):
             path = Path(self.cfg.log_dir) / f"{self.log.run_id}.step{self.steps_done:06d}.pt"
             content = {"config": json.dumps(settings(self.cfg)), "run_id": self.log.run_id, "step": self.steps_done,
                        "model": self.model.state_dict(), "optimizer": optimizer, "tied": self.optimizer.tied,
-                       "loader": (self.loader.file, self.loader.document), "clock": self.clock.total,
-                       "tokens_seen": self.tokens_seen, "flops": self.flops, "average": self.average,
-                       "rng": torch.get_rng_state()}
+                       "loader": self.position, "clock": self.clock.total, "tokens_seen": self.tokens_seen,
+                       "flops": self.flops, "average": self.average, "rng": torch.get_rng_state()}
             try:
                 save_checkpoint(path, content)
                 self.log.write(f"checkpoint: {path}")
             except (OSError, RuntimeError) as error:            # a full disk, most often, behind a RuntimeError of torch
-                cause = error.__context__ or error
-                why = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
+                why = str(error.__context__ or error).splitlines()[0]
                 self.log.write(f"checkpoint: NOT saved at step {self.steps_done}, the last good one stays ({why})")
         self.saved_step = self.steps_done
         self.clock.start()
@@ -1521,18 +1853,17 @@ class Run:
         for name, state in saved["optimizer"].items():
             for key, whole in state.items():
                 self.optimizer.load_state(name, key, whole.to(self.ranks.device))
-        self.optimizer.tied, self.steps_done, self.clock.total = saved["tied"], saved["step"], saved["clock"]
+        self.optimizer.tied, self.clock.total, self.position = saved["tied"], saved["clock"], saved["loader"]
         self.tokens_seen, self.flops, self.average = saved["tokens_seen"], saved["flops"], saved["average"]
-        self.loader.open(saved["loader"][0])
-        self.loader.document = saved["loader"][1]
+        self.loader.open(self.position[0])
+        self.loader.document, self.steps_done, self.saved_step = self.position[1], saved["step"], saved["step"]
         torch.set_rng_state(saved["rng"])
-        self.saved_step = self.steps_done
         self.log.write(f"resumed: from step {self.steps_done} with {self.ranks.size} process(es)")
 
     def hear(self, number: int, _frame) -> None:
         """A signal: remembered for the end of the step if there is something to save, else the end, now."""
-        now, again = time.monotonic(), self.last_signal and time.monotonic() - self.last_signal[1] > 2    # torchrun: twice
-        self.last_signal = signal.Signals(number).name, now
+        again = self.last_signal and time.monotonic() - self.last_signal[1] > 2             # torchrun's comes twice at once
+        self.last_signal = signal.Signals(number).name, time.monotonic()
         if not self.leaving and (again or not self.cfg.save_on_stop or self.steps_done == self.began_at):
             raise Stopped(self.last_signal[0])
 
@@ -1553,37 +1884,40 @@ class Run:
         """Compiles and runs every stage on dummy tokens, both optimizers and validation; then all is as it was."""
         cfg, device, began = self.cfg, self.ranks.device, time.perf_counter()
         state = [*self.model.parameters(), *(t for s in self.optimizer.state.values() for t in s.values())]
-        saved, tied = [t.detach().clone() for t in state], self.optimizer.tied
-        rng = torch.Generator().manual_seed(0)
-        def dummy(size: int) -> tuple[Tensor, Tensor]:
-            ids = torch.randint(cfg.vocab_size, (size + 1,), generator=rng)
-            ids[torch.rand(size + 1, generator=rng) < 1 / 500] = cfg.bos_id
-            return ids[:-1].to(device), ids[1:].to(device)
+        saved, tied = [t.detach().to("cpu", copy=True) for t in state], self.optimizer.tied
+        dummy = lambda size: split_targets(np.arange(size + 1) * 37 % cfg.vocab_size)  # noqa: E731, a BOS now and then
         steps = range(cfg.num_steps)
-        weights = torch.tensor(self.schedule.predict(0), device=device)
         plans = {(stage.batch_tokens // cfg.micro_batches, stage.windows) for stage in map(self.schedule.stage, steps)}
-        for size, windows in sorted(plans):
-            self.model(*dummy(size), weights, windows).backward()
+        placed = {kind: self.place([dummy(kind[0])] * (cfg.micro_batches // self.ranks.size)) for kind in sorted(plans)}
+        upload(torch.tensor([*self.schedule.predict(0), 0.0]), self.dials)
+        for kind, batches in placed.items():
+            self.compute(batches[:1], kind[1])
         validated = [*(steps[::cfg.val_every] if cfg.val_every else ()), cfg.num_steps]
         with torch.no_grad():
             for windows in sorted({self.schedule.windows(step) for step in validated}):
-                self.model(*dummy(cfg.val_seq_len), torch.ones(1, device=device), windows)
+                self.model(*(t.to(device) for t in dummy(cfg.val_seq_len)), torch.ones(1, device=device), windows)
         for self.optimizer.tied in {tied, False}:
             for p in self.model.parameters():
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             if self.optimizer.sparse:
                 self.optimizer.sparse.announce(np.arange(8), last=True)
             self.optimizer.step(1, lr_mul=0.0, momentum=0.9, untie=False)
+        if cfg.graphs and device.type == "cuda":
+            for kind, batches in placed.items():
+                self.graphs.capture(kind, partial(self.compute, batches, kind[1]))
+            for turn, self.optimizer.tied in {(False, tied), (False, False), (True, tied), (True, False)}:
+                self.graphs.capture((turn, self.optimizer.tied), partial(self.optimizer.move, turn))
         with torch.no_grad():
             for t, s in zip(state, saved):
                 t.copy_(s)
         self.optimizer.tied = tied
         self.log.write(f"warm-up: {time.perf_counter() - began:.1f} s outside the clock, {len(plans)} kind(s) of step")
 
-    def report(self, unread: list[tuple[int, Tensor]], lag: int) -> None:
+    def report(self, unread: list[tuple], lag: int) -> None:
         """A line for each step whose loss is due; ends the run when a loss is not finite."""
         while len(unread) > lag:
-            step, result = unread.pop(0)
+            step, result, wait = unread.pop(0)
+            wait()
             loss, stops = result.tolist()
             if stops:
                 self.stop = self.last_signal[0] if self.last_signal else "a signal to another process"
@@ -1618,51 +1952,47 @@ class Run:
                        f" mfu:{self.flops / max(self.clock.seconds(), 1e-9) / self.ceiling:.3f}")
 
     def finite(self, loss: float, kind: str, step: int) -> float:
-        if not math.isfinite(loss):
+        if not math.isfinite(loss) and not is_null(self.ranks.device):
             raise RunFailed(f"the {kind} loss is {loss} at step {step} ({self.suspect()}); lower --muon_lr or --adam_lr")
         return loss
 
 def train(cfg: Config, overrides: dict) -> float:
     """One whole run; returns its final validation loss."""
     run = Run(cfg, overrides)
-    pulse = Pulse(run.ranks)
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, run.hear)
         if cfg.warmup:
             run.warm_up()
-        loss, pulse.last_word = run.loop(), "left"
-        return loss
+        return run.loop()
     except (Stopped, RunFailed, RuntimeError) as error:
         run.leaving = True                                      # before any call: from here on a signal is only noted
-        silent = pulse.silent() if not isinstance(error, RunFailed) else []
-        if silent:                                              # torchrun sends SIGTERM to the others when one has died
-            names = ", ".join(map(str, silent))
-            error = RunFailed(f"process {names} of {run.ranks.size} died or hangs, after step {run.steps_done}; "
-                              "--resume goes on from the last checkpoint")
-        elif isinstance(error, RuntimeError) and run.last_signal and run.ranks.size > 1:    # told to stop, others left first
-            error = Stopped(run.last_signal[0])
-        if isinstance(error, Stopped):
-            ms = 1e3 * run.clock.seconds()
-            pulse.last_word = "left"
-            run.log.write(f"interrupted: {run.steps_done} of {cfg.num_steps} steps done, train_time:{ms:.0f}ms ({error})")
-        else:
-            run.log.write(f"failed: {error}", echo=False)
+        if isinstance(error, RuntimeError) and run.ranks.size > 1:
+            time.sleep(2)                                       # torchrun must see first who died, and name it
+            if run.last_signal:                                 # it did; or all were told to stop, and others left first
+                error = Stopped(run.last_signal[0])
+        done = f"{run.steps_done} of {cfg.num_steps} steps done, train_time:{1e3 * run.clock.seconds():.0f}ms"
+        stopped = isinstance(error, Stopped)
+        run.log.write(f"interrupted: {done} ({error})" if stopped else f"failed: {error}", echo=stopped)
         raise error
     finally:
         run.leaving = True
-        pulse.end()
-        run.ranks.leave()
+        if run.ranks.size > 1:
+            dist.destroy_process_group()
 
 def main() -> None:
     try:
-        train(*parse_config(sys.argv[1:]))
-    except UserError as error:
-        print(f"train_gpt.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RunFailed as error:
-        print(f"train_gpt.py: failed: {error}", file=sys.stderr)
-        sys.exit(1)
+        cfg, overrides = parse_config(sys.argv[1:])
+        if cfg.plan:
+            need(Path(__file__).with_name("evals").is_dir(), "--plan: needs evals/plan.py, which is not beside this file")
+            sys.modules["train_gpt"] = sys.modules["__main__"]  # which evals/plan.py imports
+            from evals.plan import plan
+            return plan(cfg, cfg.plan)
+        train(cfg, overrides)
+    except (UserError, RunFailed) as error:
+        wrong = isinstance(error, UserError)
+        print(f"train_gpt.py: {'error' if wrong else 'failed'}: {error}", file=sys.stderr)
+        sys.exit(2 if wrong else 1)
     except KeyboardInterrupt as error:
         sys.exit(143 if str(error) == "SIGTERM" else 130)
 

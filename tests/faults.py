@@ -98,14 +98,10 @@ def differences(folder: Path, expected: Path) -> list[str]:
     return found + [f"checkpoint: {name}" for name in sorted(a.keys() | b.keys()) if name not in a or name not in b
                     or not same(a[name], b[name])]
 
-def names_the_dead(output: str, rank: int, ranks: int) -> list[str]:
-    """Who said which process died: torchrun, and the survivor."""
-    said = []
-    if re.search(rf"rank\s*: {rank} \(local_rank: {rank}\)\s+exitcode\s*: -9 |exitcode: -9\) local_rank: {rank} ", output):
-        said.append("torchrun")
-    if f"process {rank} of {ranks} died or hangs" in output:
-        said.append("survivor")
-    return said
+def names_the_dead(output: str, rank: int) -> bool:
+    """Whether torchrun said which process died, and of SIGKILL."""
+    return bool(re.search(rf"rank\s*: {rank} \(local_rank: {rank}\)\s+exitcode\s*: -9 |exitcode: -9\) local_rank: {rank} ",
+                          output))
 
 def strike(run: Run, rank: int, moment: float) -> bool:
     """SIGKILL for a rank at a moment after the start, as soon as it is there; False: the run was over first."""
@@ -142,9 +138,8 @@ def one_kill(ranks: int, steps: int, duration: float, expected: Path, rng: rando
         output = run.wait(10 * duration + 60 if restarts else BOUND)
         seconds = time.monotonic() - killed
         if run.torchrun:
-            said = names_the_dead(output, rank, ranks)
-            line += f"; {'all over' if restarts else 'others ended'} after {seconds:4.1f} s, named by {' and '.join(said)}"
-            wrong += [] if said else [f"nobody named process {rank}:\n{output}"]
+            line += f"; {'all over' if restarts else 'others ended'} after {seconds:4.1f} s"
+            wrong += [] if names_the_dead(output, rank) else [f"nobody named process {rank}:\n{output}"]
         if restarts:
             wrong += [f"torchrun gave up, exit code {run.process.returncode}:\n{output}"] if run.process.returncode else []
         else:

@@ -288,9 +288,9 @@ def test_bits_per_byte_by_hand(tmp_path):
 def test_without_a_vocabulary_there_are_no_bits_per_byte(tmp_path):
     assert validation(tmp_path, [7, 0, 1, 7, 2, 3, 3, 3], **SMALL).bits_per_byte(1.0) is None
 
-def assert_vocabulary_refused(path: Path, lines: list[str], word: str) -> None:
+def assert_vocabulary_refused(path: Path, lines: list[str]) -> None:
     path.write_text("\n".join(lines) + "\n")
-    with pytest.raises(tg.UserError, match=word) as refused:
+    with pytest.raises(tg.UserError, match="one `base64 rank` line a token below 8") as refused:
         tg.token_bytes(path, 8, 7)
     assert str(path) in str(refused.value) and len(str(refused.value).splitlines()) == 1
 
@@ -298,12 +298,12 @@ def assert_vocabulary_refused(path: Path, lines: list[str], word: str) -> None:
                                   "YQ= 1", "Y*Q== 1", "a 1", "é 1", "{} 1",        # not base64
                                   "YQ== 0", "YmM= 7"])                             # a second line for 0; one for the BOS
 def test_a_malformed_vocabulary_is_refused(tmp_path, line):
-    assert_vocabulary_refused(tmp_path / "vocab.tiktoken", [WORDS[0], line, *WORDS[2:]], r"\bline 2\b")
+    assert_vocabulary_refused(tmp_path / "vocab.tiktoken", [WORDS[0], line, *WORDS[2:]])
 
 @pytest.mark.parametrize("missing", [0, 3, 6])
 def test_a_vocabulary_without_one_of_its_tokens_is_refused(tmp_path, missing):
     lines = WORDS[:missing] + WORDS[missing + 1:]
-    assert_vocabulary_refused(tmp_path / "vocab.tiktoken", lines, rf"\btoken {missing}\b")
+    assert_vocabulary_refused(tmp_path / "vocab.tiktoken", lines)
 
 def test_the_lines_of_a_vocabulary_may_come_in_any_order(tmp_path):
     (tmp_path / "vocab.tiktoken").write_text("\n".join(WORDS[::-1]))
@@ -330,7 +330,7 @@ def test_attended_pairs_are_those_of_a_full_look(seed, window, paired):
 
 def counted_flops(cfg: tg.Config, monkeypatch, backward: bool) -> int:
     """What torch counts in the matrix products of 64 tokens, with attention's own two taken out."""
-    monkeypatch.setattr(tg, "attention", lambda q, k, v, *rest: v + 0 * (q + k))
+    monkeypatch.setitem(tg.IN_USE, "attention", lambda q, k, v, *rest: v + 0 * (q + k))
     model, tokens = tg.GPT(cfg), torch.from_numpy(made_up_text(65))
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
         loss = model(tokens[:-1], tokens[1:], torch.ones(2), (16, 48))
@@ -346,15 +346,15 @@ NO_GATES = dict(smear_chunk="", skip_chunk="", attn_chunk="", ve_chunk="")
 ], ids=str)
 def test_matrix_flops_are_what_torch_counts(changes, monkeypatch):
     cfg = tiny(**NO_GATES, **changes)
-    assert tg.matrix_flops(cfg) * 64 == counted_flops(cfg, monkeypatch, backward=False)
+    assert sum(tg.matrix_flops(cfg).values()) * 64 == counted_flops(cfg, monkeypatch, backward=False)
 
 def test_gates_are_a_little_more_than_matrix_flops_says(monkeypatch):
     cfg = tiny()
-    assert 1.0 < counted_flops(cfg, monkeypatch, backward=False) / (tg.matrix_flops(cfg) * 64) < 1.05
+    assert 1.0 < counted_flops(cfg, monkeypatch, backward=False) / (sum(tg.matrix_flops(cfg).values()) * 64) < 1.05
 
 def test_forward_and_backward_are_three_times_forward(monkeypatch):
     cfg = tiny(**NO_GATES)
-    assert 3 * tg.matrix_flops(cfg) * 64 == counted_flops(cfg, monkeypatch, backward=True)
+    assert 3 * sum(tg.matrix_flops(cfg).values()) * 64 == counted_flops(cfg, monkeypatch, backward=True)
 
 def test_step_flops_are_matrices_and_attended_pairs_of_each_layer():
     cfg = replace(tiny(), windows="sl-s", paired_heads="p..p", value_embeds="....", skips="....", backout="....")
@@ -365,5 +365,5 @@ def test_step_flops_are_matrices_and_attended_pairs_of_each_layer():
             heads = 2 if paired else 4                      # 64 / 16 heads; a pair of them is one of twice the length
             pairs = heads * brute_force_pairs(tokens.tolist(), window, paired)
             expected += 3 * pairs * 2 * 2 * 16              # forward and two for backward; scores and sum; multiply and add
-        expected += 3 * 60 * tg.matrix_flops(cfg)
-    assert tg.step_flops(cfg, batches, (10, 25)) == expected
+        expected += 3 * 60 * sum(tg.matrix_flops(cfg).values())
+    assert sum(tg.step_flops(cfg, batches, (10, 25)).values()) == expected

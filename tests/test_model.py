@@ -136,7 +136,7 @@ def head_inputs(T: int, dtype: torch.dtype = torch.float32) -> tuple[list[torch.
 @pytest.mark.parametrize("cap", [CAP, (0.0, 5.0, 7.5)])
 @pytest.mark.parametrize("T", [50, 16, 3])
 def test_head_loss_in_chunks_is_the_reference(monkeypatch, T, cap, weights):
-    monkeypatch.setattr(tg, "HEAD_CHUNK", 16)
+    monkeypatch.setitem(tg.HEAD_CHUNK, "cpu", 16)
     weights, grad = torch.tensor(weights), torch.tensor(3.0)
     for dtype, tolerance in ((torch.float32, 3e-6), (torch.bfloat16, 3e-2)):
         inputs, targets = head_inputs(T, dtype)
@@ -168,7 +168,7 @@ def test_cap_at_known_values():
     assert loss.item() == pytest.approx(math.log1p(math.exp(14.1356735 - 15.1973965)), rel=1e-5)
 
 def test_head_loss_holds_the_logits_of_a_chunk_and_computes_gradients_only_when_asked(monkeypatch):
-    monkeypatch.setattr(tg, "HEAD_CHUNK", 16)
+    monkeypatch.setitem(tg.HEAD_CHUNK, "cpu", 16)
     inputs, targets = head_inputs(160)
     with FlopCounterMode(display=False) as training, Biggest() as biggest:
         tg.head_loss(*inputs, targets, torch.ones(1), CAP).backward()

@@ -173,7 +173,7 @@ def test_normuon_learning_rate_follows_the_shape_and_the_second_matrix_has_its_o
     g, begin = random(6, *shape[2:]), random(6, *shape[2:], seed=1)
     u = tg.normuon_direction(g.clone(), *muon_state(g), 0.9, 0.95)
     p = begin.clone()
-    tg.normuon_(p, None, g.clone(), *muon_state(p), lr=0.01, wd=0.0, momentum=0.9, beta2=0.95, rates=optimizer.rates("p"))
+    tg.normuon_(p, None, g.clone(), *muon_state(p), lr=0.01, wd=0.0, momentum=0.9, beta2=0.95, rates=optimizer.rates["p"])
     rates = torch.tensor([1.0, 2.0, 1.0] * 2).view(6, 1, 1)         # [:, 1] of each layer, and only that one
     torch.testing.assert_close(begin - p, 0.01 * factor * rates * u, rtol=1e-3, atol=1e-6)
 
@@ -333,8 +333,8 @@ def test_adam_steps_on_the_sum_of_two_gradients_and_counts_its_own_steps():
         if step % 2:
             for name in adam:
                 spec, both = model.specs[name], g[name] + last[name]
-                tg.adam_(expected[name], None, both, *state[name], lr=0.008 * spec.lr * lr_mul, wd=0.005 * spec.wd,
-                         betas=spec.betas, eps=1e-10, steps={1: 1, 3: 2, 5: 3}[step])
+                tg.adam_(expected[name], None, both, *state[name], lr=0.008 * spec.lr * torch.tensor(lr_mul),
+                         wd=0.005 * spec.wd, betas=spec.betas, eps=1e-10, steps=torch.tensor({1: 1.0, 3: 2.0, 5: 3.0}[step]))
                 torch.testing.assert_close(optimizer.params[name].detach(), expected[name], rtol=1e-6, atol=1e-7, msg=name)
         last = g
 
@@ -349,8 +349,8 @@ def test_muon_steps_on_each_gradient_with_the_momentum_it_is_given():
         g = add_gradients(model, step)
         optimizer.step(step, lr_mul=lr_mul, momentum=momentum, untie=False)
         for name, p in expected.items():
-            tg.normuon_(p, None, g[name].flatten(0, 1), *state[name], lr=0.023 * lr_mul, wd=1.2, momentum=momentum,
-                        beta2=0.95, rates=rates[name])
+            tg.normuon_(p, None, g[name].flatten(0, 1), *state[name], lr=0.023 * torch.tensor(lr_mul), wd=1.2,
+                        momentum=torch.tensor(momentum), beta2=0.95, rates=rates[name])
             torch.testing.assert_close(optimizer.params[name].detach().flatten(0, 1), p, rtol=1e-6, atol=1e-7)
 
 def test_a_bfloat16_model_is_optimized_as_if_it_were_float32():
@@ -444,8 +444,8 @@ def test_the_tied_embedding_follows_one_adam_step_on_both_gradients(dtype):
         total = total + g["lm_head"] + g["embed"].T
         optimizer.step(step, lr_mul=0.1, momentum=0.9, untie=False)
         if step % 2:
-            tg.adam_(expected, low, total, *state, lr=0.1 * 0.008, wd=150 * 0.005, betas=(0.5, 0.95), eps=1e-10,
-                     steps=(step + 1) // 2)
+            tg.adam_(expected, low, total, *state, lr=torch.tensor(0.1) * 0.008, wd=150 * 0.005, betas=(0.5, 0.95), eps=1e-10,
+                     steps=torch.tensor((step + 1) / 2))
             assert not torch.equal(model.lm_head, old["lm_head"])
             total = 0
         torch.testing.assert_close(model.lm_head.detach(), expected, rtol=1e-6, atol=1e-7)

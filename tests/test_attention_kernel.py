@@ -1,0 +1,144 @@
+"""Attention's kernels: values and gradients in the interpreter, against float64 and the reference; what they compile to."""
+from pathlib import Path
+
+import interpreter
+import pytest
+import torch
+
+import train_gpt as tg
+
+def intervals(T: int, reach: int, starts: tuple[int, ...]) -> torch.Tensor:
+    """lo (T,) of documents that begin at starts, and a window of reach tokens."""
+    doc_start = torch.zeros(T, dtype=torch.int64)
+    doc_start[list(starts)] = torch.tensor(starts)
+    return torch.maximum(doc_start.cummax(0).values, torch.arange(T) - reach + 1)
+
+def visible(lo: torch.Tensor) -> torch.Tensor:
+    key = torch.arange(len(lo))
+    return (key >= lo[:, None]) & (key <= key[:, None])
+
+if not interpreter.ACTIVE:
+    import aot
+
+    def test_kernels_in_the_interpreter():
+        interpreter.interpreted(Path(__file__))
+
+    def compiled(cc: int, *shapes: tuple[int, int, int]) -> list[aot.Result]:
+        """Forward, dq, dk and dv for each (T, H, d), as the model launches them: v a slice, nothing on the host."""
+        with aot.record(cc) as launches:
+            for T, H, d in shapes:
+                q, k, do = (torch.empty(T, H, d, dtype=torch.bfloat16, device="meta") for _ in range(3))
+                v = torch.empty(T, 3, H, d, dtype=torch.bfloat16, device="meta")[:, 2]
+                lo, scale = torch.empty(T, dtype=torch.int32, device="meta"), torch.empty((), device="meta")
+                tg.attention_backward(do, q, k, v, lo, scale, *tg.attention_forward(q, k, v, lo, scale))
+        return launches
+
+    SHAPES = {"width 128": [(49152, 6, 128), (98304, 3, 128), (49152, 8, 128)],    # short, its paired heads, medium
+              "width 64": [(49152, 12, 64)]}
+
+    @pytest.mark.parametrize("shapes, registers, shared", [("width 128", (144, 160, 240), (131128, 163896, 164904)),
+                                                           ("width 64", (112, 120, 180), (65592, 81976, 82984))])
+    def test_kernels_on_hopper_use_its_matrix_and_copy_units_and_stay_within_budget(shapes, registers, shared):
+        launches = compiled(90, *SHAPES[shapes])
+        kernels = [f"attention_{name}_kernel" for name in ("forward", "dq", "dkv")]
+        assert [kernel.name for kernel in launches] == kernels * len(SHAPES[shapes])
+        for kernel in launches:
+            which = kernels.index(kernel.name)
+            assert kernel.fits and kernel.spill_st == kernel.spill_ld == 0, aot.row(kernel)
+            assert kernel.regs <= registers[which] and kernel.smem <= shared[which], aot.row(kernel)
+            assert min(kernel.counts[name] for name in ("wgmma", "tma_ld", "tma_st")) > 0, aot.row(kernel)
+            assert not kernel.warnings, "ptxas serializes wgmma: " + aot.row(kernel)
+            assert kernel.counts["atom"] == 0, "the result depends on the order of programs"
+        assert launches[0].grid == (49152 // 128, SHAPES[shapes][0][1])
+
+    @pytest.mark.parametrize("cc", [80, 89, 120])
+    def test_kernels_fit_older_and_smaller_gpus(cc):
+        for kernel in compiled(cc, (12288, 6, 128)):
+            assert kernel.fits and kernel.spill_st == kernel.spill_ld == kernel.counts["atom"] == 0, aot.row(kernel)
+            assert kernel.counts["mma"] > 0 and (cc == 120) == (kernel.counts["tma_ld"] > 0), aot.row(kernel)
+            assert kernel.counts["cpasync"] > 8 or cc == 120, "tiles are not loaded ahead: " + aot.row(kernel)
+
+else:
+    import sanitizer
+    sanitizer.apply()
+
+    # T, H, d, reach, starts. With a reach of 66 the first query of a block is the only one in it that sees a block of keys.
+    CASES = {"documents and a window": (336, 1, 128, 100, (0, 130, 131, 300)), "everything": (272, 1, 64, 272, (0,)),
+             "a padded width": (208, 2, 96, 66, (0, 5, 17)), "less than a block": (16, 1, 64, 8, (0, 3)),
+             "documents of one token": (144, 1, 128, 64, tuple(range(144)))}
+
+    def inputs(T: int, H: int, d: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """q, k, v (T, 3, H, d), one projection, and the output's gradient (T, H, d)."""
+        rng = torch.Generator().manual_seed(T + d)
+        return torch.randn(T, 3, H, d, generator=rng).to(dtype), torch.randn(T, H, d, generator=rng).to(dtype)
+
+    def with_grads(operator, x: torch.Tensor, do: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = x.clone().requires_grad_()
+        y = operator(*x.unbind(1))
+        return (y.detach(), *torch.autograd.grad(y, x, do)[0].unbind(1))
+
+    def in_float64(q, k, v, lo, scale) -> torch.Tensor:
+        scores = torch.einsum("qhd,khd->hqk", q * scale, k).masked_fill(~visible(lo), float("-inf"))
+        return torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), v)
+
+    def error(a: torch.Tensor, b: torch.Tensor) -> float:
+        assert a.shape == b.shape, (a.shape, b.shape)
+        return float((a.double() - b).norm() / b.norm())
+
+    @pytest.mark.parametrize("capability", [80, 90])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    @pytest.mark.parametrize("case", CASES)
+    def test_values_and_gradients(monkeypatch, case, dtype, capability):
+        """No further from the truth than plain PyTorch; tiles by descriptors, and by pointers as GPUs before Hopper need."""
+        T, H, d, reach, starts = CASES[case]
+        monkeypatch.setattr(tg, "target", lambda: capability)
+        (x, do), lo, scale = inputs(T, H, d, dtype), intervals(T, reach, starts), torch.tensor(0.12)
+        got = with_grads(lambda q, k, v: tg.attention_triton(q, k, v, lo, reach, scale), x, do)
+        plain = with_grads(lambda q, k, v: tg.attention_reference(q, k, v, lo, scale), x, do)
+        exact = with_grads(lambda q, k, v: in_float64(q, k, v, lo, scale.double()), x.double(), do.double())
+        for name, a, b, truth in zip(("o", "dq", "dk", "dv"), got, plain, exact):
+            assert a.dtype == dtype
+            if len(starts) == T and name in ("dq", "dk"):               # a softmax of one score passes no gradient
+                assert a.abs().max() < 1e-4, (name, a.abs().max())
+            elif dtype == torch.bfloat16:
+                ours, theirs = error(a, truth), error(b, truth)
+                assert ours < 5e-3 and ours <= theirs, (name, ours, theirs)
+            else:
+                assert error(a, truth) < 1e-6, (name, error(a, truth))
+
+    def test_layouts_of_inputs_and_gradient_and_kinds_of_scale_and_lo():
+        (x, _), lo = inputs(80, 2, 64, torch.bfloat16), intervals(160, 48, (0, 50))
+        paired = torch.stack([tg.pair(t) for t in x.unbind(1)], dim=1)  # (160, 3, 1, 64)
+        ones = torch.ones(()).bfloat16().expand(160, 1, 64)             # the gradient of a sum
+        def run(scale, lo, given, do):
+            return with_grads(lambda q, k, v: tg.attention_triton(q, k, v, lo, 48, scale), given, do)
+        plain = run(torch.tensor(0.12), lo, paired, ones.contiguous())
+        by_column = paired.permute(3, 1, 2, 0).contiguous().permute(3, 1, 2, 0)
+        for other in ((0.12, lo.int(), paired, ones), (torch.tensor(0.12), lo, by_column, ones)):
+            assert all(torch.equal(a, b) for a, b in zip(run(*other), plain))
+
+    @pytest.mark.parametrize("capability", [80, 90])
+    def test_only_blocks_that_hold_a_visible_pair_are_multiplied(monkeypatch, capability):
+        T, reach = 640, 150
+        lo, builder = intervals(T, reach, (0, 260, 500)), tg.triton.runtime.interpreter.InterpreterBuilder
+        products, multiply = [], builder.create_dot
+        monkeypatch.setattr(tg, "target", lambda: capability)
+        monkeypatch.setattr(builder, "create_dot", lambda *args: products.append(1) or multiply(*args))
+        with_grads(lambda q, k, v: tg.attention_triton(q, k, v, lo, reach, 0.12), *inputs(T, 1, 16, torch.float32))
+        needed = 0
+        for table, each in ((tg.ATTENTION_FORWARD, 2), (tg.ATTENTION_DQ, 3), (tg.ATTENTION_DKV, 4)):
+            BM, BN, *_ = tg.fitting(table)
+            needed += each * int(visible(lo).view(T // BM, BM, T // BN, BN).any(3).any(1).sum())
+        assert len(products) == needed
+
+    def test_operator_keeps_its_promises_to_the_compiler():
+        """Fake tensors, the autograd formula, and a graph without breaks that gives the same."""
+        (x, do), lo, scale = inputs(48, 2, 16, torch.bfloat16), intervals(48, 20, (0, 30)), torch.tensor(0.12)
+        leaves = [t.clone().requires_grad_() for t in x.unbind(1)]
+        torch.library.opcheck(tg.attention_op, (*leaves, lo.int(), scale),
+                              test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+        def attend(q, k, v):
+            return 2 * tg.attention_triton(q, tg.norm(k), v, lo, 20, scale)
+        whole = torch.compile(attend, fullgraph=True, dynamic=False, backend="aot_eager")
+        for a, b in zip(with_grads(whole, x, do), with_grads(attend, x, do)):
+            assert torch.equal(a, b)

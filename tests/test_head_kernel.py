@@ -1,0 +1,127 @@
+"""The fused head: loss and gradients in the interpreter, against the reference and float64, and what it compiles to."""
+from pathlib import Path
+
+import interpreter
+import pytest
+import torch
+
+import train_gpt as tg
+
+CAP, OFF = (23.0, 5.0, 7.5), (0.0, 5.0, 7.5)
+
+def head_chunk_bf16(*args):
+    """head_chunk_triton as a GPU without FP8 computes it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tg, "target", lambda: 80)
+        return tg.head_chunk_triton(*args)
+
+PIECES = {"bf16": head_chunk_bf16, "fp8": tg.head_chunk_triton}
+
+def inputs(T: int, V: int, n: int, spread: float = 2.0, D: int = 64) -> list[torch.Tensor]:
+    """x (T, D) of rows with mean square 1, head (D, V), bfloat16; likely targets (T,), weights (n,). spread: of logits."""
+    rng = torch.Generator().manual_seed(T + V + n)
+    x = tg.norm(torch.randn(T, D, generator=rng)).bfloat16()
+    head = (torch.randn(D, V, generator=rng) * spread * D**-0.5).bfloat16()
+    targets = torch.multinomial((x.float() @ head.float()).softmax(1), 1, generator=rng)[:, 0]
+    return [x, head, targets, torch.tensor([1.0, 0.5, 0.25][:n])]
+
+def chunk_inputs(*args, **named) -> list[torch.Tensor]:
+    """inputs(), targets and weights as a chunk gets them, (T, n)."""
+    x, head, targets, weights = inputs(*args, **named)
+    T, n = len(targets), len(weights)
+    place = torch.arange(T)[:, None] + torch.arange(n)
+    return [x, head, targets[place.clamp_max(T - 1)], torch.where(place < T, weights / T, 0)]
+
+def error(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape, (a.shape, b.shape)
+    return float((a.detach().double() - b.detach().double()).norm() / b.detach().double().norm())
+
+def with_grads(operator, x: torch.Tensor, head: torch.Tensor, *rest) -> tuple[torch.Tensor, ...]:
+    x, head = x.clone().requires_grad_(), head.clone().requires_grad_()
+    loss = operator(x, head, *rest)
+    return (loss, *torch.autograd.grad(loss, (x, head), torch.tensor(3.0)))
+
+if not interpreter.ACTIVE:
+    import aot
+
+    def test_kernel_in_the_interpreter():
+        interpreter.interpreted(Path(__file__))
+
+    @pytest.mark.parametrize("cc", [80, 89, 90, 120])
+    @pytest.mark.parametrize("n, cap, with_grad, registers", [(3, CAP, True, 48), (1, CAP, False, 40), (2, OFF, True, 60)])
+    def test_compiled_kernel_stays_within_its_budget(cc, n, cap, with_grad, registers):
+        """registers: of a thread on sm_90, by Triton 3.9. The width of x changes nothing here."""
+        z = torch.empty(2, 50304, dtype=torch.bfloat16)
+        with aot.record(cc) as launches:
+            tg.cross_entropy_(z, torch.zeros(2, n, dtype=torch.int64), torch.zeros(2, n), cap, with_grad)
+        (kernel,) = launches
+        assert kernel.fits and kernel.spill_st == kernel.spill_ld == 0, aot.row(kernel)
+        assert kernel.regs <= (registers + 8 if cc == 90 else 80), aot.row(kernel)
+        assert kernel.counts["atom"] == 0, "the result depends on the order of programs"
+        assert kernel.counts["ldg128"] > 0, "loads of less than 16 bytes"
+
+else:
+    import sanitizer
+    sanitizer.apply()
+
+    @pytest.mark.parametrize("piece, tolerance", [("bf16", 5e-3), ("fp8", 3e-2)])
+    @pytest.mark.parametrize("cap", [CAP, OFF, (80.0, 5.0, 30.0)])
+    @pytest.mark.parametrize("n, V", [(1, 4096), (2, 4096 + 272), (3, 208)])  # a block, one and a part, a part
+    def test_loss_and_gradients_are_the_reference(monkeypatch, piece, tolerance, cap, n, V):
+        monkeypatch.setitem(tg.HEAD_CHUNK, "cpu", 8)            # the last of the three has rows with a weight of zero
+        x, head, targets, weights = inputs(18, V, n)
+        got = with_grads(lambda *args: tg.head_loss(*args, PIECES[piece]), x, head, targets, weights, cap)
+        plain = with_grads(tg.head_loss_reference, x.float(), head.float(), targets, weights, cap)
+        for name, a, b in zip(("loss", "dx", "dhead"), got, plain):
+            assert error(a, b) < tolerance, (name, error(a, b))
+        assert [t.dtype for t in got] == [torch.float32, torch.bfloat16, torch.bfloat16]
+
+    @pytest.mark.parametrize("cap", [CAP, OFF])
+    def test_error_against_float64_is_that_of_plain_bfloat16(cap):
+        x, head, targets, weights = chunk_inputs(48, 4368, 3, D=256)
+        exact = tg.head_chunk(x.double(), head.double(), targets, weights.double(), cap, True)
+        plain = tg.head_chunk(x, head, targets, weights, cap, True)
+        fused = head_chunk_bf16(x, head, targets, weights, cap, True)
+        for name, a, b, truth in zip(("loss", "dx", "dhead"), fused, plain, exact):
+            assert error(a, truth) <= 1.1 * error(b, truth) + 1e-6, (name, error(a, truth), error(b, truth))
+
+    def test_a_token_that_is_the_target_twice_gets_both_weights():
+        x, head, targets, weights = chunk_inputs(6, 208, 3)
+        targets[:] = targets[:, :1]
+        targets[3, 2] = 207
+        args = x, head, targets, weights, CAP, True
+        for a, b in zip(head_chunk_bf16(*args), tg.head_chunk(*args)):
+            assert error(a, b) < 5e-3
+
+    def test_large_logits_without_cap():
+        x, head, targets, weights = chunk_inputs(6, 4368, 2, spread=1000.0)
+        args = x, head, targets, weights, OFF, True
+        for a, b in zip(head_chunk_bf16(*args), tg.head_chunk(*args)):
+            assert a.isfinite().all() and error(a, b) < 5e-3
+
+    def test_without_gradient_the_loss_owes_nothing_to_fp8_and_the_logits_stay():
+        x, head, targets, weights = chunk_inputs(6, 4368, 2)
+        loss, *none = tg.head_chunk_triton(x, head, targets, weights, CAP, False)
+        assert none == [None, None]
+        assert torch.equal(loss, head_chunk_bf16(x, head, targets, weights, CAP, True)[0])
+        assert not torch.equal(loss, tg.head_chunk_triton(x, head, targets, weights, CAP, True)[0])
+        z = x @ head
+        before = z.clone()
+        tg.cross_entropy_(z, targets, weights, CAP, False)
+        assert torch.equal(z, before)
+
+    def test_fp8_saturates():
+        head = torch.tensor([[0.005, -1.75, 3.0], [-0.02, 0.0, -1e4]]).bfloat16()
+        head8 = tg.to_fp8(head, tg.HEAD_SCALE)
+        assert head8.dtype == torch.float8_e4m3fn
+        back = head8.float() * tg.HEAD_SCALE
+        torch.testing.assert_close(back, head.float().clamp(-1.75, 1.75), rtol=2**-4, atol=0)
+
+    def test_operator_keeps_its_promises_to_the_compiler():
+        """Fake tensors, what it changes in place, and a graph without breaks that gives the same."""
+        x, head, targets, weights = chunk_inputs(6, 208, 2)
+        torch.library.opcheck(tg.cross_entropy_, (x @ head, targets, weights, list(CAP), True))
+        whole = torch.compile(tg.head_chunk_triton, fullgraph=True, dynamic=False, backend="aot_eager")
+        args = x, head, targets, weights, CAP, True
+        for a, b in zip(whole(*args), tg.head_chunk_triton(*args)):
+            assert torch.equal(a, b)
