@@ -155,7 +155,7 @@ class Config:
     device: str = "cuda"            # "cuda" | "cpu"
     dtype: str = "auto"             # "bfloat16" | "float32"; auto: bfloat16 where the hardware multiplies it
     compile: bool = True
-    reference: bool = False         # GPU: no kernels of this file, plain PyTorch in their place
+    reference: bool = False         # GPU: no kernels of this file, plain PyTorch in their place, as in float32
     graphs: bool = True             # GPU: replay each kind of step from CUDA graphs, captured in the warm-up
     warmup: bool = True             # compile and run each stage on dummy data before the clock starts
     rank_timeout: float = 300.0     # seconds that a process waits for the others before it gives up
@@ -1435,7 +1435,7 @@ def choose_operators(cfg: Config, device: torch.device) -> str:
          [random(T, D), random(D, cfg.vocab_rows) / D**0.5, targets, torch.full((T, 2), 1 / T), cap, True]),
         (symmetric_product, symmetric_product_triton, [random(2, 2 * D, D).mT]),
         (transposed_, transposed_triton_, [random(D, T), random(T, D), True]),
-    ) if device.type == "cuda" and not cfg.reference else ()
+    ) if device.type == "cuda" and not cfg.reference and pick_dtype(cfg) == torch.bfloat16 else ()
     for plain, fast, args in fast_versions:
         wrong = trial(plain, fast, args, device)
         IN_USE[plain.__name__] = plain if wrong else fast

@@ -100,7 +100,11 @@ class Fetch:
             for done in wait([pool.submit(self.persist, name, self.fetch_file) for name in self.names],
                              return_when=FIRST_EXCEPTION).done:
                 done.result()
-        finally:                                                # on an error or Ctrl-C: start no more, end the others
+        except Exception:                                       # nobody may write when this folder is free again
+            self.stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+        finally:                                                # Ctrl-C: start no more and wait for nobody
             self.stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
             self.bar.close()

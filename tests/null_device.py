@@ -8,7 +8,8 @@ train_gpt.py at its full size on "an H100", without a GPU: a driver that does no
 What is real: torch.compile, Inductor, Triton and ptxas for sm_90, the rules of CUDA-graph capture, torch's allocator with
 79 GiB, the processes of several ranks, and every call that would reach the GPU, which is counted. What is not: kernels do
 nothing, in no time, so no loss, time or choice of an autotuner means anything. Eight steps meet every stage and the untie
-step. A call that makes the host wait for the device inside a step is a failure (exit code 1), named by its line.
+step. A call that makes the host wait for the device inside a step is a failure (exit code 1), named by its line; so is an
+operator without its kernel, or work that cannot be captured.
 
 Needs Linux, a C compiler, and a Python with a CUDA build of torch and its headers; without, it says so and ends with 0:
 
@@ -18,6 +19,7 @@ import argparse
 import ctypes
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -63,6 +65,7 @@ class Figures:
     work: float                     # a step: kernels, matrix products and collectives that would run
     replayed: float                 # share of work that comes from graphs
     syncs: dict[str, int]           # lines of train_gpt.py at which a step waited for the device, how often
+    fallbacks: list[str]            # lines of the log that say that something else ran instead
 
 # what this machine lacks
 
@@ -199,7 +202,12 @@ def run(case: Case, train_gpt: Path, folder: Path, cache: Path) -> dict:
                               stderr=subprocess.STDOUT, env=environment(folder / "lib", cache, case.ranks))
     if done.returncode or not result.exists():
         raise RuntimeError(f"{case}: exit code {done.returncode}\n{log.read_text()[-4000:]}")
-    return json.loads(result.read_text()) | {"began": began}
+    return json.loads(result.read_text()) | {"began": began, "fallbacks": fallbacks(log.read_text())}
+
+def fallbacks(log: str) -> list[str]:
+    """What train_gpt.py says of an operator without its kernel, of work without a graph, of compilation that failed."""
+    pattern = re.compile(r"operators: .*plain \(|graphs: no graph|compile: torch.compile failed")
+    return [line for line in log.splitlines() if pattern.match(line)]
 
 def figures(first: dict | None, second: dict, kernels: int, spilling: int) -> Figures:
     """first: of a run with nothing compiled before, second: of one with everything cached."""
@@ -211,7 +219,7 @@ def figures(first: dict | None, second: dict, kernels: int, spilling: int) -> Fi
     return Figures(second["allocated"] / 2**30, second["reserved"] / 2**30, kernels, spilling,
                    first and first["started"] - first["began"], second["started"] - second["began"],
                    (launched + total["replays"]) / n, (launched + replayed) / n, replayed / (launched + replayed),
-                   second["syncs"])
+                   second["syncs"], second["fallbacks"])
 
 HEAD = ("preset", "ranks", "graphs", "GiB", "reserved", "kernels", "that spill", "s to step 1, cold", "cached",
         "work a step", "launches a step", "replayed", "waits in steps")
@@ -295,7 +303,7 @@ def main(argv: list[str]) -> int:
     if reason := skip_reason():
         print(f"null_device.py: skipped: {reason}")
         return 0
-    lines, waits = [line(HEAD), line(("---",) * len(HEAD))], False
+    lines, failed = [line(HEAD), line(("---",) * len(HEAD))], False
     print(*lines, sep="\n")
     with tempfile.TemporaryDirectory() as temporary:
         folder = (args.folder or Path(temporary)).resolve()
@@ -303,12 +311,13 @@ def main(argv: list[str]) -> int:
         for case, f in measure(cases(args), args.train_gpt.resolve(), folder):
             lines.append(row(case, f))
             print(lines[-1], flush=True)
-            for place, times in f.syncs.items():
-                waits = True
-                print(f"a step waits for the device, {times} times: {args.train_gpt.name}:{place}", flush=True)
+            told = [f"a step waits for the device, {times} times: {args.train_gpt.name}:{place}"
+                    for place, times in f.syncs.items()] + f.fallbacks
+            failed |= bool(told)
+            print(*[f"    {problem}\n" for problem in told], sep="", end="", flush=True)
     if args.write:
         write_table(TESTS / "README.md", lines)
-    return int(waits)
+    return int(failed)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

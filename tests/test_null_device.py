@@ -18,7 +18,8 @@ def step_of(launched: int = 0, replayed: int = 0, replays: int = 0, **more: int)
     return dict.fromkeys(nd.COUNTS, 0) | known | more
 
 def outcome(steps: list[dict], began: float = 100.0, started: float = 160.0, **syncs: int) -> dict:
-    return {"allocated": 3 * 2**29, "reserved": 2**31, "began": began, "started": started, "steps": steps, "syncs": syncs}
+    return {"allocated": 3 * 2**29, "reserved": 2**31, "began": began, "started": started, "steps": steps, "syncs": syncs,
+            "fallbacks": []}
 
 def test_every_case_by_default_and_one_gpu_alone():
     cases = nd.cases(nd.parse([]))
@@ -149,6 +150,21 @@ def test_steps_are_counted_one_by_one_and_only_they_must_not_wait(monkeypatch):
     report = watch.report(lambda run, unread, lag: modes.append("report"))
     report("run", [], 0), report("run", [], 1)
     assert modes == ["report", "warn", "report", "default"]
+
+def test_what_fell_back_is_found_in_the_log():
+    log = ["operators: attention by kernel, mlp plain (OutOfResources: shared memory), transposed_ by kernel",
+           "graphs: no graph of (16384, (128, 384)) (operation not permitted)", "compile: torch.compile failed: no compiler"]
+    good = ["operators: attention by kernel, mlp by kernel", "compile: torch.compile", "step:1/8 train_loss:0.0000"]
+    assert nd.fallbacks("\n".join([good[0], *log, *good[1:]])) == log
+
+def test_waits_and_fallbacks_fail_the_program(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(nd, "skip_reason", lambda: None)
+    for syncs, fell_back, code in (({}, [], 0), ({"10: x.item()": 8}, [], 1), ({}, ["graphs: no graph of 1"], 1)):
+        f = nd.figures(None, outcome([step_of(1)], **syncs) | {"fallbacks": fell_back}, 0, 0)
+        monkeypatch.setattr(nd, "measure", lambda *_, f=f: iter([(Case("short", 1, True), f)]))
+        assert nd.main(["--presets", "short", "--ranks", "1", "--folder", str(tmp_path)]) == code
+        told = capsys.readouterr().out
+        assert all(word in told for word in ("| short | 1 | on |", *syncs, *fell_back))
 
 def test_only_what_was_not_compiled_before_runs_twice(tmp_path, monkeypatch):
     pytest.importorskip("triton", reason="Triton is not installed (it is made for Linux)")

@@ -229,8 +229,6 @@ def test_it_learns_more_than_bigrams(tmp_path, corpus_dir):
             seen.append(tokens.numpy())
             yield tokens, targets
     run.loader.step = step
-    torch.set_num_threads(2)            # here there is work for them
     loss = run.loop()
-    torch.set_num_threads(1)
     unigram, bigram = ngram_losses(np.concatenate(seen), run.validation.tokens.astype(np.int64), cfg.vocab_size)
     assert loss < bigram - 0.05 and bigram < unigram - 0.5, (loss, bigram, unigram)
