@@ -1448,8 +1448,7 @@ def trial(plain: Callable, fast: Callable, args: list, device: torch.device) -> 
         here = [a.to(device, dtype if a.dtype == torch.bfloat16 else a.dtype, copy=True) if isinstance(a, Tensor) else a
                 for a in args]
         leaves = [a.requires_grad_() for a in here[:3] if plain in (attention, mlp)]
-        out = operator(*here)
-        out = out if isinstance(out, tuple) else (out,)
+        out = (out,) if isinstance(out := operator(*here), Tensor) else out
         return [*out, *torch.autograd.grad(out[0].float().square().sum(), leaves)] if leaves else list(out)
     try:
         for ours, exact in zip(results(fast, torch.bfloat16), results(plain, torch.float32)):
@@ -1523,11 +1522,12 @@ class Graphs:
         self.log, self.kept, self.pool = log, {}, None
 
     def capture(self, key: object, work: Callable[[], None]) -> None:
-        """Nothing runs. If something in it cannot be captured on this stack, the log says so, and it stays a plain call."""
+        """If something in it cannot be captured on this stack, the log says so, and it stays a plain call."""
         try:
             with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), pool=self.pool, capture_error_mode="thread_local"):
                 work()
             self.kept[key], self.pool = graph, graph.pool()
+            graph.replay()                                      # the first time takes longer
         except RuntimeError as error:
             self.log.write(f"graphs: no graph of {key} ({str(error).splitlines()[0]})")
 
@@ -1674,9 +1674,8 @@ def peak_memory(device: torch.device) -> float:
     return (torch.cuda.max_memory_allocated() if device.type == "cuda" else resident) / 2**20
 
 Stopped = KeyboardInterrupt                                     # with the signal's name; `except Exception` lets it through
-KEPT_CHECKPOINTS = 2
-MAY_DIFFER = set("data_dir log_dir rank_timeout save_every save_on_stop resume compile reference graphs warmup val_every"
-                 " plan".split())
+KEPT_CHECKPOINTS, MAY_DIFFER = 2, set("data_dir log_dir rank_timeout save_every save_on_stop resume compile reference graphs"
+                                      " warmup val_every plan".split())
 
 def save_checkpoint(path: Path, content: dict) -> None:
     """Whole or not at all: a name of its own until it is on disk. OSError or RuntimeError when it cannot be written."""
@@ -1759,6 +1758,7 @@ class Run:
         for step in range(self.steps_done, cfg.num_steps + 1):
             last, windows = step == cfg.num_steps, self.schedule.windows(step)
             if last and cfg.save_every and self.saved_step != step:
+                self.report(unread, lag=0)                      # first: a loss that is not finite ends the run here
                 self.save()
             if windows[1] != long_window:
                 self.model.set_long_window(long_window := windows[1])
@@ -1774,7 +1774,7 @@ class Run:
                 self.clock.start()
             if last:
                 return loss
-            unread.append((step + 1, *download(self.train_step(step, windows))))
+            unread.append((step + 1, *download(self.train_step(step, windows)), self.tokens_seen, self.flops))
             self.report(unread, lag)
             if self.steps_done % 2 == 0:                        # after an odd step no gradient waits for its second half
                 if self.stop or (cfg.save_every and self.steps_done % cfg.save_every < 2):
@@ -1796,8 +1796,8 @@ class Run:
         -> (2,): its loss, multi-token terms included, and how many ranks were asked to stop, summed so that all agree."""
         fetched = self.ahead.pop(step, None) or self.worker.submit(self.fetch, step)
         batches, self.position, rows, flops = fetched.result()
-        if step + 1 < self.cfg.num_steps:
-            self.ahead[step + 1] = self.worker.submit(self.fetch, step + 1)
+        for later in range(step + 1 + len(self.ahead), min(step + 9, self.cfg.num_steps)):     # a new shard takes its time
+            self.ahead[later] = self.worker.submit(self.fetch, later)
         if rows:
             self.optimizer.sparse.announce(torch.cat(rows).numpy(), last=step % 2 == 1)
         upload(torch.tensor([*self.schedule.predict(step), float(self.last_signal is not None)]), self.dials)
@@ -1907,6 +1907,7 @@ class Run:
                 self.graphs.capture(kind, partial(self.compute, batches, kind[1]))
             for turn, self.optimizer.tied in {(False, tied), (False, False), (True, tied), (True, False)}:
                 self.graphs.capture((turn, self.optimizer.tied), partial(self.optimizer.move, turn))
+            torch._foreach_zero_([p.grad for p in self.model.parameters()])
         with torch.no_grad():
             for t, s in zip(state, saved):
                 t.copy_(s)
@@ -1916,14 +1917,14 @@ class Run:
     def report(self, unread: list[tuple], lag: int) -> None:
         """A line for each step whose loss is due; ends the run when a loss is not finite."""
         while len(unread) > lag:
-            step, result, wait = unread.pop(0)
+            step, result, wait, tokens, flops = unread.pop(0)
             wait()
             loss, stops = result.tolist()
             if stops:
                 self.stop = self.last_signal[0] if self.last_signal else "a signal to another process"
             value, seconds = self.finite(loss, "training", step), self.clock.seconds()
-            self.write_event(step, "", f" train_loss:{value:.4f} tokens_per_second:{self.tokens_seen / seconds:.0f}"
-                                       f" mfu:{self.flops / seconds / self.ceiling:.3f}")
+            self.write_event(step, "", f" train_loss:{value:.4f} tokens_per_second:{tokens / seconds:.0f}"
+                                       f" mfu:{flops / seconds / self.ceiling:.3f}")
             if self.average and value > 1.3 * self.average:
                 self.log.write(f"spike: train_loss {value:.4f} at step {step}, {self.average:.4f} before; {self.suspect()}")
             self.average = 0.9 * (self.average or value) + 0.1 * value
@@ -1976,8 +1977,8 @@ def train(cfg: Config, overrides: dict) -> float:
         run.log.write(f"interrupted: {done} ({error})" if stopped else f"failed: {error}", echo=stopped)
         raise error
     finally:
-        run.leaving = True
-        if run.ranks.size > 1:
+        run.leaving, run.graphs.kept = True, {}                 # NCCL's end waits for graphs that hold collectives
+        if run.ranks.size > 1 and (run.ranks.device.type == "cpu" or not sys.exc_info()[0]):    # nor for ranks that died
             dist.destroy_process_group()
 
 def main() -> None:
@@ -1990,9 +1991,8 @@ def main() -> None:
             return plan(cfg, cfg.plan)
         train(cfg, overrides)
     except (UserError, RunFailed) as error:
-        wrong = isinstance(error, UserError)
-        print(f"train_gpt.py: {'error' if wrong else 'failed'}: {error}", file=sys.stderr)
-        sys.exit(2 if wrong else 1)
+        print(f"train_gpt.py: {'error' if isinstance(error, UserError) else 'failed'}: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt as error:
         sys.exit(143 if str(error) == "SIGTERM" else 130)
 

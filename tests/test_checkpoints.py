@@ -594,6 +594,6 @@ def test_a_quiet_run_has_no_spikes(undisturbed):
 
 def test_two_runs_are_killed_at_a_random_moment_and_resumed(corpus_dir):
     """One process, then one of two; tests/faults.py is the whole of it."""
-    result = run_command([sys.executable, ROOT / "tests" / "faults.py", "--kills", 2, "--ranks", "1,2", "--steps", 4])
+    result = run_command([sys.executable, ROOT / "tests" / "faults.py", "--kills", 2, "--ranks", "1,2", "--steps", 2])
     assert result.returncode == 0, result.stdout + result.stderr
     assert "2 of 2 killed runs ended bit for bit" in result.stdout

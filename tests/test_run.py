@@ -144,12 +144,17 @@ def test_help_explains_the_flags(tmp_path):
     (["--preset", "short"], ["--device cpu"]),
     (["--log_dir", "/proc/nowhere"], ["--log_dir"]),
 ])
-def test_a_users_error_is_one_line_and_leaves_nothing_behind(flags, words, tmp_path, corpus_dir):
+def test_a_users_error_is_one_line_and_leaves_nothing_behind(flags, words, tmp_path, corpus_dir, monkeypatch, capsys):
+    """The next test is the command itself."""
     if flags[0] == "--preset" and flags[1] == "short" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     data = [] if "--data_dir" in flags or "short" in flags else ["--data_dir", corpus_dir]
-    result = run_command([sys.executable, FILE, *data, *flags], cwd=tmp_path)
-    assert_user_error(result, *words)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(FILE), *map(str, [*data, *flags])])
+    with pytest.raises(SystemExit) as ended:
+        tg.main()
+    printed = capsys.readouterr()
+    assert_user_error(subprocess.CompletedProcess(sys.argv, ended.value.code, printed.out, printed.err), *words)
     assert not list(tmp_path.iterdir())
 
 def test_a_cut_shard_is_named(tmp_path, corpus_dir):
@@ -219,7 +224,7 @@ def test_the_bigram_model_is_a_fair_one():
 def test_it_learns_more_than_bigrams(tmp_path, corpus_dir):
     """On held-out text, after the same training tokens as the n-gram models."""
     stage = replace(tg.PRESETS["cpu"].stages[-1], batch_tokens=1024, max_doc_len=512, windows=(64, 256))
-    cfg = replace(tg.PRESETS["cpu"], stages=(stage,), num_steps=300, model_dim=128, head_dim=32, windows="sl", paired_heads="p.",
+    cfg = replace(tg.PRESETS["cpu"], stages=(stage,), num_steps=150, model_dim=128, head_dim=32, windows="sl", paired_heads="p.",
                   value_embeds="01", skips="..", backout="..", dtype="float32", val_every=0, val_tokens=16384, val_seq_len=1024,
                   final_long_window=256, momentum_warmup=20, data_dir=str(corpus_dir), log_dir=str(tmp_path), compile=False)
     run = tg.Run(cfg, {})
