@@ -732,9 +732,7 @@ class Optimizer:
 
     def load_state(self, name: str, key: str, whole: Tensor) -> None:
         """The reverse: this rank keeps its units of what whole_state gave."""
-        missing = -len(whole) % self.ranks.size if self.specs[name].sharded else 0
-        padded = F.pad(whole, (*[0] * (2 * whole.dim() - 1), missing)) if missing else whole
-        self.state[name][key].copy_(self.own(name, padded))
+        self.state[name][key].copy_(self.own(name, self.units(name, whole)))
 
 class SparseRows:
     """The bigram table's gradient between ranks: only rows that a token touched travel (seed 002 asks for this).
