@@ -1,5 +1,7 @@
 """Every configuration that the five seeds name, as flags on top of a preset. `python records/ablate.py --list` prints them.
 
+What no seed names and their questions need is here too: no value embeddings at all (002-none), and the bigram table's forms.
+
 A hypothesis is its seed's baseline (BASELINES) with what it changes. Its layers, the five topology strings, are always those
 of the preset that the baseline names, 11 or 16; sizes, data and schedule come from the preset that it is run on: `short`,
 `medium`, or `cpu`, which makes the layers thin. What is no flag is an edit of train_gpt.py, as the seeds' authors did with
@@ -36,6 +38,7 @@ BASELINES = {
     "002": Baseline("short", 1600, dict(value_embeds=".12.....012", value_embed_std=0.0, ve_chunk="18:30", ve_own_dims=0)),
     "003": Baseline("medium", 6000, dict(value_embeds="012..........012", extra_inputs=0, value_embed_std=0.0)),
     "004": Baseline("medium", 6000, dict(extra_inputs=0)),
+    "bigram": Baseline("short", 1547, {}),          # of no seed: `short` as it is
 }
 
 @dataclass(frozen=True)
@@ -154,6 +157,7 @@ HYPOTHESES = (
     h("002-tied-more", "the same three tables in one more layer", value_embeds="012.....012"),
     h("002-fewer", "two tables, tied", value_embeds="01.......01"),
     h("002-other-layers", "two tables, tied, on other layers", value_embeds=".01.....01."),
+    h("002-none", "no value embedding at all, to see what any is worth", value_embeds="..........."),
     h("002-all", "a table in every layer that attends", value_embeds="012345.6789"),
 
     # Seed 003, 16 layers; there is no attention in layer 7, so the eighth table has its second place only.
@@ -187,6 +191,11 @@ HYPOTHESES = (
     h("004-x02", "two", extra_inputs=2),
     h("004-x03", "three", extra_inputs=3),
     h("004-x04", "four", extra_inputs=4),
+
+    # The table of hashed pairs of tokens.
+    h("bigram-none", "no table", bigram_rows=0),
+    h("bigram-plain", "a row a pair, by hash: as `short` has it"),
+    h("bigram-signs", "with the sign trick: pairs that share a row can be told apart", bigram_signs=8192),
 )
 
 def find(names: list[str]) -> list[Hypothesis]:
