@@ -8,7 +8,7 @@ is the baseline. A round runs every hypothesis once, with one seed; each round b
 machine hits all alike. The same command goes on after an interruption: finished runs stay, the one that was cut is run
 again. More seeds or names may be added in the same DIR. A run that diverges is kept as such and not repeated.
 
-DIR/NAME/seedK.txt are the logs; DIR/table.txt, .md, .csv and numbers.txt what compare.py makes of them.
+DIR/NAME/seedK.txt are the logs; DIR/table.txt, .md, .csv, pairs.txt and numbers.txt what compare.py makes of them.
 """
 import fcntl
 import hashlib
@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
-from records.compare import group_of, groups_table, numbers_text  # noqa: E402
+from records.compare import group_of, groups_table, numbers_text, pairs_table  # noqa: E402
 from records.logs import UserError, arguments, command, extra, need, read_file, read_places, result, warn  # noqa: E402
 from records.tables import FORMATS, table  # noqa: E402
 
@@ -211,6 +211,8 @@ def compare(jobs: list[Job], out: Path, target: float | None) -> str:
     groups = [group_of(name, read_places(paths[name], warn)) for name in names]
     for form, suffix in zip(FORMATS, ("txt", "md", "csv")):
         (out / f"table.{suffix}").write_text(groups_table(groups, target, form) + "\n")
+    if len(groups) > 1:
+        (out / "pairs.txt").write_text(pairs_table(groups) + "\n")
     (out / "numbers.txt").write_text(numbers_text(groups) + "\n")
     return groups_table(groups, target)
 

@@ -187,14 +187,18 @@ def by_steps(groups: list[Group], key: str = "val_loss") -> list[Group]:
     return [group_of(f"{steps} steps", found, key=key) for steps, found in runs.items()] + [g for g in groups if not g.runs]
 
 def pairs_table(groups: list[Group], form: str = "text", digits: int = 2) -> str:
-    """Every two groups: Welch's test of losses and of times, Holm-corrected for their number; by seed where logs name it."""
+    """Every two groups: Welch's test of losses and of times, and a paired one of losses by seed, where logs name it; each
+    Holm-corrected for the number of pairs. Runs of one seed begin alike and read the same text: that test sees more."""
     pairs = list(combinations(groups, 2))
-    losses, times = (holm([welch(getattr(a, of), getattr(b, of)) for a, b in pairs]) for of in ("losses", "times"))
-    rows = [[a.name, b.name, number(b.losses.mean - a.losses.mean, 4), number(welch(a.losses, b.losses), 4), number(p, 4),
-             stars(p), number(paired(a.by_seed, b.by_seed), 4), number(b.times.mean - a.times.mean, digits),
-             number(welch(a.times, b.times), 4), number(q, 4)] for (a, b), p, q in zip(pairs, losses, times)]
-    head = ["group", "against it", "loss Δ", "p", "p Holm", "sig", "p by seed", "time Δ", "time p", "time p Holm"]
-    return table(head, rows, form, left=(0, 1, 5))
+    plain, times = ([welch(getattr(a, of), getattr(b, of)) for a, b in pairs] for of in ("losses", "times"))
+    seeds = [paired(a.by_seed, b.by_seed) for a, b in pairs]
+    rows = [[a.name, b.name, number(b.losses.mean - a.losses.mean, 4),
+             *(text for p, q in losses for text in (number(p, 4), number(q, 4), stars(q))),
+             number(b.times.mean - a.times.mean, digits), number(t, 4), number(u, 4)]
+            for (a, b), *losses, (t, u) in zip(pairs, *(list(zip(ps, holm(ps))) for ps in (plain, seeds, times)))]
+    head = ["group", "against it", "loss Δ", "p", "p Holm", "sig", "p by seed", "p by seed Holm", "sig", "time Δ", "time p",
+            "time p Holm"]
+    return table(head, rows, form, left=(0, 1, 5, 8))
 
 def crossing(run: Run, level: float, key: str = "val_loss") -> tuple[float, float] | None:
     """(step, seconds) at which a run's loss first is at or under level, on the line between two validations; None: never."""

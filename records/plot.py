@@ -1,11 +1,12 @@
 """Plot what logs say: losses against steps or time, and learned scalars by layer.
 
-    python records/plot.py loss    GROUP... --out FILE.png [--x step|time] [--from 5500] [--to 6000] [--target 2.92]
+    python records/plot.py loss    GROUP... --out FILE.png [--x step|time] [--from 5500] [--to 6000] [--difference]
     python records/plot.py scalars GROUP... --out FILE.png [--keys x0_scale resid_scale input_scale]
 
 A GROUP is a folder of logs or one log; NAME=PATH names it. Of a group with several runs loss draws the mean and a band of
 one deviation, over the steps (or, against time, between the first and last second) that all its runs have; --each draws
-every run. scalars draws a line a scalar, the mean over a group's runs, as in seed 004; the file's ending is its format.
+every run, --difference what each differs from the first group. scalars draws a line a scalar, the mean over a group's
+runs, as in seed 004; the file's ending is its format.
 """
 import math
 import sys
@@ -17,23 +18,24 @@ if str(ROOT) not in sys.path:
 from records.compare import Sample, named_place  # noqa: E402
 from records.logs import Run, UserError, arguments, command, extra, need, read_places, warn  # noqa: E402
 
+Curve = tuple[list[float], list[float]]                     # x, loss
 Points = tuple[list[float], list[float], list[float]]       # x, mean, deviation
 
-def curve(run: Run, key: str, x: str) -> tuple[list[float], list[float]]:
+def curve(run: Run, key: str, x: str) -> Curve:
     """x and loss of a run's validations; the last where one came twice."""
     steps, seconds, values = run.curve(key)
     points = dict(zip(steps if x == "step" else seconds, values))
     kept = [(at, value) for at, value in points.items() if math.isfinite(at) and math.isfinite(value)]
     return [at for at, _ in kept], [value for _, value in kept]
 
-def by_step(curves: list[tuple[list[float], list[float]]]) -> Points:
+def by_step(curves: list[Curve]) -> Points:
     """Mean and deviation at the x that all curves have."""
     common = sorted(set.intersection(*(set(x) for x, _ in curves)))
     tables = [dict(zip(x, values)) for x, values in curves]
     samples = [Sample.of([table[at] for table in tables]) for at in common]
     return common, [one.mean for one in samples], [one.std if one.n > 1 else 0.0 for one in samples]
 
-def by_time(curves: list[tuple[list[float], list[float]]], points: int = 200) -> Points:
+def by_time(curves: list[Curve], points: int = 200) -> Points:
     """Runs are measured at different seconds: each is read off the lines between its validations, at the same seconds."""
     numpy = extra("numpy")
     first, last = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
@@ -45,10 +47,27 @@ def window(points: Points, begin: float | None, end: float | None) -> Points:
     kept = [p for p in zip(*points) if (begin is None or p[0] >= begin) and (end is None or p[0] <= end)]
     return tuple(map(list, zip(*kept))) if kept else ([], [], [])
 
+def seed_of(run: Run) -> int | None:
+    return (run.config or {}).get("seed")
+
+def less_first(runs: list[Run], first: list[Run], key: str) -> list[Curve]:
+    """Each run's loss less, at the same step, that of the first group's run of its seed, or the group's mean without one.
+    Runs that read the same text rise and fall together; what is left is what differs."""
+    mean = dict(zip(*by_step([curve(run, key, "step") for run in first])[:2]))
+    by_seed = {seed_of(run): dict(zip(*curve(run, key, "step"))) for run in first if seed_of(run) is not None}
+    found = []
+    for run in runs:
+        other = by_seed.get(seed_of(run), mean)
+        points = [(step, value - other[step]) for step, value in zip(*curve(run, key, "step")) if step in other]
+        found.append(([step for step, _ in points], [value for _, value in points]))
+    return found
+
 def draw_losses(axes, groups: list[tuple[str, list[Run]]], args) -> None:
     drawn = 0
     for name, runs in groups:
         curves = [curve(run, args.loss, args.x) for run in runs]
+        if args.difference:
+            curves = less_first(runs, groups[0][1], args.loss)
         curves = [one for one in curves if len(one[0]) > 1 or one[0] and args.x == "step"]
         if not curves:
             warn(f"{name}: no run has {args.loss} against {args.x}")
@@ -75,7 +94,7 @@ def draw_losses(axes, groups: list[tuple[str, list[Run]]], args) -> None:
     if args.target is not None:
         axes.axhline(args.target, color="grey", linestyle="--", linewidth=1, label=f"target {args.target:g}")
     axes.set_xlabel("step" if args.x == "step" else "training time, seconds")
-    axes.set_ylabel(f"{args.loss}, nats a token")
+    axes.set_ylabel(f"{args.loss}, nats a token" + f", less that of {groups[0][0]}" * args.difference)
     axes.legend()
 
 def layer_scalars(runs: list[Run]) -> dict[str, list[Sample]]:
@@ -122,9 +141,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--loss", default="val_loss", metavar="KEY", help="which loss of an event line (default val_loss)")
     parser.add_argument("--target", type=float, help="a line at this loss")
     parser.add_argument("--each", action="store_true", help="every run, not their mean")
+    parser.add_argument("--difference", action="store_true", help="from the first group, at each step, by seed")
     parser.add_argument("--keys", nargs="+", help="of scalars: which (default: all that every layer has)")
     parser.add_argument("--title", default="")
     args = parser.parse_args(argv)
+    need(not args.difference or args.x == "step", "--difference: of losses at the same step; leave --x time out")
     groups = [(name, read_places([path], warn)) for name, path in map(named_place, args.groups)]
     extra("matplotlib").use("Agg")
     pyplot = extra("matplotlib.pyplot")

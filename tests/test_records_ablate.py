@@ -226,6 +226,7 @@ def test_all_runs_are_made_once_and_compared(fake, capsys):
     assert table.splitlines()[3].split()[:2] == ["0.5", "2"] and "-0.5000" in table.splitlines()[3]
     assert (fake / "out" / "table.txt").read_text() == table + "\n"
     assert "losses = [5.5, 5.51]" in (fake / "out" / "numbers.txt").read_text()
+    assert "p by seed Holm" in (fake / "out" / "pairs.txt").read_text()
     assert (fake / "out" / "table.csv").exists() and (fake / "out" / "table.md").exists()
     run(fake, seeds=3, names=("base", "0.5", "0.7"))                        # more of both: only those are run
     assert starts(fake) == {f"{name}-{seed}": 1 for name in ("base", "0.5", "0.7") for seed in range(3)}

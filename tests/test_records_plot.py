@@ -36,6 +36,17 @@ def test_scalars_by_layer_are_means_over_runs(tmp_path):
     assert {name: [one.mean for one in samples] for name, samples in found.items()} == {
         "resid_scale": [1.5, 2.0, 3.0], "input_scale[0]": [0.0, 2.0, 4.0], "input_scale[1]": [1.0, 3.0, 5.5]}
 
+def test_differences_are_by_seed_or_from_the_mean(tmp_path, monkeypatch):
+    monkeypatch.setattr(plot, "seed_of", lambda run: {"0": 0, "1": 1, "7": 7}.get(run.name))
+    def run(seed: int | None, losses: list[float]) -> logs.Run:
+        write_run(tmp_path / "a" / f"{seed}.txt", losses, 5)
+        [one] = logs.read_places([tmp_path / "a" / f"{seed}.txt"])
+        return one
+    first = [run(0, [4.0, 3.0]), run(1, [4.4, 3.2])]
+    found = plot.less_first([run(1, [4.5, 3.3]), run(7, [4.5, 3.3, 3.0]), run(None, [4.2, 3.0])], first, "val_loss")
+    assert [x for x, _ in found] == [[0, 10]] * 3
+    assert [y for _, y in found] == [pytest.approx(y) for y in ([0.1, 0.1], [0.3, 0.2], [0.0, -0.1])]
+
 @pytest.fixture
 def drawn(monkeypatch):
     """What plot.main drew last: its axes."""
