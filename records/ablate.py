@@ -212,7 +212,7 @@ def compare(jobs: list[Job], out: Path, target: float | None) -> str:
     for form, suffix in zip(FORMATS, ("txt", "md", "csv")):
         (out / f"table.{suffix}").write_text(groups_table(groups, target, form) + "\n")
     if len(groups) > 1:
-        (out / "pairs.txt").write_text(pairs_table(groups) + "\n")
+        (out / "pairs.txt").write_text(pairs_table(groups, first=True) + "\n")
     (out / "numbers.txt").write_text(numbers_text(groups) + "\n")
     return groups_table(groups, target)
 

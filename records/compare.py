@@ -2,7 +2,7 @@
 
     python records/compare.py groups   GROUP GROUP...            time and loss of each; the first group is the baseline
     python records/compare.py steps    GROUP...                  how many steps fewer still reach the target
-    python records/compare.py pairs    GROUP GROUP...            each group against each
+    python records/compare.py pairs    GROUP GROUP...            each group against each, or, with --first, the first against each
     python records/compare.py crossing GROUP... --level 2.92     when runs cross a loss, the earliest first
 
 A GROUP is a folder of logs, one log, or a file with raw numbers as `groups --numbers` prints them; NAME=PATH names it.
@@ -186,10 +186,11 @@ def by_steps(groups: list[Group], key: str = "val_loss") -> list[Group]:
         runs.setdefault(run.planned or run.last_step, []).append(run)
     return [group_of(f"{steps} steps", found, key=key) for steps, found in runs.items()] + [g for g in groups if not g.runs]
 
-def pairs_table(groups: list[Group], form: str = "text", digits: int = 2) -> str:
-    """Every two groups: Welch's test of losses and of times, and a paired one of losses by seed, where logs name it; each
-    Holm-corrected for the number of pairs. Runs of one seed begin alike and read the same text: that test sees more."""
-    pairs = list(combinations(groups, 2))
+def pairs_table(groups: list[Group], form: str = "text", digits: int = 2, first: bool = False) -> str:
+    """Every two groups, or the first with each: Welch's test of losses and of times, and a paired one of losses by seed,
+    where logs name it; each Holm-corrected for the number of pairs. Runs of one seed begin alike and read the same text:
+    the paired test sees more."""
+    pairs = [(groups[0], group) for group in groups[1:]] if first else list(combinations(groups, 2))
     plain, times = ([welch(getattr(a, of), getattr(b, of)) for a, b in pairs] for of in ("losses", "times"))
     seeds = [paired(a.by_seed, b.by_seed) for a, b in pairs]
     rows = [[a.name, b.name, number(b.losses.mean - a.losses.mean, 4),
@@ -243,6 +244,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("groups", nargs="+", metavar="GROUP")
     parser.add_argument("--target", type=float, help="loss to be reached, 3.28 for short, 2.92 for medium")
     parser.add_argument("--level", type=float, help="of crossing")
+    parser.add_argument("--first", action="store_true", help="pairs: only the first group with each of the others")
     parser.add_argument("--step", type=int, metavar="N", help="compare at this step (default: the last planned)")
     parser.add_argument("--loss", default="val_loss", metavar="KEY", help="which loss of an event line (default val_loss)")
     parser.add_argument("--format", choices=FORMATS, default="text")
@@ -267,7 +269,7 @@ def main(argv: list[str]) -> None:
         print(steps_table(groups, args.target, args.format, args.digits))
     else:
         need(len(groups) > 1, "pairs: give at least two groups")
-        print(pairs_table(groups, args.format, args.digits))
+        print(pairs_table(groups, args.format, args.digits, args.first))
     if args.numbers:
         print("\n" + numbers_text(groups))
 

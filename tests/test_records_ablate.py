@@ -101,7 +101,7 @@ def test_steps_are_the_seeds_or_in_proportion():
     [one] = hypotheses.find(["000-1535"])
     steps = {preset: hypotheses.flags_on(one, preset, base).get("num_steps", tg.PRESETS[preset].num_steps)
              for preset, base in (("short", None), ("cpu", None), ("medium", 3110))}
-    assert steps == {"short": 1535, "cpu": round(120 * 1535 / 1555), "medium": 3070}
+    assert steps == {"short": 1535, "cpu": round(tg.PRESETS["cpu"].num_steps * 1535 / 1555), "medium": 3070}
 
 def test_names_and_beginnings():
     assert [one.name for one in hypotheses.find(["004-x01", "004"])] == [f"004-x0{n}" for n in (1, 0, 2, 3, 4)]

@@ -164,6 +164,7 @@ def test_pairs_know_seeds(tmp_path, capsys):
     write_runs(tmp_path / "c", [2.99, 3.08, 3.24], [20.0, 21.0, 22.0], seeds=False)
     rows = printed(capsys, "pairs", *(tmp_path / name for name in "abc"))
     assert [row[:2] for row in rows] == [["a", "b"], ["a", "c"], ["b", "c"]]
+    assert [row[:2] for row in printed(capsys, "pairs", *(tmp_path / name for name in "abc"), "--first")] == [["a", "b"], ["a", "c"]]
     by_seed = scipy.stats.ttest_rel([3.0, 3.1, 3.25], [2.99, 3.08, 3.24]).pvalue
     assert rows[0][5] == rows[0][6] == f"{by_seed:.4f}" and rows[1][5] == "-"   # unpaired, three runs would show nothing
     assert rows[0][3] == f"{scipy.stats.ttest_ind([3.0, 3.1, 3.25], [2.99, 3.08, 3.24], equal_var=False).pvalue:.4f}"
