@@ -46,7 +46,7 @@ count_processes() {
     local gpus=0 n flags=" $* "
     flags=${flags//=/ }
     case "$flags" in
-        *" --preset cpu "* | *" --preset one-gpu "* | *" --device cpu "*) ;;
+        *" --preset cpu"* | *" --preset one-gpu "* | *" --device cpu "*) ;;
         *) [ -e /dev/nvidiactl ] && gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())') ;;
     esac
     for n in 8 4 2 1; do

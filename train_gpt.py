@@ -128,11 +128,13 @@ class Config:
     embed_std: float = 0.005
     value_embed_std: float = 0.01   # seed 000; 0 before
     matrix_std: float = 0.5         # over sqrt(model_dim)
+    resid_scale: float = 1.1        # of the stream, before every layer
     # optimization
     num_steps: int = 1547
     extension_share: float = 0.026  # of num_steps: constant settings after the schedule (40 steps of 1547)
     cooldown_share: float = 0.55    # of the schedule: the learning rate falls on a line to final_lr
     final_lr: float = 0.1           # of the peak
+    matrix_optimizer: str = "normuon"   # "normuon" | "adamw": Adam for all, on matrices at adam_lr
     muon_lr: float = 0.023
     muon_wd: float = 1.2
     muon_beta2: float = 0.95
@@ -141,12 +143,14 @@ class Config:
     momentum_warmup: int = 300      # steps from min to max
     momentum_cooldown: int = 50     # last steps, back to min
     adam_lr: float = 0.008
+    scalar_lr: float = 5.0          # times adam_lr: of the learned scalars; 0: they stay as they start
     adam_wd: float = 0.005
     adam_eps: float = 1e-10
     untie_share: float = 2/3        # of the schedule: embed and lm_head are one until then; 0: never tied, 1: always
     max_predict: int = 3            # next tokens that a stage may ask for; 1: no multi-token prediction
     # data and evaluation
     data_dir: str = "data/fineweb10B"
+    epochs: int = 1                 # times that the training shards may be read; a record reads them once
     batch_mul: float = 1.0          # times every stage's batch_tokens
     micro_batches: int = 8          # of a step, whatever the ranks: 1, 2, 4 and 8 of them compute the same thing
     val_tokens: int = 10485760      # fixed, or losses could not be compared
@@ -208,19 +212,19 @@ def check_config(cfg: Config) -> None:
     layers = topology(cfg)
     for rule, good, names in (
         ("must be at least 1", lambda v: v >= 1, "vocab_size model_dim head_dim mlp_ratio num_steps max_predict"
-         " micro_batches val_tokens val_seq_len final_long_window"),
+         " micro_batches val_tokens val_seq_len final_long_window epochs"),
         ("must not be negative", lambda v: 0 <= v < math.inf, "extra_inputs bigram_rows bigram_signs val_every save_every"
          " momentum_warmup momentum_cooldown embed_std value_embed_std matrix_std muon_lr muon_wd adam_lr adam_wd"
-         " adam_eps softcap"),
+         " adam_eps softcap scalar_lr"),
         ("must be above 0", lambda v: 0 < v < math.inf, "softmax_scale softcap_width rotary_base rank_timeout"),
         ("must lie between 0 and 1", lambda v: 0 <= v <= 1, "extension_share cooldown_share untie_share rotary_share"
          " momentum_min momentum_max muon_beta2"),
-        ("choose from cuda cpu", lambda v: v in ("cuda", "cpu"), "device"),
-        ("choose from auto bfloat16 float32", lambda v: v in ("auto", "bfloat16", "float32"), "dtype"),
-        ("choose from relu2 gelu", lambda v: v in ("relu2", "gelu"), "activation"),
     ):
         for name in names.split():
             check(name, good(getattr(cfg, name)), rule)
+    for name, choices in (("device", "cuda cpu"), ("dtype", "auto bfloat16 float32"), ("activation", "relu2 gelu"),
+                          ("matrix_optimizer", "normuon adamw")):
+        check(name, getattr(cfg, name) in choices.split(), f"choose from {choices}")
     for name in ("smear_chunk", "skip_chunk", "attn_chunk", "ve_chunk"):
         chunk(cfg, name)
     check("extension_share", cfg.scheduled_steps >= 1, f"leaves no scheduled step of --num_steps {cfg.num_steps}")
@@ -253,6 +257,24 @@ SHORT = Config(
         Stage(until=2.0, batch_tokens=393216, windows=(768, 1664), max_doc_len=2048, lr_mul=1.73),   # the extension
     ),
 )
+# Two CPU cores and the embedded corpus, minutes instead of GPUs; its losses compare only with its own.
+CPU = replace(
+    SHORT, preset="cpu", vocab_size=4096, bos_id=4095, model_dim=256, head_dim=64, softmax_scale=0.14,
+    #              012345
+    windows=      "sslssl",
+    paired_heads= "p...p.",
+    value_embeds= ".01.23",
+    skips=        ".a..a.",
+    backout=      "...b..",
+    stages=(
+        Stage(until=0.5, batch_tokens=4096, windows=(128, 512), max_doc_len=1024, lr_mul=1.0,
+              predict=((1.0, 1.0), (0.5, 0.0))),
+        Stage(until=2.0, batch_tokens=4096, windows=(128, 512), max_doc_len=1024, lr_mul=1.0),
+    ),
+    num_steps=200, adam_lr=0.016, muon_lr=0.035, extension_share=0.0, momentum_warmup=100, momentum_cooldown=30,
+    final_long_window=512, data_dir="data/corpus", micro_batches=1, val_tokens=163840, val_seq_len=4096, val_every=100,
+    device="cpu", save_every=1000,      # at the end: something to sample from
+)
 PRESETS = {
     "short": SHORT,
     "medium": replace(
@@ -266,24 +288,13 @@ PRESETS = {
     ),
     # The short model on one GPU with 24 GB: the same steps in four times as many micro-batches.
     "one-gpu": replace(SHORT, preset="one-gpu", micro_batches=32, val_seq_len=16384),
-    # Two CPU cores and the embedded corpus, minutes instead of GPUs; its losses compare only with its own.
-    "cpu": replace(
-        SHORT, preset="cpu", vocab_size=4096, bos_id=4095, model_dim=256, head_dim=64, softmax_scale=0.14,
-        #              012345
-        windows=      "sslssl",
-        paired_heads= "p...p.",
-        value_embeds= ".01.23",
-        skips=        ".a..a.",
-        backout=      "...b..",
-        stages=(
-            Stage(until=0.5, batch_tokens=8192, windows=(128, 512), max_doc_len=1024, lr_mul=1.0,
-                  predict=((1.0, 1.0), (0.5, 0.0))),
-            Stage(until=2.0, batch_tokens=8192, windows=(128, 512), max_doc_len=1024, lr_mul=1.0),
-        ),
-        num_steps=120, adam_lr=0.016, muon_lr=0.035, extension_share=0.0, momentum_warmup=60, momentum_cooldown=20,
-        final_long_window=512, data_dir="data/corpus", micro_batches=1, val_tokens=163840, val_seq_len=8192, val_every=40,
-        device="cpu", save_every=1000,      # at the end: something to sample from
-    ),
+    "cpu": CPU,
+    # What the cpu track is measured against: a plain GPT-2 (with rotary) of its size; AdamW steps on every second gradient.
+    "cpu-adamw": replace(
+        CPU, preset="cpu-adamw", matrix_optimizer="adamw", num_steps=2700, epochs=8, adam_lr=0.002, adam_wd=1/3,
+        final_lr=0.0, paired_heads="......", value_embeds="......", skips="......", backout="......", bigram_rows=0,
+        smear_chunk="", attn_chunk="", key_offset=False, qk_norm=False, rotary_share=1.0, softmax_scale=0.125, softcap=0.0,
+        activation="gelu", scalar_lr=0.0, resid_scale=1.0, embed_std=0.02, matrix_std=0.64, untie_share=1.0, max_predict=1),
 }
 
 def parse_config(argv: list[str]) -> tuple[Config, dict]:
@@ -372,9 +383,10 @@ class GPT(nn.Module):
         attending = sum(layer.window != "none" for layer in layers)
         valued = sum(layer.value_embed is not None for layer in layers)
         skipping = sum(layer.skip_from is not None for layer in layers)
-        bank = partial(self.param, optimizer="muon", sharded=True, wd=1.0)
+        kind = {"optimizer": "muon", "wd": 1.0} if cfg.matrix_optimizer == "normuon" else {"optimizer": "adam", "wd": 150.0}
+        bank = partial(self.param, sharded=True, **kind)
         gate = partial(self.param, optimizer="adam", init=constant(0), dtype=torch.float32)
-        scalar = partial(self.param, optimizer="adam", lr=5.0, dtype=torch.float32)
+        scalar = partial(self.param, optimizer="adam", lr=cfg.scalar_lr, dtype=torch.float32)
         width = lambda name: chunks[name].stop - chunks[name].start  # noqa: E731
 
         bank("qkvo", (attending, 4, H * d, D), init=matrices(cfg.matrix_std * D**-0.5))
@@ -391,7 +403,7 @@ class GPT(nn.Module):
         scalar("skip_scale", (skipping,), init=constant(-1.5))
         scalar("qkv_scale", (attending,), init=constant(0.5))
         scalar("o_scale", (attending,), init=constant(1.0))
-        scalar("resid_scale", (L,), init=constant(1.1))
+        scalar("resid_scale", (L,), init=constant(cfg.resid_scale))
         scalar("x0_scale", (L,), init=constant(0), betas=(0.65, 0.95))
         if cfg.extra_inputs:
             scalar("input_scale", (L, cfg.extra_inputs), init=constant(0), betas=(0.65, 0.95))
@@ -445,10 +457,10 @@ class GPT(nn.Module):
             self.turn_rotary()
         self.long_window.fill_(window)
 
-    def forward(self, tokens: Tensor, targets: Tensor, weights: Tensor, windows: tuple[int, int]) -> Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor, weights: Tensor, windows: tuple[int, int], learn=True) -> Tensor:
         """tokens, targets (T,) ids; weights (n,) of the losses on the next n tokens; windows (short, long) -> mean loss."""
         cap = (self.cfg.softcap, self.cfg.softcap_shift, self.cfg.softcap_width)
-        return head_loss(self.hidden(tokens, windows), self.lm_head, targets, weights, cap, self.head_chunk)
+        return head_loss(self.hidden(tokens, windows), self.lm_head, targets, weights, cap, self.head_chunk, learn)
 
     def hidden(self, tokens: Tensor, windows: tuple[int, int], past=None) -> Tensor:
         """tokens (T,) -> what the head reads, (T, D). past: what remembers the tokens before these (evals/model.py)."""
@@ -642,9 +654,8 @@ class Optimizer:
     def new_state(self, name: str) -> dict[str, Tensor]:
         """What is remembered of this rank's units, in float32; low: the bits of the value that bfloat16 leaves out."""
         p, muon = self.own(name, self.units(name, self.params[name].detach())), self.specs[name].optimizer == "muon"
-        state = {"momentum": torch.zeros_like(p, dtype=torch.float32)}
-        m = state["momentum"]
-        state["second"] = m.mean(dim=averaged_side(p), keepdim=True) if muon else torch.zeros_like(m)
+        m = torch.zeros_like(p, dtype=torch.float32)
+        state = {"momentum": m, "second": m.mean(dim=averaged_side(p), keepdim=True) if muon else torch.zeros_like(m)}
         if p.dtype == torch.bfloat16:
             state["low"] = torch.zeros_like(p, dtype=torch.int16)
         return state
@@ -680,8 +691,7 @@ class Optimizer:
         """All that is the same on every step of a kind: reductions, updates, gathers."""
         moving = [name for name, spec in self.specs.items() if (spec.optimizer == "muon" or adam_turn)
                   and not (self.sparse and name == "bigram_embed")]
-        for name in moving:
-            assert self.params[name].grad is not None, f"no gradient reached {name}"
+        assert not (unreached := [name for name in moving if self.params[name].grad is None]), f"no gradient: {unreached}"
         if adam_turn and self.tied:                         # one Adam step on the head, for both
             moving.remove("embed")
             IN_USE["transposed_"](self.params["lm_head"].grad, self.params["embed"].grad, add=True)
@@ -843,8 +853,7 @@ def store_exact_(p: Tensor, low: Tensor | None, value: Tensor) -> None:
     low.copy_(bits - (high << 16))
 
 # ===== 4. Data: .bin shards of uint16 tokens behind a 256-int32 header. Nothing reorders, filters, pads or wraps. ===
-SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
-FIRST_DOCUMENTS = 2**20                                         # tokens in which a shard must have a BOS
+SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES, FIRST_DOCUMENTS = 20240520, 1, 1024, 2**20    # a shard's first tokens have a BOS
 
 def read_shard(path: Path, vocab_size: int, bos_id: int) -> np.ndarray:
     """The tokens of a shard (n,), uint16, memory-mapped. UserError names the file and what is wrong with it."""
@@ -876,12 +885,12 @@ class Loader:
     A sequence starts at a BOS and is filled with whole documents, each cut at the stage's limit, the last one where the
     sequence is full; the next sequence starts with the next document. The position is (file, document)."""
     def __init__(self, cfg: Config):
-        self.cfg, self.files = cfg, find_shards(cfg, "train")
+        self.cfg, self.files = cfg, find_shards(cfg, "train") * cfg.epochs
         self.open(0)
 
     def open(self, file: int) -> None:
         need(file < len(self.files), f"--num_steps {self.cfg.num_steps}: too few tokens in the {len(self.files)} training "
-                                     f"shard(s) of --data_dir {self.cfg.data_dir}; get more or train fewer steps")
+                                     f"shards of --data_dir {self.cfg.data_dir}; get more, train less, or raise --epochs")
         self.tokens = read_shard(self.files[file], self.cfg.vocab_size, self.cfg.bos_id)
         self.starts = np.flatnonzero(self.tokens == self.cfg.bos_id)
         self.sizes = np.diff(self.starts, append=len(self.tokens))
@@ -915,8 +924,7 @@ class Loader:
     def check_enough(self, schedule: "Schedule") -> None:
         """UserError now, not hours later, if the run would outlast the data; reads only where documents begin."""
         walker = Loader(self.cfg)
-        for step in range(self.cfg.num_steps):
-            stage = schedule.stage(step)
+        for stage in map(schedule.stage, range(self.cfg.num_steps)):
             for _ in range(self.cfg.micro_batches):
                 walker.pieces(stage.batch_tokens // self.cfg.micro_batches + 1, stage.max_doc_len)
 
@@ -957,15 +965,13 @@ def token_bytes(path: Path, vocab_size: int, bos_id: int) -> np.ndarray | None:
 
 def tokens_needed(cfg: Config) -> int:
     """Tokens that the run trains on; documents cut at the limit leave the rest unread, so shards hold more."""
-    schedule = Schedule(cfg)
-    return sum(schedule.stage(step).batch_tokens for step in range(cfg.num_steps))
+    return sum(stage.batch_tokens for stage in map(Schedule(cfg).stage, range(cfg.num_steps)))
 
 # ===== 5. Schedule: pure functions of the step, so that they can be printed and tested. =============================
 class Schedule:
     def __init__(self, cfg: Config):
         self.cfg = cfg
-        self.ends = [round(stage.until * cfg.scheduled_steps) for stage in cfg.stages]
-        self.ends[-1] = cfg.num_steps
+        self.ends = [*(round(stage.until * cfg.scheduled_steps) for stage in cfg.stages[:-1]), cfg.num_steps]
 
     def stage_index(self, step: int) -> int:
         return next((i for i, end in enumerate(self.ends) if step < end), len(self.ends) - 1)
@@ -1003,10 +1009,8 @@ class Schedule:
     @property
     def untie_step(self) -> int:
         """The odd step after whose update embedding and head part; num_steps or more: never."""
-        if self.cfg.untie_share == 1:
-            return self.cfg.num_steps
-        step = math.ceil(self.cfg.untie_share * self.cfg.scheduled_steps)
-        return step if step % 2 else step + 1
+        odd = math.ceil(self.cfg.untie_share * self.cfg.scheduled_steps) | 1
+        return odd if self.cfg.untie_share < 1 else self.cfg.num_steps
 
 # ===== 6. Operators: the reference is the documentation and the oracle of the tests; what follows it is what runs. ==
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, scale: Tensor | float) -> Tensor:
@@ -1247,13 +1251,14 @@ def capped(z: Tensor, cap: Cap) -> Tensor:
 
 HEAD_CHUNK = {"cpu": 1024, "cuda": 16384}                       # tokens, by device
 
-def head_loss(x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, cap: Cap, piece: Callable | None = None) -> Tensor:
+def head_loss(x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, cap: Cap, piece: Callable | None = None,
+              learn: bool = True) -> Tensor:
     """head_loss_reference, a chunk of tokens at a time: the float32 logits of a whole sequence never exist at once."""
     T, ahead = len(targets), torch.arange(len(weights), device=x.device)
     place = torch.arange(T, device=x.device)[:, None] + ahead                       # (T, n)
     weights = torch.where(place < T, weights / T, 0)                                # no loss on what is past the end
     targets = targets[place.clamp_max(T - 1)]
-    return HeadLoss.apply(x, head, targets, weights, cap, piece or head_chunk, torch.is_grad_enabled())
+    return HeadLoss.apply(x, head, targets, weights, cap, piece or head_chunk, learn and torch.is_grad_enabled())
 
 class HeadLoss(torch.autograd.Function):
     """The gradient is made with the loss, while a chunk's logits are at hand; backward only scales it."""
@@ -1276,10 +1281,8 @@ class HeadLoss(torch.autograd.Function):
 def head_chunk(x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, cap: Cap, with_grad: bool):
     """x (c, D), targets and weights (c, n) -> loss, its gradient by x (c, D) and by head (D, V) in float32, or None."""
     loss, dz = chunk_loss((x @ head).float(), targets, weights, cap)
-    if not with_grad:
-        return loss, None, None
     dz = dz.to(x.dtype)
-    return loss, dz @ head.T, (x.T @ dz).float()
+    return (loss, dz @ head.T, (x.T @ dz).float()) if with_grad else (loss, None, None)
 
 def chunk_loss(z: Tensor, targets: Tensor, weights: Tensor, cap: Cap) -> tuple[Tensor, Tensor]:
     """z (c, V) before the cap, targets and weights (c, n) -> weighted cross-entropy, its gradient by z (c, V)."""
@@ -1387,7 +1390,8 @@ def symmetric_kernel(x, square, out, alpha, beta, depth, BETA: tl.constexpr, ROW
         out.store([n, column, row], y.T.reshape(1, ROWS, ROWS))
 
 @torch.library.custom_op("train_gpt::symmetric_product", mutates_args=())
-def symmetric_op(x: Tensor, alpha: float, beta: float) -> Tensor:
+def symmetric_product_triton(x: Tensor, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
+    """symmetric_product in bfloat16, half of it computed; rows and columns multiples of 8."""
     ROWS, STEP, out = 128, 64, x.new_empty(len(x), x.size(1), x.size(1))        # 96 KB: two programs on a multiprocessor
     x, blocks = x.contiguous(), triton.cdiv(x.size(1), ROWS)
     symmetric_kernel[blocks, blocks, len(x)](
@@ -1395,11 +1399,7 @@ def symmetric_op(x: Tensor, alpha: float, beta: float) -> Tensor:
         beta != 0, ROWS, STEP, num_warps=8, num_stages=3)
     return out
 
-symmetric_op.register_fake(lambda x, alpha, beta: x.new_empty(len(x), x.size(1), x.size(1)))
-
-def symmetric_product_triton(x: Tensor, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
-    """symmetric_product in bfloat16, half of it computed; rows and columns multiples of 8."""
-    return symmetric_op(x, alpha, beta)
+symmetric_product_triton.register_fake(lambda x, alpha=1.0, beta=0.0: x.new_empty(len(x), x.size(1), x.size(1)))
 
 def transposed_(to: Tensor, x: Tensor, add: bool) -> Tensor:
     """to (R, C) = x.T, or to += x.T, in place; x (C, R)."""
@@ -1565,8 +1565,7 @@ class Log:
         """facts: what is known of the machine. A log that goes on has its header already."""
         if self.file is None or self.appending:
             return
-        digest = hashlib.sha256(SOURCE.encode()).hexdigest()
-        self.write("\n".join((SOURCE.rstrip("\n"), self.END, f"source_sha256:{digest}",
+        self.write("\n".join((SOURCE.rstrip("\n"), self.END, f"source_sha256:{hashlib.sha256(SOURCE.encode()).hexdigest()}",
                               f"config:{json.dumps(asdict(cfg))}")), echo=False)
         self.write(f"preset:{cfg.preset} overrides:{json.dumps(overrides)}")
         for name, fact in facts.items():
@@ -1659,7 +1658,7 @@ def facts_of(ranks: Ranks, model: GPT, failure: str | None, ceiling: float) -> d
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     cpu = (re.findall(r"model name\s*: (.*)", cpuinfo) or [platform.processor() or platform.machine()])[0]
     chip = torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"{cpu}, {os.cpu_count()} cores"
-    matrices = sum(p.numel() for name, p in model.named_parameters() if model.specs[name].optimizer == "muon")
+    matrices = sum(p.numel() for name, p in model.named_parameters() if name in ("qkvo", "mlp"))
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": f"python {platform.python_version()}, torch {torch.__version__}, {platform.system()}",
@@ -1766,8 +1765,7 @@ class Run:
             if last or (cfg.val_every and step % cfg.val_every == 0):
                 self.report(unread, lag=0)
                 self.clock.stop()
-                loss = self.validate(windows)
-                self.norms = self.group_norms()
+                loss, self.norms = self.validate(windows), self.group_norms()
                 if last:
                     self.write_scalars()
                 known = f" val_bpb:{bpb:.4f}" if (bpb := self.validation.bits_per_byte(loss)) else ""
@@ -1872,14 +1870,18 @@ class Run:
     def group_norms(self) -> dict[str, float]:
         return {name: float(p.norm(dtype=torch.float32)) for name, p in self.model.named_parameters()}
 
-    @torch.no_grad()
     def validate(self, windows: tuple[int, int]) -> float:
         """Plain cross-entropy, nats a token, over the whole validation stream."""
-        device, total = self.ranks.device, torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         for n in range(self.ranks.rank, self.validation.count, self.ranks.size):
-            tokens, targets = self.validation.sequence(n)
-            total += self.model(tokens.to(device), targets.to(device), torch.ones(1, device=device), windows)
+            total += self.evaluate(*self.validation.sequence(n), windows)
         return self.finite(float(self.ranks.all_reduce(total)()) / self.validation.count, "validation", self.steps_done)
+
+    def evaluate(self, tokens: Tensor, targets: Tensor, windows: tuple[int, int]) -> Tensor:
+        """One sequence's loss. On a CPU with what was compiled for training, since compiling takes longer than the rest."""
+        device = self.ranks.device
+        with torch.set_grad_enabled(device.type == "cpu"):
+            return self.model(tokens.to(device), targets.to(device), torch.ones(1, device=device), windows, False).detach()
 
     def warm_up(self) -> None:
         """Compiles and runs every stage on dummy tokens, both optimizers and validation; then all is as it was."""
@@ -1894,9 +1896,8 @@ class Run:
         for kind, batches in placed.items():
             self.compute(batches[:1], kind[1])
         validated = [*(steps[::cfg.val_every] if cfg.val_every else ()), cfg.num_steps]
-        with torch.no_grad():
-            for windows in sorted({self.schedule.windows(step) for step in validated}):
-                self.model(*(t.to(device) for t in dummy(cfg.val_seq_len)), torch.ones(1, device=device), windows)
+        for windows in sorted({self.schedule.windows(step) for step in validated}):
+            self.evaluate(*dummy(cfg.val_seq_len), windows)
         for self.optimizer.tied in {tied, False}:
             for p in self.model.parameters():
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -1933,8 +1934,7 @@ class Run:
     def suspect(self) -> str:
         """The parameter group that a loss gone wrong points to."""
         now = self.group_norms()
-        broken = [name for name, norm in now.items() if not math.isfinite(norm)]
-        if broken:
+        if broken := [name for name, norm in now.items() if not math.isfinite(norm)]:
             return f"not finite: {', '.join(broken)}"
         name = max(now, key=lambda name: now[name] / (self.norms[name] + 1e-6) if self.norms[name] else 0.0)
         return f"grown most since the last validation: {name}, from norm {self.norms[name]:.4g} to {now[name]:.4g}"

@@ -26,7 +26,8 @@ from train_gpt import need  # noqa: E402
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    trained = load(args.checkpoint, args.vocab, args.device, args.dtype)
+    place = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    trained = load(args.checkpoint, args.vocab, place, args.dtype or ("float32" if place == "cpu" else None))
     prompt = trained.encode(args.prompt)
     past, began = Cache(trained, len(prompt) + args.tokens), time.perf_counter()
     x = past.feed(torch.tensor(prompt))[-1:]
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> None:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = arguments(__doc__)
-    model_arguments(parser)
+    model_arguments(parser, dtype="float32 on a CPU, where it is faster, else the one it was trained in")
     parser.add_argument("prompt", nargs="?", default="", help="text to go on from (default: the start of a document)")
     parser.add_argument("--tokens", type=int, default=200, help="at most, a sample (default %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default %(default)s)")

@@ -194,6 +194,14 @@ def test_a_new_limit_holds_from_the_next_document_on(tmp_path):
     assert np.concatenate(loader.pieces(8, 4)).tolist() == document[:4] * 2
     assert np.concatenate(loader.pieces(12, 6)).tolist() == document[:6] * 2   # goes on where it was
 
+def test_a_second_epoch_begins_again_with_the_first_shard(tmp_path):
+    shards = random_shards(3)
+    write_shards(tmp_path, shards)
+    cfg = config(tmp_path, num_steps=12, epochs=3)
+    expected = plain_sequences(shards * 3, wanted(cfg))
+    assert plain_sequences(shards, wanted(cfg)) is None
+    assert [tokens.tolist() for step in walk(cfg) for tokens, _ in step] == [sequence[:-1] for sequence in expected]
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_micro_batches_do_not_depend_on_the_number_of_ranks(tmp_path, ranks):
     write_shards(tmp_path, random_shards(1))
@@ -207,14 +215,14 @@ def test_micro_batches_do_not_depend_on_the_number_of_ranks(tmp_path, ranks):
             assert len(share) == 4 // ranks
             assert torch.equal(share[n // ranks][0], tokens) and torch.equal(share[n // ranks][1], targets)
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_run_is_refused_exactly_when_its_data_would_run_out(tmp_path, seed):
+@pytest.mark.parametrize("seed, epochs", [(0, 1), (1, 1), (2, 1), (0, 2)])
+def test_a_run_is_refused_exactly_when_its_data_would_run_out(tmp_path, seed, epochs):
     shards = random_shards(seed, sizes=(500, 60, 300))
     write_shards(tmp_path, shards)
     outcomes = []
-    for num_steps in range(1, 9):
-        cfg = config(tmp_path, num_steps=num_steps)
-        enough = plain_sequences(shards, wanted(cfg)) is not None
+    for num_steps in range(1, 9 * epochs):
+        cfg = config(tmp_path, num_steps=num_steps, epochs=epochs)
+        enough = plain_sequences(shards * epochs, wanted(cfg)) is not None
         outcomes.append(enough)
         loader = tg.Loader(cfg)
         if enough:

@@ -203,7 +203,7 @@ else:
         checks = ("test_schema", "test_faketensor")
         torch.library.opcheck(tg.relu2_product, (x, up, None), test_utils=checks)
         torch.library.opcheck(tg.relu2_product, (dy, down, hidden), test_utils=checks)
-        torch.library.opcheck(tg.symmetric_op, (up[None].mT, 1.0, 0.0), test_utils=checks)
+        torch.library.opcheck(tg.symmetric_product_triton, (up[None].mT, 1.0, 0.0), test_utils=checks)
         whole = torch.compile(dynamic=False, fullgraph=True, backend="aot_eager")
         eager, compiled = with_grads(fused_mlp, BF16, x, up, down, dy), with_grads(whole(fused_mlp), BF16, x, up, down, dy)
         for a, b in zip(eager, compiled):

@@ -1,6 +1,7 @@
 """The model against its description: operators, reach, documents, declarations, switches, formulas, sizes of presets."""
 import math
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -430,6 +431,7 @@ ATTENTION = "qkvo qkv_scale o_scale attn_gate"
     case(embed_std=0.01, restarted="embed lm_head input_embed_0"),
     case(value_embed_std=0.0, restarted=TABLES),
     case(matrix_std=0.25, restarted="qkvo mlp"),
+    case(resid_scale=1.0, restarted="resid_scale"),
 ])
 def test_a_switch_changes_what_it_should_and_nothing_else(changes, expected):
     models, losses = [], []
@@ -900,3 +902,31 @@ def test_numbers_of_presets():
         assert (cfg.smear_chunk, cfg.skip_chunk, cfg.attn_chunk) == ("0:12", "6:18", "18:30")
         assert cfg.key_offset and cfg.qk_norm and cfg.yarn and cfg.activation == "relu2"
         assert cfg.value_embed_std == 0.01 and cfg.embed_std == 0.005 and cfg.matrix_std == 0.5
+
+def plain_gpt2_loss(p: dict[str, torch.Tensor], tokens: torch.Tensor, targets: torch.Tensor, windows: str) -> torch.Tensor:
+    """A pre-norm transformer with rotary attention and GELU, nothing else; heads of 64, its windows 16 and 48."""
+    norm = lambda x: x * (x.square().mean(-1, keepdim=True) + 1e-7).rsqrt()
+    place = torch.arange(len(tokens))
+    start = torch.where(tokens == 4095, place, 0).cummax(0).values
+    turn = torch.polar(torch.ones(()).double(), place[:, None] * 1024 ** (-torch.arange(32).double() / 31))[:, None]
+    rotated = lambda x: torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (32, 2))) * turn).flatten(-2)
+    x = norm(p["embed"][tokens])
+    for (wq, wk, wv, wo), (up, down), window in zip(p["qkvo"], p["mlp"], windows):
+        q, k, v = ((norm(x) @ w.T / 2).unflatten(-1, (-1, 64)) for w in (wq, wk, wv))
+        seen = (place <= place[:, None]) & (place > place[:, None] - {"s": 16, "l": 48}[window]) & (place >= start[:, None])
+        scores = torch.einsum("qhd,khd->hqk", rotated(q), rotated(k)) / 64**0.5
+        x = x + torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -math.inf).softmax(-1), v).flatten(1) @ wo
+        x = x + torch.nn.functional.gelu(norm(x) @ up.T) @ down
+    return torch.nn.functional.cross_entropy(norm(x) @ p["lm_head"], targets)
+
+def test_the_cpu_tracks_baseline_is_a_plain_gpt2():
+    cfg = replace(tg.PRESETS["cpu-adamw"], dtype="float32", compile=False)
+    model = tg.GPT(cfg)
+    frozen = {name for name, spec in model.specs.items() if spec.lr == 0}
+    assert set(model.specs) - frozen == {"embed", "lm_head", "qkvo", "mlp"} and all(name.endswith("_scale") for name in frozen)
+    assert all(spec.optimizer == "adam" for spec in model.specs.values())
+    randomise(model, keep=(*frozen, "embed", "lm_head"), std=0.1)       # its second matrices begin at 0
+    tokens, targets = text(150, seed=1)
+    tokens[[0, 60]] = 4095
+    p = {name: value.detach().double() for name, value in model.named_parameters()}
+    close(model(tokens, targets, torch.ones(1), WINDOWS), plain_gpt2_loss(p, tokens, targets, cfg.windows), 1e-5)

@@ -321,9 +321,11 @@ def test_muon_moves_on_every_step_and_adam_on_odd_ones():
         waiting = {name for name, p in model.named_parameters() if p.grad is not None}
         assert waiting == (set() if step % 2 else adam)             # an even step's gradient stays for the next
 
-def test_adam_steps_on_the_sum_of_two_gradients_and_counts_its_own_steps():
-    model, optimizer = build(untie_share=0.0)                       # not tied: each parameter for itself
-    _, adam = kinds(model)
+@pytest.mark.parametrize("matrix_optimizer", ["normuon", "adamw"])
+def test_adam_steps_on_the_sum_of_two_gradients_and_counts_its_own_steps(matrix_optimizer):
+    model, optimizer = build(untie_share=0.0, matrix_optimizer=matrix_optimizer)    # not tied: each parameter for itself
+    muon, adam = kinds(model)
+    assert set(muon) == ({"qkvo", "mlp"} if matrix_optimizer == "normuon" else set())
     expected = values(model)
     state = {name: adam_state(expected[name]) for name in adam}
     for step in range(6):
@@ -337,6 +339,15 @@ def test_adam_steps_on_the_sum_of_two_gradients_and_counts_its_own_steps():
                          wd=0.005 * spec.wd, betas=spec.betas, eps=1e-10, steps=torch.tensor({1: 1.0, 3: 2.0, 5: 3.0}[step]))
                 torch.testing.assert_close(optimizer.params[name].detach(), expected[name], rtol=1e-6, atol=1e-7, msg=name)
         last = g
+
+def test_scalars_that_do_not_learn_stay_as_they_start():
+    model, optimizer = build(scalar_lr=0.0, resid_scale=1.0)
+    begin = values(model)
+    for step in range(2):
+        add_gradients(model, step)
+        optimizer.step(step, lr_mul=1.0, momentum=0.9, untie=False)
+    stayed = {name for name, p in model.named_parameters() if torch.equal(p, begin[name])}
+    assert stayed == {name for name in begin if name.endswith("_scale")} and (model.resid_scale == 1).all()
 
 def test_muon_steps_on_each_gradient_with_the_momentum_it_is_given():
     model, optimizer = build()

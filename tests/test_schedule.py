@@ -157,6 +157,18 @@ def test_overrides_name_only_what_differs_from_the_preset():
     assert overrides == {"num_steps": 7, "qk_norm": False, "smear_chunk": ""}
     assert cfg == replace(base, **overrides)
 
+@pytest.mark.parametrize("mul, tokens", [(0.5, [65536, 131072, 196608, 196608]), (2, [262144, 524288, 786432, 786432])])
+def test_batch_mul_scales_every_stage(mul, tokens):
+    cfg, overrides = tg.parse_config(["--preset", "short", f"--batch_mul={mul}"])
+    assert [stage.batch_tokens for stage in cfg.stages] == tokens and overrides == {"batch_mul": mul}
+    assert [replace(stage, batch_tokens=0) for stage in cfg.stages] == [
+        replace(stage, batch_tokens=0) for stage in tg.PRESETS["short"].stages]
+
+@pytest.mark.parametrize("mul", ["0.001", "1e-6"])
+def test_a_batch_that_micro_batches_do_not_divide_is_refused(mul):
+    with pytest.raises(tg.UserError, match="--micro_batches 8: must divide"):
+        tg.parse_config(["--preset", "short", f"--batch_mul={mul}"])
+
 @pytest.mark.parametrize("field", [f for f in fields(tg.Config) if f.name not in ("preset", "stages")], ids=lambda f: f.name)
 def test_every_scalar_field_is_a_flag(field):
     value = getattr(tg.PRESETS["cpu"], field.name)
@@ -176,12 +188,12 @@ REFUSED = [
     ("ve_own_dims", "257", "model_dim"), ("ve_own_dims", "-1", "0"),
     # counts and shares
     *[(name, text, "1") for name in ("vocab_size", "head_dim", "mlp_ratio", "num_steps", "max_predict", "micro_batches",
-                                     "val_tokens", "val_seq_len", "final_long_window") for text in ("0", "-5")],
+                                     "val_tokens", "val_seq_len", "final_long_window", "epochs") for text in ("0", "-5")],
     *[(name, "-1", "negative") for name in ("extra_inputs", "bigram_rows", "bigram_signs", "val_every", "momentum_warmup",
                                             "momentum_cooldown", "save_every")],
     *[(name, text, "negative") for name in ("embed_std", "value_embed_std", "matrix_std", "muon_lr", "muon_wd", "adam_lr",
-                                            "adam_wd", "adam_eps", "softcap") for text in ("-0.1", "nan", "inf")],
-    *[(name, text, "above 0") for name in ("softmax_scale", "softcap_width", "rotary_base", "rank_timeout")
+                                            "adam_wd", "adam_eps", "softcap", "scalar_lr") for text in ("-0.1", "nan", "inf")],
+    *[(name, text, "above 0") for name in ("softmax_scale", "softcap_width", "rotary_base", "rank_timeout", "batch_mul")
       for text in ("0", "-1", "nan", "inf")],
     *[(name, text, "between 0 and 1") for name in ("extension_share", "cooldown_share", "untie_share", "rotary_share",
                                                      "momentum_min", "momentum_max", "muon_beta2")
@@ -193,6 +205,7 @@ REFUSED = [
     ("val_tokens", "163841", "8192"), ("val_seq_len", "8191", "163840"), ("micro_batches", "7", "divide"),
     # choices and types
     ("device", "tpu", "cuda"), ("dtype", "float16", "bfloat16"), ("activation", "swish", "gelu"),
+    ("matrix_optimizer", "sgd", "adamw"),
     ("preset", "shrot", "short"),
     ("num_steps", "1.5", "int"), ("num_steps", "", "int"), ("muon_lr", "fast", "float"),
 ]
