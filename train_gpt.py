@@ -271,8 +271,8 @@ CPU = replace(
               predict=((1.0, 1.0), (0.5, 0.0))),
         Stage(until=2.0, batch_tokens=4096, windows=(128, 512), max_doc_len=1024, lr_mul=1.0),
     ),
-    num_steps=200, adam_lr=0.016, muon_lr=0.035, extension_share=0.0, momentum_warmup=100, momentum_cooldown=30,
-    final_long_window=512, data_dir="data/corpus", micro_batches=1, val_tokens=163840, val_seq_len=4096, val_every=100,
+    num_steps=150, adam_lr=0.016, muon_lr=0.035, extension_share=0.0, momentum_warmup=75, momentum_cooldown=25,
+    final_long_window=512, data_dir="data/corpus", micro_batches=1, val_tokens=163840, val_seq_len=4096, val_every=75,
     device="cpu", save_every=1000,      # at the end: something to sample from
 )
 PRESETS = {

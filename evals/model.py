@@ -142,7 +142,7 @@ class Cache:
         found = []
         for part in tokens.to(self.last.device).split(FEED_CHUNK):
             stream, self.again = torch.cat((self.last, part)), len(self.last)       # smear and bigrams look one token back
-            self.starts, self.reached = self.document_starts(part.tolist()), {}
+            self.starts, self.reached, self.turns = self.document_starts(part.tolist()), {}, {}
             found.append(self.model.hidden(stream, self.windows, self))
             self.length, self.start, self.last = self.length + len(part), self.starts[-1], part[-1:]
         return torch.cat(found)
@@ -157,19 +157,16 @@ class Cache:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, first: Tensor, _starts: Tensor, _cos: Tensor, _sin: Tensor,
                _scale: Tensor, reach: int, paired: bool, key_offset: bool) -> Tensor:
-        """train_gpt.attend for the next tokens of the stream: q, k, v (n, H, d) -> (n, H, d)."""
-        again, m = self.again if key_offset else 0, each(paired)
-        if key_offset:                                          # a row before the first, for the key that comes from there
-            self.last_key[layer], k = k[-1:], torch.cat((self.last_key.get(layer, k[:0]), k))
-            q, v, first = (torch.cat((t[:again], t)) for t in (q, v, first))
-        place = slice(m * (self.length - again), m * (self.length - again + len(q)))
-        cos, sin = self.model.rotary_cos[place], self.model.rotary_sin[place]
-        if key_offset:
-            q, k, v = (t[m * again:] for t in tg.placed(q, k, v, first, cos, sin, paired, True))
-        else:                                                   # the same with fewer calls, which are most of a token's time
-            x = torch.cat((q, k, v), dim=1)
-            x, v = (tg.pair(x) if paired else x).tensor_split((2 * q.size(1) // m,), dim=1)
-            q, k = tg.rotary(x, cos, sin).chunk(2, dim=1)
+        """train_gpt.attend for the next tokens of the stream: q, k, v (n, H, d) -> (n, H, d). With as few calls as it takes:
+        they are most of a token's time."""
+        m, turning = each(paired), 2 * self.model.rotary_cos.size(1)
+        if key_offset:                                          # the stream's first token has none before it, nor needs one
+            before = torch.cat((self.last_key.get(layer, k[:1]), k))[:-1, :, turning:]
+            self.last_key[layer] = k[-1:]
+            k = torch.cat((k[..., :turning], torch.where(first[:, None, None], k[..., turning:], before)), dim=-1)
+        x = torch.cat((q, k, v), dim=1)
+        x, v = (tg.pair(x) if paired else x).tensor_split((2 * q.size(1) // m,), dim=1)
+        q, k = self.rotary(x, m).chunk(2, dim=1)
         q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))                      # (1, H, n, d)
         low, end, visible = self.reach(reach, m)
         keys, values = self.kept[layer].unbind(1)
@@ -177,6 +174,16 @@ class Cache:
         y = F.scaled_dot_product_attention(q, keys[:, :, low:end], values[:, :, low:end], visible, scale=self.scale)[0]
         y = y.transpose(0, 1)
         return tg.unpair(y) if paired else y
+
+    def rotary(self, x: Tensor, m: int) -> Tensor:
+        """train_gpt.rotary of q and k of the next tokens, x (m n, heads, d); of one token as a product with a matrix."""
+        place = slice(m * self.length, m * self.length + len(x))
+        cos, sin = self.model.rotary_cos[place], self.model.rotary_sin[place]
+        if len(x) > m or x.dtype != torch.float32:
+            return tg.rotary(x, cos, sin)
+        if m not in self.turns:                                 # the same in all layers
+            self.turns[m] = tg.rotary(torch.eye(x.size(-1), device=x.device).expand(m, -1, -1), cos, sin)
+        return x @ self.turns[m]
 
     def reach(self, reach: int, m: int) -> tuple[int, int, Tensor | None]:
         """The keys low .. end that the new tokens see, m places each, and which of them sees which; None: all see all."""
