@@ -259,7 +259,7 @@ SHORT = Config(
 )
 # Two CPU cores and the embedded corpus, minutes instead of GPUs; its losses compare only with its own.
 CPU = replace(
-    SHORT, preset="cpu", vocab_size=4096, bos_id=4095, model_dim=256, head_dim=64, softmax_scale=0.14,
+    SHORT, preset="cpu", vocab_size=4096, bos_id=4095, model_dim=256, head_dim=64, softmax_scale=0.14, bigram_signs=8192,
     #              012345
     windows=      "sslssl",
     paired_heads= "p...p.",

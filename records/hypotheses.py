@@ -219,7 +219,7 @@ def flags_on(one: Hypothesis, preset: str, num_steps: int | None = None) -> dict
     layers = {name: getattr(tg.PRESETS[baseline.preset], name) for name in TOPOLOGY}
     base = num_steps or (baseline.steps if preset == baseline.preset else sizes.num_steps)
     steps = round(base * (one.steps or baseline.steps) / baseline.steps)
-    wanted = layers | {"num_steps": steps} | baseline.flags | one.flags
+    wanted = layers | {"num_steps": steps, "bigram_signs": 0} | baseline.flags | one.flags      # signs came after the seeds
     return {name: value for name, value in wanted.items() if getattr(sizes, name, None) != value}
 
 def source_of(one: Hypothesis, source: str) -> str:
