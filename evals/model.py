@@ -1,6 +1,7 @@
 """A trained model, from a checkpoint or an export: its logits, its losses, and a cache with which it goes on token by token.
 
-The network is train_gpt.py's own GPT.hidden; nothing of it is written down a second time here.
+The network is train_gpt.py's own GPT.hidden. Only how a cache's tokens come to their q, k and v is written a second time
+here, with fewer calls; the tests hold it to the whole pass.
 """
 import argparse
 import copy
