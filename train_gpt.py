@@ -291,7 +291,7 @@ PRESETS = {
     "cpu": CPU,
     # What the cpu track is measured against: a plain GPT-2 (with rotary) of its size; AdamW steps on every second gradient.
     "cpu-adamw": replace(
-        CPU, preset="cpu-adamw", matrix_optimizer="adamw", num_steps=2700, epochs=8, adam_lr=0.002, adam_wd=1/3,
+        CPU, preset="cpu-adamw", matrix_optimizer="adamw", num_steps=3500, epochs=8, adam_lr=0.002, adam_wd=1/3,
         final_lr=0.0, paired_heads="......", value_embeds="......", skips="......", backout="......", bigram_rows=0,
         smear_chunk="", attn_chunk="", key_offset=False, qk_norm=False, rotary_share=1.0, softmax_scale=0.125, softcap=0.0,
         activation="gelu", scalar_lr=0.0, resid_scale=1.0, embed_std=0.02, matrix_std=0.64, untie_share=1.0, max_predict=1),
