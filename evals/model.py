@@ -204,6 +204,11 @@ def each(paired: bool) -> int:
     return 2 if paired else 1
 
 
+def pick_device(given: str | None) -> str:
+    """As given, else a GPU where there is one."""
+    return given or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def load(path: str | Path, vocab: str | Path | None = None, device: str | None = None, dtype: str | None = None) -> Trained:
     """A checkpoint (.pt), an export (.safetensors), or a folder: the newest of them in it. No code of the file is run.
 
@@ -224,8 +229,7 @@ def load(path: str | Path, vocab: str | Path | None = None, device: str | None =
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise tg.UserError(f"{path}: its weights are not those of its configuration ({reason})") from None
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    trained = Trained(model.requires_grad_(False).to(place), step, path, None)
+    trained = Trained(model.requires_grad_(False).to(pick_device(device)), step, path, None)
     model.turn_rotary()
     model.set_long_window(trained.windows[1])
     trained.ranks = read_vocabulary(vocab, path, cfg)

@@ -20,13 +20,13 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 from data.shards import arguments, command  # noqa: E402
-from evals.model import Cache, Trained, load, model_arguments  # noqa: E402
+from evals.model import Cache, Trained, load, model_arguments, pick_device  # noqa: E402
 from train_gpt import need  # noqa: E402
 
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    place = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    place = pick_device(args.device)
     trained = load(args.checkpoint, args.vocab, place, args.dtype or ("float32" if place == "cpu" else None))
     prompt = trained.encode(args.prompt)
     past, began = Cache(trained, len(prompt) + args.tokens), time.perf_counter()

@@ -83,6 +83,10 @@ class Group:
     steps: int | None = None                                    # that its runs were read at, if that is one number
     runs: list[Run] = field(default_factory=list)
 
+def seed_of(run: Run) -> int | None:
+    """Where its log names one."""
+    return (run.config or {}).get("seed")
+
 def group_of(name: str, runs: list[Run], step: int | None = None, key: str = "val_loss") -> Group:
     """Runs that do not have the step are left out, with a word."""
     found, seeds = [], []
@@ -92,7 +96,7 @@ def group_of(name: str, runs: list[Run], step: int | None = None, key: str = "va
             warn(f"{name}: {run.name} left out, it {problem}")
             continue
         found.append((run, one))
-        seeds.append((run.config or {}).get("seed"))
+        seeds.append(seed_of(run))
     by_seed = {seed: one.loss for seed, (_, one) in zip(seeds, found)} if len(set(seeds)) == len(seeds) else {}
     steps = {one.step for _, one in found}
     times = [one.seconds for _, one in found if not math.isnan(one.seconds)]
@@ -192,11 +196,11 @@ def pairs_table(groups: list[Group], form: str = "text", digits: int = 2, first:
     the paired test sees more."""
     pairs = [(groups[0], group) for group in groups[1:]] if first else list(combinations(groups, 2))
     plain, times = ([welch(getattr(a, of), getattr(b, of)) for a, b in pairs] for of in ("losses", "times"))
-    seeds = [paired(a.by_seed, b.by_seed) for a, b in pairs]
-    rows = [[a.name, b.name, number(b.losses.mean - a.losses.mean, 4),
-             *(text for p, q in losses for text in (number(p, 4), number(q, 4), stars(q))),
-             number(b.times.mean - a.times.mean, digits), number(t, 4), number(u, 4)]
-            for (a, b), *losses, (t, u) in zip(pairs, *(list(zip(ps, holm(ps))) for ps in (plain, seeds, times)))]
+    seeds, rows = [paired(a.by_seed, b.by_seed) for a, b in pairs], []
+    for (a, b), p, p_holm, s, s_holm, t, t_holm in zip(pairs, plain, holm(plain), seeds, holm(seeds), times, holm(times)):
+        rows.append([a.name, b.name, number(b.losses.mean - a.losses.mean, 4), number(p, 4), number(p_holm, 4), stars(p_holm),
+                     number(s, 4), number(s_holm, 4), stars(s_holm), number(b.times.mean - a.times.mean, digits),
+                     number(t, 4), number(t_holm, 4)])
     head = ["group", "against it", "loss Δ", "p", "p Holm", "sig", "p by seed", "p by seed Holm", "sig", "time Δ", "time p",
             "time p Holm"]
     return table(head, rows, form, left=(0, 1, 5, 8))

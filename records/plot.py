@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
-from records.compare import Sample, named_place  # noqa: E402
+from records.compare import Sample, named_place, seed_of  # noqa: E402
 from records.logs import Run, UserError, arguments, command, extra, need, read_places, warn  # noqa: E402
 
 Curve = tuple[list[float], list[float]]                     # x, loss
@@ -47,9 +47,6 @@ def window(points: Points, begin: float | None, end: float | None) -> Points:
     kept = [p for p in zip(*points) if (begin is None or p[0] >= begin) and (end is None or p[0] <= end)]
     return tuple(map(list, zip(*kept))) if kept else ([], [], [])
 
-def seed_of(run: Run) -> int | None:
-    return (run.config or {}).get("seed")
-
 def less_first(runs: list[Run], first: list[Run], key: str) -> list[Curve]:
     """Each run's loss less, at the same step, that of the first group's run of its seed, or the group's mean without one.
     Runs that read the same text rise and fall together; what is left is what differs."""
@@ -65,9 +62,8 @@ def less_first(runs: list[Run], first: list[Run], key: str) -> list[Curve]:
 def draw_losses(axes, groups: list[tuple[str, list[Run]]], args) -> None:
     drawn = 0
     for name, runs in groups:
-        curves = [curve(run, args.loss, args.x) for run in runs]
-        if args.difference:
-            curves = less_first(runs, groups[0][1], args.loss)
+        curves = (less_first(runs, groups[0][1], args.loss) if args.difference else
+                  [curve(run, args.loss, args.x) for run in runs])
         curves = [one for one in curves if len(one[0]) > 1 or one[0] and args.x == "step"]
         if not curves:
             warn(f"{name}: no run has {args.loss} against {args.x}")
