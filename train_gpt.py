@@ -12,7 +12,7 @@ Reading order                       to change...                                
     3  Optimizer                    an update rule, how ranks share work            Optimizer, normuon_, adam_
     4  Data                         nothing: the token stream is fixed              Loader
     5  Schedule                     learning rate, momentum, windows over time      Schedule
-    6  Operators                    how a formula is computed                       its reference, then what runs
+    6  Operators                    how a formula is computed                       the plain version, then the kernel
     7  Run                          the log, the clock, the loop                    train
 
 Ideas are credited where they live: "seed 000" .. "seed 004" are the reports this project grew from (README.md, Sources),
@@ -143,6 +143,7 @@ class Config:
     momentum_warmup: int = 300      # steps from min to max
     momentum_cooldown: int = 50     # last steps, back to min
     adam_lr: float = 0.008
+    adam_every: int = 2             # steps, whose gradients add up, between Adam's; Muon moves on each
     scalar_lr: float = 5.0          # times adam_lr: of the learned scalars; 0: they stay as they start
     adam_wd: float = 0.005
     adam_eps: float = 1e-10
@@ -212,7 +213,7 @@ def check_config(cfg: Config) -> None:
     layers = topology(cfg)
     for rule, good, names in (
         ("must be at least 1", lambda v: v >= 1, "vocab_size model_dim head_dim mlp_ratio num_steps max_predict"
-         " micro_batches val_tokens val_seq_len final_long_window epochs"),
+         " micro_batches val_tokens val_seq_len final_long_window epochs adam_every"),
         ("must not be negative", lambda v: 0 <= v < math.inf, "extra_inputs bigram_rows bigram_signs val_every save_every"
          " momentum_warmup momentum_cooldown embed_std value_embed_std matrix_std muon_lr muon_wd adam_lr adam_wd"
          " adam_eps softcap scalar_lr"),
@@ -257,23 +258,20 @@ SHORT = Config(
         Stage(until=2.0, batch_tokens=393216, windows=(768, 1664), max_doc_len=2048, lr_mul=1.73),   # the extension
     ),
 )
-# Two CPU cores and the embedded corpus, minutes instead of GPUs; its losses compare only with its own.
+# Two CPU cores and the embedded corpus, minutes instead of GPUs; its losses compare only with its own. Two layers: in so
+# little time many steps of a shallow model learn more than few of a deep one (records/LOG.md).
 CPU = replace(
-    SHORT, preset="cpu", vocab_size=4096, bos_id=4095, model_dim=256, head_dim=64, softmax_scale=0.14, bigram_signs=8192,
-    #              012345
-    windows=      "sslssl",
-    paired_heads= "p...p.",
-    value_embeds= ".01.23",
-    skips=        ".a..a.",
-    backout=      "...b..",
-    stages=(
-        Stage(until=0.5, batch_tokens=4096, windows=(128, 512), max_doc_len=1024, lr_mul=1.0,
-              predict=((1.0, 1.0), (0.5, 0.0))),
-        Stage(until=2.0, batch_tokens=4096, windows=(128, 512), max_doc_len=1024, lr_mul=1.0),
-    ),
-    num_steps=150, adam_lr=0.016, muon_lr=0.035, extension_share=0.0, momentum_warmup=75, momentum_cooldown=25,
-    final_long_window=512, data_dir="data/corpus", micro_batches=1, val_tokens=163840, val_seq_len=4096, val_every=75,
-    device="cpu", save_every=1000,      # at the end: something to sample from
+    SHORT, preset="cpu", vocab_size=4096, bos_id=4095, model_dim=256, bigram_signs=8192,
+    #              01
+    windows=      "sl",
+    paired_heads= "..",
+    value_embeds= "01",
+    skips=        "..",
+    backout=      "..",
+    stages=(Stage(until=1.0, batch_tokens=4096, windows=(128, 512), max_doc_len=1024, lr_mul=1.0),),
+    num_steps=380, adam_lr=0.016, muon_lr=0.035, adam_every=1, extension_share=0.0, momentum_warmup=190,
+    momentum_cooldown=60, final_long_window=512, data_dir="data/corpus", micro_batches=1, val_tokens=163840,
+    val_seq_len=4096, val_every=190, device="cpu", save_every=1000,         # at the end: something to sample from
 )
 PRESETS = {
     "short": SHORT,
@@ -289,12 +287,12 @@ PRESETS = {
     # The short model on one GPU with 24 GB: the same steps in four times as many micro-batches.
     "one-gpu": replace(SHORT, preset="one-gpu", micro_batches=32, val_seq_len=16384),
     "cpu": CPU,
-    # What the cpu track is measured against: a plain GPT-2 (with rotary) of its size; AdamW steps on every second gradient.
+    # What the cpu track is measured against: a plain GPT-2 (with rotary) of its size, with the AdamW of llm.c and nanoGPT.
     "cpu-adamw": replace(
-        CPU, preset="cpu-adamw", matrix_optimizer="adamw", num_steps=3500, epochs=8, adam_lr=0.002, adam_wd=1/3,
-        final_lr=0.0, paired_heads="......", value_embeds="......", skips="......", backout="......", bigram_rows=0,
-        smear_chunk="", attn_chunk="", key_offset=False, qk_norm=False, rotary_share=1.0, softmax_scale=0.125, softcap=0.0,
-        activation="gelu", scalar_lr=0.0, resid_scale=1.0, embed_std=0.02, matrix_std=0.64, untie_share=1.0, max_predict=1),
+        CPU, preset="cpu-adamw", matrix_optimizer="adamw", num_steps=8600, epochs=16, adam_lr=6e-4, adam_wd=10/9,
+        adam_every=2, final_lr=0.0, val_every=1500, value_embeds="..", bigram_rows=0, smear_chunk="", attn_chunk="",
+        key_offset=False, qk_norm=False, rotary_share=1.0, head_dim=64, softmax_scale=1/8, softcap=0.0, activation="gelu",
+        scalar_lr=0.0, resid_scale=1.0, embed_std=0.02, matrix_std=0.64, untie_share=1.0),
 }
 
 def parse_config(argv: list[str]) -> tuple[Config, dict]:
@@ -670,10 +668,10 @@ class Optimizer:
     @torch.no_grad()
     def step(self, step: int, lr_mul: float, momentum: float, untie: bool,
              move: Callable[[bool], None] | None = None) -> None:
-        """Muon's banks move on every step, Adam's parameters on odd ones, on the gradients of two steps.
+        """Muon's banks move on every step, Adam's parameters on the last of every adam_every, on the gradients of them all.
         move: plays self.move(adam_turn) back from a CUDA graph. Exchanges of uneven size stay outside of it."""
-        adam_turn = step % 2 == 1
-        upload(torch.tensor([lr_mul, momentum, (step + 1) // 2]), self.dials)
+        adam_turn = (step + 1) % self.cfg.adam_every == 0
+        upload(torch.tensor([lr_mul, momentum, (step + 1) // self.cfg.adam_every]), self.dials)
         sparse = adam_turn and self.sparse
         arriving = sparse.start(self.units("bigram_embed", self.params["bigram_embed"].grad)) if sparse else None
         (move or self.move)(adam_turn)
@@ -681,7 +679,7 @@ class Optimizer:
             self.update("bigram_embed", arriving())()
             self.clear("bigram_embed")
         if untie and self.tied:
-            assert adam_turn, f"untied on step {step}, which is even"
+            assert adam_turn, f"untied on step {step}, on which Adam does not move"
             self.tied = False
             for key in self.state["lm_head"]:
                 self.load_state("embed", key, self.whole_state("lm_head", key).T)
@@ -794,17 +792,18 @@ def normuon_(p: Tensor, low: Tensor | None, g: Tensor, m: Tensor, second: Tensor
     """One NorMuon step (2510.05491) on matrices (units, rows, columns), in place; rates (units, 1, 1) multiply lr."""
     u = normuon_direction(g.float(), m, second, momentum, beta2)
     weight = exact(p, low)
-    decay = wd * lr * weight * (u * weight > 0)                 # cautious (2411.16085): never against the update
-    store_exact_(p, low, weight - lr * rates * (u + decay))
+    kept = 1 - wd * lr**2 * rates * (u * weight > 0)            # decay, cautious (2411.16085): never against the update
+    store_exact_(p, low, kept.mul_(weight).sub_(u.mul_(lr * rates)))
 
 def normuon_direction(g: Tensor, m: Tensor, second: Tensor, momentum: Tensor | float, beta2: float) -> Tensor:
     """Nesterov momentum, orthogonalised, rows (or columns) of equal size on average; the matrix's norm stays."""
     m.lerp_(g, 1 - momentum)
-    u = polar_express(g.lerp(m, momentum)).float()
-    size = u.norm(dim=(-2, -1), keepdim=True)
-    second.lerp_(u.square().mean(dim=averaged_side(u), keepdim=True), 1 - beta2)
-    u = u * second.clamp_min(1e-10).rsqrt()
-    return u * (size / u.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10))
+    u = polar_express(g.lerp(m, momentum))
+    squares = u.norm(dim=averaged_side(u), keepdim=True, dtype=torch.float32).square()         # of each row (or column)
+    second.lerp_(squares / u.size(averaged_side(u)), 1 - beta2)
+    scale = second.clamp_min(1e-10).rsqrt()
+    size, resized = (x.sum(dim=(-2, -1), keepdim=True) for x in (squares, squares * scale.square()))
+    return u * (scale * (size / resized.clamp_min(1e-20)).sqrt())
 
 # 2505.16932, its coefficients for five steps, safety 2e-2, cushion 2
 POLAR_EXPRESS = (
@@ -823,8 +822,8 @@ def polar_express(g: Tensor) -> Tensor:
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
     for a, b, c in POLAR_EXPRESS:
         gram = IN_USE["symmetric_product"](x)
-        x = a * x + IN_USE["symmetric_product"](gram, alpha=c, beta=b) @ x
-    return x.mT if tall else x
+        x = torch.baddbmm(x, IN_USE["symmetric_product"](gram, alpha=c, beta=b), x, beta=a)     # rounds once
+    return x.mT.contiguous() if tall else x
 
 def adam_(p: Tensor, low: Tensor | None, g: Tensor, m: Tensor, second: Tensor, *, lr: Tensor | float, wd: float,
           betas: tuple[float, float], eps: float, steps: Tensor | int) -> None:
@@ -832,15 +831,16 @@ def adam_(p: Tensor, low: Tensor | None, g: Tensor, m: Tensor, second: Tensor, *
     g = g.float()
     m.lerp_(g, 1 - betas[0])
     second.lerp_(g.square(), 1 - betas[1])
-    u = (m / (1 - betas[0]**steps)) / ((second / (1 - betas[1]**steps)).sqrt() + eps)
+    u = m / (second / (1 - betas[1]**steps)).sqrt_().add_(eps)  # in place: a CPU runs this as it stands
     weight = exact(p, low)
-    store_exact_(p, low, weight - lr * u - wd * lr**2 * weight * (u * weight > 0))
+    kept = 1 - wd * lr**2 * (u * weight > 0)
+    store_exact_(p, low, kept.mul_(weight).sub_(u.mul_(lr / (1 - betas[0]**steps))))
 
 def exact(p: Tensor, low: Tensor | None) -> Tensor:
     """The float32 value of a parameter; a bfloat16 one keeps the 16 bits that it lacks in low, int16."""
     if low is None:
         return p.float()
-    return ((p.view(torch.int16).to(torch.int32) << 16) + low.to(torch.int32)).view(torch.float32)
+    return (p.view(torch.int16).to(torch.int32) << 16).add_(low).view(torch.float32)
 
 def store_exact_(p: Tensor, low: Tensor | None, value: Tensor) -> None:
     """The reverse. p is value rounded (not cut, which would pull every weight towards 0); low, signed, is the rest."""
@@ -848,9 +848,8 @@ def store_exact_(p: Tensor, low: Tensor | None, value: Tensor) -> None:
         p.copy_(value)
         return
     bits = value.view(torch.int32)
-    high = (bits + 0x8000) >> 16
-    p.view(torch.int16).copy_(high)
-    low.copy_(bits - (high << 16))
+    p.view(torch.int16).copy_((bits + 0x8000).bitwise_right_shift_(16))
+    low.copy_(bits)                                             # its low half
 
 # ===== 4. Data: .bin shards of uint16 tokens behind a 256-int32 header. Nothing reorders, filters, pads or wraps. ===
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES, FIRST_DOCUMENTS = 20240520, 1, 1024, 2**20    # a shard's first tokens have a BOS
@@ -963,10 +962,6 @@ def token_bytes(path: Path, vocab_size: int, bos_id: int) -> np.ndarray | None:
         raise UserError(f"{path}: not one `base64 rank` line a token below {vocab_size}; make the data again") from None
     return lengths if path.exists() else None
 
-def tokens_needed(cfg: Config) -> int:
-    """Tokens that the run trains on; documents cut at the limit leave the rest unread, so shards hold more."""
-    return sum(stage.batch_tokens for stage in map(Schedule(cfg).stage, range(cfg.num_steps)))
-
 # ===== 5. Schedule: pure functions of the step, so that they can be printed and tested. =============================
 class Schedule:
     def __init__(self, cfg: Config):
@@ -1008,34 +1003,42 @@ class Schedule:
 
     @property
     def untie_step(self) -> int:
-        """The odd step after whose update embedding and head part; num_steps or more: never."""
-        odd = math.ceil(self.cfg.untie_share * self.cfg.scheduled_steps) | 1
-        return odd if self.cfg.untie_share < 1 else self.cfg.num_steps
+        """The step of Adam's after whose update embedding and head part; num_steps or more: never."""
+        step = math.ceil(self.cfg.untie_share * self.cfg.scheduled_steps)
+        return step - (step + 1) % -self.cfg.adam_every if self.cfg.untie_share < 1 else self.cfg.num_steps
 
-# ===== 6. Operators: the reference is the documentation and the oracle of the tests; what follows it is what runs. ==
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, scale: Tensor | float) -> Tensor:
-    """q, k, v (T, H, d); query i sees keys lo[i] .. i, lo (T,) holds document starts and window -> (T, H, d)."""
-    key = torch.arange(len(k), device=k.device)
-    visible = (key >= lo[:, None]) & (key <= key[:, None])                          # (T, T)
-    scores = torch.einsum("qhd,khd->hqk", q * scale, k).float().masked_fill(~visible, float("-inf"))
-    return torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1).to(v.dtype), v)
-
+# ===== 6. Operators: plain PyTorch, which runs on CPUs, then what a GPU runs. tests/reference.py is what both compute. =
 QUERY_BLOCK = 128
 
 def attention(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, reach: int, scale: Tensor | float) -> Tensor:
-    """attention_reference by blocks of queries and the keys they reach, reach >= i - lo[i] + 1: cost is T x reach."""
+    """q, k, v (T, H, d); query i sees keys lo[i] .. i, lo (T,) holds document starts and window -> (T, H, d).
+    By blocks of queries and the keys they reach, reach >= i - lo[i] + 1: cost is T x reach."""
     T, H, d = q.shape
     back = -(-(min(reach, T) - 1) // QUERY_BLOCK) * QUERY_BLOCK                     # keys before a block's own
     blocks = -(-T // QUERY_BLOCK)
     q, k, v = (F.pad(t, (0, 0, 0, 0, 0, blocks * QUERY_BLOCK - T)) for t in (q, k, v))
-    query = torch.arange(blocks * QUERY_BLOCK, device=q.device).view(blocks, 1, QUERY_BLOCK, 1)
-    key = query[:, :, :1] - back + torch.arange(back + QUERY_BLOCK, device=q.device)
-    lo = F.pad(lo, (0, blocks * QUERY_BLOCK - T)).view(blocks, 1, QUERY_BLOCK, 1)
+    count = partial(torch.arange, dtype=torch.int32, device=q.device)
+    query = count(blocks * QUERY_BLOCK).view(blocks, 1, QUERY_BLOCK, 1)
+    key = query[:, :, :1] - back + count(back + QUERY_BLOCK)
+    lo = F.pad(lo.to(torch.int32), (0, blocks * QUERY_BLOCK - T)).view(blocks, 1, QUERY_BLOCK, 1)
     q = (q * scale).to(v.dtype).view(blocks, QUERY_BLOCK, H, d).transpose(1, 2)     # (blocks, H, QUERY_BLOCK, d)
     k, v = (bands(t, back) for t in (k, v))                                         # (blocks, H, back + QUERY_BLOCK, d)
-    scores = (q @ k.mT).float().masked_fill((key < lo) | (key > query), float("-inf"))
-    y = scores.softmax(dim=-1).to(v.dtype) @ v
-    return y.transpose(1, 2).reshape(-1, H, d)[:T]
+    return BlockAttention.apply(q, k, v, (key < lo) | (key > query)).transpose(1, 2).reshape(-1, H, d)[:T]
+
+class BlockAttention(torch.autograd.Function):
+    """The softmax is kept in the dtype of v: on a CPU that is a third faster backward than to compute it again."""
+    @staticmethod
+    def forward(ctx, q, k, v, hidden):
+        share = (q @ k.mT).float().masked_fill(hidden, float("-inf")).softmax(dim=-1).to(v.dtype)
+        ctx.save_for_backward(q, k, v, share)
+        return share @ v
+
+    @staticmethod
+    def backward(ctx, dy):
+        q, k, v, share = ctx.saved_tensors
+        d_share = (dy @ v.mT).float()
+        d_scores = (share * (d_share - (d_share * share).sum(dim=-1, keepdim=True))).to(v.dtype)
+        return d_scores @ k, d_scores.mT @ q, share.mT @ dy, None
 
 def bands(x: Tensor, back: int) -> Tensor:
     """x (T, H, d) -> for each block of queries the rows from `back` before it to its end; slices: cheap gradients."""
@@ -1171,7 +1174,7 @@ attention_op.register_autograd(lambda ctx, do, _: (*attention_backward_op(do, *c
                                setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, *output))
 
 def attention_triton(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, reach: int, scale: Tensor | float) -> Tensor:
-    """attention_reference for scale > 0, lo non-decreasing; d filled up to a power of two. FlashAttention-2, 2307.08691."""
+    """attention for scale > 0, lo non-decreasing; d filled up to a power of two. FlashAttention-2, 2307.08691."""
     scale, d = scale if isinstance(scale, Tensor) else q.new_full((), scale, dtype=torch.float32), q.size(2)
     missing = triton.next_power_of_2(d) - d
     q, k, v = (F.pad(t, (0, missing)) for t in (q, k, v)) if missing else (q, k, v)
@@ -1240,12 +1243,6 @@ def mlp_triton(x: Tensor, up: Tensor, down: Tensor, activation: str) -> Tensor:
 
 Cap = tuple[float, float, float]                                # logits become cap[0] sigmoid((logits + cap[1]) / cap[2])
 
-def head_loss_reference(x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, cap: Cap) -> Tensor:
-    """x (T, D), head (D, V), targets (T,): sum over k of weights[k] * cross-entropy with the token k + 1 ahead, over T."""
-    logits, T = capped((x @ head).float(), cap), len(targets)
-    losses = [F.cross_entropy(logits[:T - k], targets[k:], reduction="sum") for k in range(len(weights))]
-    return (torch.stack(losses) * weights).sum() / T
-
 def capped(z: Tensor, cap: Cap) -> Tensor:
     return cap[0] * torch.sigmoid((z + cap[1]) / cap[2]) if cap[0] else z
 
@@ -1253,7 +1250,8 @@ HEAD_CHUNK = {"cpu": 1024, "cuda": 16384}                       # tokens, by dev
 
 def head_loss(x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, cap: Cap, piece: Callable | None = None,
               learn: bool = True) -> Tensor:
-    """head_loss_reference, a chunk of tokens at a time: the float32 logits of a whole sequence never exist at once."""
+    """x (T, D), head (D, V), targets (T,): sum over k of weights[k] * cross-entropy with the token k + 1 ahead, over T.
+    A chunk of tokens at a time: the float32 logits of a whole sequence never exist at once."""
     T, ahead = len(targets), torch.arange(len(weights), device=x.device)
     place = torch.arange(T, device=x.device)[:, None] + ahead                       # (T, n)
     weights = torch.where(place < T, weights / T, 0)                                # no loss on what is past the end
@@ -1368,8 +1366,7 @@ def head_chunk_triton(x: Tensor, head: Tensor, targets: Tensor, weights: Tensor,
 
 def symmetric_product(x: Tensor, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
     """alpha x x^T + beta x, x (n, rows, columns); beta needs x symmetric."""
-    product = alpha * (x @ x.mT)
-    return product + beta * x if beta else product
+    return torch.baddbmm(x, x, x.mT, alpha=alpha, beta=beta) if beta else alpha * (x @ x.mT)
 
 @triton.jit
 def symmetric_kernel(x, square, out, alpha, beta, depth, BETA: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr):
@@ -1492,8 +1489,7 @@ class Ranks:
         return lambda: (work and work.wait(), x)[1]
 
     def reduce_scatter(self, x: Tensor) -> Callable[[], Tensor]:
-        """x (units, ...) -> this rank's share of the sum, in float32 and in the order of ranks: a library's reduce-scatter
-        moves as many bytes, but adds in bfloat16 and in an order of its own."""
+        """x (units, ...) -> this rank's share of the sum, in float32 and in the order of ranks, unlike a library's."""
         if self.size == 1:
             return lambda: x
         parts = torch.empty_like(x)
@@ -1775,8 +1771,8 @@ class Run:
                 return loss
             unread.append((step + 1, *download(self.train_step(step, windows)), self.tokens_seen, self.flops))
             self.report(unread, lag)
-            if self.steps_done % 2 == 0:                        # after an odd step no gradient waits for its second half
-                if self.stop or (cfg.save_every and self.steps_done % cfg.save_every < 2):
+            if self.steps_done % cfg.adam_every == 0:           # no gradient waits for its other parts
+                if self.stop or (cfg.save_every and self.steps_done % cfg.save_every < cfg.adam_every):
                     self.report(unread, lag=0)
                     self.save()
                 if self.stop:
@@ -1798,7 +1794,7 @@ class Run:
         for later in range(step + 1 + len(self.ahead), min(step + 9, self.cfg.num_steps)):     # a new shard takes its time
             self.ahead[later] = self.worker.submit(self.fetch, later)
         if rows:
-            self.optimizer.sparse.announce(torch.cat(rows).numpy(), last=step % 2 == 1)
+            self.optimizer.sparse.announce(torch.cat(rows).numpy(), last=(step + 1) % self.cfg.adam_every == 0)
         upload(torch.tensor([*self.schedule.predict(step), float(self.last_signal is not None)]), self.dials)
         batches = self.place(batches)
         self.graphs((len(batches[0][0]), windows), lambda: self.compute(batches, windows))
@@ -1903,7 +1899,7 @@ class Run:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             if self.optimizer.sparse:
                 self.optimizer.sparse.announce(np.arange(8), last=True)
-            self.optimizer.step(1, lr_mul=0.0, momentum=0.9, untie=False)
+            self.optimizer.step(cfg.adam_every - 1, lr_mul=0.0, momentum=0.9, untie=False)
         if cfg.graphs and device.type == "cuda":
             for kind, batches in placed.items():
                 self.graphs.capture(kind, partial(self.compute, batches, kind[1]))

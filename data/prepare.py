@@ -15,13 +15,19 @@ from data.shards import command, user_error  # noqa: E402
 
 
 def main(argv: list[str]) -> None:
-    from train_gpt import PRESETS, find_data, parse_config, tokens_needed
+    from train_gpt import PRESETS, find_data, parse_config
     cfg, _ = parse_config(argv)
     folder = find_data(cfg).resolve()
     if folder == (ROOT / PRESETS["cpu"].data_dir).resolve():
         corpus.main([])
     elif folder == (ROOT / PRESETS["short"].data_dir).resolve():
-        fineweb.fetch(shards_needed(tokens_needed(cfg)), "10B", folder)
+        fineweb.fetch(shards_needed(-(-tokens_needed(cfg) // cfg.epochs)), "10B", folder)
+
+
+def tokens_needed(cfg: "Config") -> int:  # noqa: F821
+    """Tokens that the run trains on; documents cut at the limit leave the rest unread, so shards hold more."""
+    from train_gpt import Schedule
+    return sum(stage.batch_tokens for stage in map(Schedule(cfg).stage, range(cfg.num_steps)))
 
 
 def shards_needed(tokens: int) -> int:

@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import torch
 
-from train_gpt import (GPT, HEAD_CHUNK, POLAR_EXPRESS, Config, Optimizer, Ranks, Schedule, need, pick_dtype, step_flops,
-                       tokens_needed, topology)
+from data.prepare import tokens_needed
+from train_gpt import GPT, HEAD_CHUNK, POLAR_EXPRESS, Config, Optimizer, Ranks, Schedule, need, pick_dtype, step_flops, topology
 
 GPUS = {    # vendors' data sheets, no sparsity: TFLOP/s in bf16 (sums in float32), FP8; GB, TB/s; GB/s to others, one way
     "H100": (989, 1979, 80, 3.35, 450),             # SXM, NVLink
@@ -65,12 +65,12 @@ def planned_stage(cfg: Config, gpu: str, ranks: int, begin: int, end: int) -> di
     for name, p in optimizer.params.items():
         units, muon = optimizer.units(name, p.detach()), optimizer.specs[name].optimizer == "muon"
         own, state = optimizer.own(name, units), sum(t.nbytes for t in optimizer.state[name].values())
-        turn = 1 if muon else (not tied or name != "embed") / 2         # Adam's parameters move every other step
+        turn = 1 if muon else (not tied or name != "embed") / cfg.adam_every
         if muon:
             short, long = sorted(own.shape[1:])
             update += len(POLAR_EXPRESS) * len(own) * (4 * short**2 * long + 2 * short**3)
         moved += here * p.nbytes * (3 if muon or name == "lm_head" else 1) + turn * (2 * state + 3 * own.nbytes)
-        touched = min(2 * here * len(tokens), len(p)) * (8 + p[0].nbytes)       # rows, by two steps, with an index each
+        touched = min(cfg.adam_every * here * len(tokens), len(p)) * (8 + p[0].nbytes)     # rows, with an index each
         sent += turn * ((touched if name == "bigram_embed" else units.nbytes) + units.nbytes) * (1 - 1 / ranks)
     steps, model, other = end - begin, sum(flops.values()), flops["attention"] + update     # other: never in FP8
     rest = (moved / bandwidth / 1e12, "memory"), (sent / link / 1e9, "link")

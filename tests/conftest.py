@@ -24,9 +24,10 @@ TINY_STAGES = (tg.Stage(until=0.5, batch_tokens=512, windows=(16, 48), max_doc_l
 
 def tiny(**changes) -> tg.Config:
     """The cpu preset with every feature on, at sizes that run in milliseconds, eagerly and in float32."""
-    base = replace(tg.PRESETS["cpu"], vocab_size=256, bos_id=255, model_dim=64, head_dim=16, extra_inputs=1, stages=TINY_STAGES,
+    base = replace(tg.PRESETS["cpu"], windows="sslssl", paired_heads="p...p.", value_embeds=".01.23", skips=".a..a.",
+                   backout="...b..", vocab_size=256, bos_id=255, model_dim=64, head_dim=16, extra_inputs=1, stages=TINY_STAGES,
                    num_steps=8, val_tokens=512, val_seq_len=256, final_long_window=64, dtype="float32", compile=False,
-                   save_every=0, bigram_signs=0)
+                   save_every=0, bigram_signs=0, adam_every=2)
     return replace(base, **changes)
 
 def made_up_text(count: int, vocab_size: int = 256, seed: int = 0) -> np.ndarray:

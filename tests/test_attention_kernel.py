@@ -3,6 +3,7 @@ from pathlib import Path
 
 import interpreter
 import pytest
+import reference
 import torch
 
 import train_gpt as tg
@@ -94,7 +95,7 @@ else:
         monkeypatch.setattr(tg, "target", lambda: capability)
         (x, do), lo, scale = inputs(T, H, d, dtype), intervals(T, reach, starts), torch.tensor(0.12)
         got = with_grads(lambda q, k, v: tg.attention_triton(q, k, v, lo, reach, scale), x, do)
-        plain = with_grads(lambda q, k, v: tg.attention_reference(q, k, v, lo, scale), x, do)
+        plain = with_grads(lambda q, k, v: reference.attention(q, k, v, lo, scale), x, do)
         exact = with_grads(lambda q, k, v: in_float64(q, k, v, lo, scale.double()), x.double(), do.double())
         for name, a, b, truth in zip(("o", "dq", "dk", "dv"), got, plain, exact):
             assert a.dtype == dtype

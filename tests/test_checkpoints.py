@@ -171,15 +171,17 @@ def without_training(monkeypatch):
     monkeypatch.setattr(tg.Run, "train_step", step)
     monkeypatch.setattr(tg.Run, "validate", lambda *_: 1.0)
 
-@pytest.mark.parametrize("save_every, num_steps, expected", [
-    (1, 7, [2, 4, 6, 7]), (2, 8, [2, 4, 6, 8]), (3, 13, [4, 6, 10, 12, 13]), (4, 9, [4, 8, 9]), (5, 12, [6, 10, 12]),
-    (100, 6, [6]), (0, 6, [])])
-def test_it_saves_after_even_steps_and_once_at_the_end(save_every, num_steps, expected, tiny_data, tmp_path, monkeypatch):
-    """After an odd step Adam's first half of a gradient would be lost. The end is saved once, even if it is due anyway."""
+@pytest.mark.parametrize("save_every, num_steps, adam_every, expected", [
+    (1, 7, 2, [2, 4, 6, 7]), (2, 8, 2, [2, 4, 6, 8]), (3, 13, 2, [4, 6, 10, 12, 13]), (4, 9, 2, [4, 8, 9]), (5, 12, 2, [6, 10, 12]),
+    (100, 6, 2, [6]), (0, 6, 2, []), (3, 7, 1, [3, 6, 7]), (4, 13, 3, [6, 9, 12, 13])])
+def test_it_saves_where_no_gradient_waits_and_once_at_the_end(save_every, num_steps, adam_every, expected, tiny_data, tmp_path,
+                                                              monkeypatch):
+    """Between Adam's turns the sum so far would be lost. The end is saved once, even if it is due anyway."""
     saved = []
     monkeypatch.setattr(tg, "save_checkpoint", lambda path, content: saved.append(content["step"]))
     without_training(monkeypatch)
-    run = RecordedRun(tiny(data_dir=str(tiny_data), log_dir=str(tmp_path), num_steps=num_steps, save_every=save_every))
+    run = RecordedRun(tiny(data_dir=str(tiny_data), log_dir=str(tmp_path), num_steps=num_steps, save_every=save_every,
+                           adam_every=adam_every))
     run.loop()
     assert saved == expected
 
@@ -306,7 +308,7 @@ def test_two_are_kept_and_a_reader_never_sees_a_half_one(tiny_data, tmp_path):
 def test_what_a_killed_process_left_half_written_is_ignored_and_cleared_away(tiny_data, tmp_path):
     run = a_run(tiny_data, tmp_path)
     good = save_at(run, 4)
-    left = tmp_path / f".{good.name.replace('04', '06')}.part"
+    left = tmp_path / f".{good.name.replace('step000004', 'step000006')}.part"
     left.write_bytes(good.read_bytes()[:1000])
     assert tg.newest_checkpoint(run.cfg)["step"] == 4
     save_at(run, 8)

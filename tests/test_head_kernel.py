@@ -3,6 +3,7 @@ from pathlib import Path
 
 import interpreter
 import pytest
+import reference
 import torch
 
 import train_gpt as tg
@@ -71,7 +72,7 @@ else:
         monkeypatch.setitem(tg.HEAD_CHUNK, "cpu", 8)            # the last of the three has rows with a weight of zero
         x, head, targets, weights = inputs(18, V, n)
         got = with_grads(lambda *args: tg.head_loss(*args, PIECES[piece]), x, head, targets, weights, cap)
-        plain = with_grads(tg.head_loss_reference, x.float(), head.float(), targets, weights, cap)
+        plain = with_grads(reference.head_loss, x.float(), head.float(), targets, weights, cap)
         for name, a, b in zip(("loss", "dx", "dhead"), got, plain):
             assert error(a, b) < tolerance, (name, error(a, b))
         assert [t.dtype for t in got] == [torch.float32, torch.bfloat16, torch.bfloat16]

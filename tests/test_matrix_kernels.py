@@ -169,7 +169,7 @@ else:
         for args in ((x, 1.5, 0.0), (gram, -2.4, 0.7)):
             truth = tg.symmetric_product(args[0].double(), *args[1:])
             fused, plain = tg.symmetric_product_triton(*args), tg.symmetric_product(*args)
-            assert error(fused, truth) <= error(plain, truth), args[1:]
+            assert error(fused, truth) <= 1.000001 * error(plain, truth), args[1:]      # both round once
 
     @pytest.mark.parametrize("shape", [(2, 72, 200), (2, 200, 72)])
     def test_polar_express_with_the_kernel(monkeypatch, shape):

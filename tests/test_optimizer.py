@@ -308,18 +308,21 @@ def kinds(model: tg.GPT) -> tuple[list[str], list[str]]:
     """Names of Muon's and of Adam's parameters, from their declared optimizer."""
     return tuple([name for name, spec in model.specs.items() if spec.optimizer == kind] for kind in ("muon", "adam"))
 
-def test_muon_moves_on_every_step_and_adam_on_odd_ones():
-    model, optimizer = build()
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_muon_moves_on_every_step_and_adam_on_the_last_of_adam_every(every):
+    model, optimizer = build(adam_every=every)
     muon, adam = map(set, kinds(model))
     assert muon == {"qkvo", "mlp"}
-    for step in range(4):
+    for step in range(6):
+        turn = step % every == every - 1
         old = values(model)
         add_gradients(model, step)
         optimizer.step(step, lr_mul=1.0, momentum=0.9, untie=False)
         moved = {name for name, p in model.named_parameters() if not torch.equal(p, old[name])}
-        assert moved == (muon | adam if step % 2 else muon)
+        assert moved == (muon | adam if turn else muon)
         waiting = {name for name, p in model.named_parameters() if p.grad is not None}
-        assert waiting == (set() if step % 2 else adam)             # an even step's gradient stays for the next
+        assert waiting == (set() if turn else adam)                 # its gradient stays for the next step
+        assert not turn or optimizer.adam_steps == (step + 1) / every
 
 @pytest.mark.parametrize("matrix_optimizer", ["normuon", "adamw"])
 def test_adam_steps_on_the_sum_of_two_gradients_and_counts_its_own_steps(matrix_optimizer):

@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import reference
 import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt as tg
 from conftest import ROOT, assert_user_error, run_command, tiny
+from data.prepare import tokens_needed
 from evals import plan as planning
 from test_ranks import join, world  # noqa: F401, a fixture
 
@@ -42,7 +44,7 @@ def test_flops_of_each_part_are_those_of_a_real_step(monkeypatch):
         visible = int((torch.arange(len(q)) - lo + 1).sum())
         found["visible"] += 2 * 2 * visible * q.size(1) * q.size(2)
         found["all"] += 2 * 2 * len(q)**2 * q.size(1) * q.size(2)
-        return tg.attention_reference(q, k, v, lo, scale)
+        return reference.attention(q, k, v, lo, scale)
     monkeypatch.setitem(tg.IN_USE, "attention", attention)
     model = tg.GPT(cfg)
     pieces = dict(project="projections", put_back="projections", mlp_block="MLP", head_chunk="head")
@@ -176,7 +178,7 @@ def test_the_table_has_a_column_a_stage_and_counts_all_parameters(capsys):
     assert peak[:4] == ["peak", "memory", peak[2], "GB,"] and "fits:" in peak
     rows = {tuple(line[:-4]): line[-4:] for line in table}
     assert rows[("steps",)] == ["502", "503", "502", "40"]
-    assert table[-1][:4] == ["1,547", "steps,", f"{tg.tokens_needed(tg.PRESETS['short']):,}", "tokens:"]
+    assert table[-1][:4] == ["1,547", "steps,", f"{tokens_needed(tg.PRESETS['short']):,}", "tokens:"]
 
 @pytest.mark.parametrize("order", ["8xB300", "H100x8", "0xH100", "", "8x", "x", "H100 "])
 def test_an_unknown_gpu_is_refused_with_the_known_ones(order):

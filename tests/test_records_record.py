@@ -158,6 +158,27 @@ def test_a_later_record_needs_the_runs_of_the_one_before(folder, capsys):
     later.rename(first)
     assert "rule 4  ok    first of its track" in verify(first, capsys)[1]
 
+def test_a_track_begins_with_the_runs_of_its_yardstick(folder, capsys):
+    """Two runs of cpu-adamw: the target is what they reached, so no p can be asked; the next record's baseline are they."""
+    first = folder.with_name("2026-02-01_First")
+    for n in range(2):
+        for place in (first / "this", folder / "baseline"):
+            write_run(place / f"{n}.txt", 4.19 + n / 100, 2_700_000 + n, preset="cpu-adamw",
+                      started=f"2026-03-01T0{2 * n}:00:00Z")
+    for n in range(2, 5):
+        (folder / "baseline" / f"{n}.txt").unlink()
+    shutil.copy2(folder / "train_gpt.py", first)
+    seen = ["--reviewed", "1", "4", "--by", "A: looked"]
+    code, out = verify(first, capsys, *seen)
+    assert code == 0 and "p = 0.2500, waived: the target is theirs" in out, out
+    code, out = verify(folder, capsys, *seen)
+    assert code == 0 and "rule 4  ok    2490.999 s faster" in out, out
+    later = folder.with_name("2026-04-01_Later")                # but no later record is of it, nor measured by it
+    shutil.copytree(folder, later)
+    assert verify(later, capsys)[1].count("preset cpu-adamw, overrides none") == 2
+    shutil.copytree(first / "this", later / "this", dirs_exist_ok=True)
+    assert "preset cpu-adamw, the track is cpu" in verify(later, capsys)[1]
+
 @pytest.mark.parametrize("source, flags", [
     ("torch.compile(f, dynamic=False, fullgraph=True)", []),
     ("torch._dynamo.config.recompile_limit = 64", []),

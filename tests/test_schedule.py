@@ -6,6 +6,7 @@ import pytest
 
 import train_gpt as tg
 from conftest import tiny
+from data.prepare import tokens_needed
 
 # The schedule: pure functions of the step
 
@@ -74,12 +75,13 @@ def test_untie_step_of_short_is_odd_and_at_two_thirds():
     assert short().untie_step == 1005               # 1004.7 rounded up is odd already
     assert short(num_steps=1546).untie_step == 1005     # 2 / 3 x 1506 is 1004, even: one later
 
+@pytest.mark.parametrize("every", [1, 2, 3])
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 2 / 3, 0.9])
-def test_untie_step_is_the_first_odd_one_from_its_share_on(share):
+def test_untie_step_is_the_first_of_adams_from_its_share_on(share, every):
     for num_steps in range(1, 60):
-        cfg = tiny(num_steps=num_steps, untie_share=share)
+        cfg = tiny(num_steps=num_steps, untie_share=share, adam_every=every)
         step = tg.Schedule(cfg).untie_step
-        assert step % 2 == 1 and share * cfg.scheduled_steps <= step + 1e-9 < share * cfg.scheduled_steps + 2
+        assert (step + 1) % every == 0 and share * cfg.scheduled_steps <= step + 1e-9 < share * cfg.scheduled_steps + every
 
 @pytest.mark.parametrize("extension_share", [0.0, 0.3])
 @pytest.mark.parametrize("num_steps", [1, 2, 7, 8, 20])
@@ -98,7 +100,8 @@ def test_a_schedule_of_120_steps_on_a_cpu(step, stage, lr, momentum, predict):
     stages = (tg.Stage(until=0.5, predict=((1.0, 1.0), (0.5, 0.0)), **sizes), tg.Stage(until=2.0, **sizes))
     schedule = tg.Schedule(replace(
         tg.PRESETS["cpu"], stages=stages, num_steps=120, extension_share=0.0, momentum_warmup=60, momentum_cooldown=20,
-        momentum_min=0.85, momentum_max=0.95, cooldown_share=0.55, final_lr=0.1, untie_share=2 / 3, max_predict=3))
+        momentum_min=0.85, momentum_max=0.95, cooldown_share=0.55, final_lr=0.1, untie_share=2 / 3, max_predict=3,
+        adam_every=2))
     assert schedule.untie_step == 81 and schedule.stage_index(step) == stage
     assert schedule.momentum(step) == pytest.approx(momentum)
     assert lr is None or schedule.lr_mul(step) == pytest.approx(lr)
@@ -135,7 +138,7 @@ def test_runs_of_very_few_steps(num_steps, batches):
     ("cpu", {"num_steps": 10, "stages": (tg.Stage(2.0, 4096, (64, 64), 512, 1.0),)}, 40960),
 ])
 def test_tokens_needed(preset, changes, tokens):
-    assert tg.tokens_needed(replace(tg.PRESETS[preset], **changes)) == tokens
+    assert tokens_needed(replace(tg.PRESETS[preset], **changes)) == tokens
 
 # The command line
 
