@@ -259,7 +259,7 @@ SHORT = Config(
     ),
 )
 # Two CPU cores and the embedded corpus, minutes instead of GPUs; its losses compare only with its own. Two layers: in so
-# little time many steps of a shallow model learn more than few of a deep one (records/LOG.md).
+# little time many steps of a shallow model learn more than few of a deep one (records/cpu/recipe).
 CPU = replace(
     SHORT, preset="cpu", vocab_size=4096, bos_id=4095, model_dim=256, bigram_signs=8192,
     #              01
@@ -269,9 +269,9 @@ CPU = replace(
     skips=        "..",
     backout=      "..",
     stages=(Stage(until=1.0, batch_tokens=4096, windows=(128, 512), max_doc_len=1024, lr_mul=1.0),),
-    num_steps=380, adam_lr=0.016, muon_lr=0.035, adam_every=1, extension_share=0.0, momentum_warmup=190,
-    momentum_cooldown=60, final_long_window=512, data_dir="data/corpus", micro_batches=1, val_tokens=163840,
-    val_seq_len=4096, val_every=190, device="cpu", save_every=1000,         # at the end: something to sample from
+    num_steps=520, adam_lr=0.016, muon_lr=0.035, adam_every=1, extension_share=0.0, momentum_warmup=260,
+    momentum_cooldown=85, final_long_window=512, data_dir="data/corpus", micro_batches=1, val_tokens=163840,
+    val_seq_len=4096, val_every=260, device="cpu", save_every=1000,         # at the end: something to sample from
 )
 PRESETS = {
     "short": SHORT,
@@ -1026,7 +1026,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, reach: int, scale: Te
     return BlockAttention.apply(q, k, v, (key < lo) | (key > query)).transpose(1, 2).reshape(-1, H, d)[:T]
 
 class BlockAttention(torch.autograd.Function):
-    """The softmax is kept in the dtype of v: on a CPU that is a third faster backward than to compute it again."""
+    """The softmax is kept in the dtype of v: on a CPU that costs less than to compute it again."""
     @staticmethod
     def forward(ctx, q, k, v, hidden):
         share = (q @ k.mT).float().masked_fill(hidden, float("-inf")).softmax(dim=-1).to(v.dtype)

@@ -35,9 +35,10 @@ def main(argv: list[str]) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--steps", type=int, default=10, help="measured steps, after three more")
     args, rest = parser.parse_known_args(argv)
-    need(args.steps >= 2, f"--steps {args.steps}: must be at least 2, since Adam moves on every second step")
     with tempfile.TemporaryDirectory() as folder:
         cfg, _ = tg.parse_config(["--log_dir", folder, "--save_every", "0", *rest])
+        need(args.steps > 0 and args.steps % cfg.adam_every == 0, f"--steps {args.steps}: must be a multiple of --adam_every "
+                                                                  f"{cfg.adam_every}, so that Adam has its share")
         need(cfg.device == "cpu", f"--device {cfg.device}: only steps on a CPU are taken apart here")
         need(cfg.num_steps >= args.steps + 3, f"--num_steps {cfg.num_steps}: must be at least --steps and three more")
         with contextlib.redirect_stdout(io.StringIO()):

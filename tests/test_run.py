@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import CLEAN_ENV, ROOT, assert_user_error, run_command, tiny
 
+import step_time
 import train_gpt as tg
 
 FILE = ROOT / "train_gpt.py"
@@ -237,3 +239,27 @@ def test_it_learns_more_than_bigrams(tmp_path, corpus_dir):
     loss = run.loop()
     unigram, bigram = ngram_losses(np.concatenate(seen), run.validation.tokens.astype(np.int64), cfg.vocab_size)
     assert loss < bigram - 0.05 and bigram < unigram - 0.5, (loss, bigram, unigram)
+
+# ---- where the time goes
+
+def event(name: str, start: float, end: float, own: float) -> SimpleNamespace:
+    return SimpleNamespace(name=name, time_range=SimpleNamespace(start=start, end=end), self_cpu_time_total=own)
+
+def test_time_of_a_step_by_phase_and_kind():
+    events = [event("forward", 0, 100, 5), event("aten::mm", 10, 40, 30), event("## Call CompiledFxGraph abc ##", 50, 70, 20),
+              event("aten::copy_", 60, 61, 1), event("aten::bmm", 120, 150, 30), event("optimizer", 200, 300, 2),
+              event("aten::mul", 210, 220, 10), event("aten::baddbmm", 299, 305, 6), event("aten::mm", 310, 330, 20)]
+    found = step_time.by_phase_and_kind(events, steps=2)
+    assert found == pytest.approx({("forward", "matrix products"): 0.015, ("forward", "compiled loops"): 0.01, ("forward", "other operators"): 0.0005,
+                     ("backward", "matrix products"): 0.025, ("optimizer", "other operators"): 0.005,
+                     ("optimizer", "matrix products"): 0.003})
+
+def test_where_the_time_of_a_small_run_goes(corpus_dir):
+    result = run_command([sys.executable, ROOT / "tests" / "step_time.py", "--steps", 2, *SMALL, "--dtype", "float32"])
+    assert result.returncode == 0, result.stderr
+    table = {line[:18].strip(): [float(ms) for ms in line[18:].split()] for line in result.stdout.splitlines()[-4:]}
+    assert list(table) == ["matrix products", "compiled loops", "other operators", "sum"]
+    for phase in range(3):
+        assert table["matrix products"][phase] > 0 and table["other operators"][phase] > 0 == table["compiled loops"][phase]
+    assert table["sum"][3] == pytest.approx(sum(row[3] for name, row in table.items() if name != "sum"), abs=0.2)
+    assert_user_error(run_command([sys.executable, ROOT / "tests" / "step_time.py", "--steps", 3, "--adam_every", 2]), "--steps 3")
