@@ -665,12 +665,15 @@ class Optimizer:
         rate[:, 1:2] *= spec.second_lr
         return self.own(name, self.units(name, rate))
 
+    def adam_turn(self, step: int) -> bool:
+        return (step + 1) % self.cfg.adam_every == 0
+
     @torch.no_grad()
     def step(self, step: int, lr_mul: float, momentum: float, untie: bool,
              move: Callable[[bool], None] | None = None) -> None:
         """Muon's banks move on every step, Adam's parameters on the last of every adam_every, on the gradients of them all.
         move: plays self.move(adam_turn) back from a CUDA graph. Exchanges of uneven size stay outside of it."""
-        adam_turn = (step + 1) % self.cfg.adam_every == 0
+        adam_turn = self.adam_turn(step)
         upload(torch.tensor([lr_mul, momentum, (step + 1) // self.cfg.adam_every]), self.dials)
         sparse = adam_turn and self.sparse
         arriving = sparse.start(self.units("bigram_embed", self.params["bigram_embed"].grad)) if sparse else None
@@ -1243,9 +1246,6 @@ def mlp_triton(x: Tensor, up: Tensor, down: Tensor, activation: str) -> Tensor:
 
 Cap = tuple[float, float, float]                                # logits become cap[0] sigmoid((logits + cap[1]) / cap[2])
 
-def capped(z: Tensor, cap: Cap) -> Tensor:
-    return cap[0] * torch.sigmoid((z + cap[1]) / cap[2]) if cap[0] else z
-
 HEAD_CHUNK = {"cpu": 1024, "cuda": 16384}                       # tokens, by device
 
 def head_loss(x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, cap: Cap, piece: Callable | None = None,
@@ -1771,7 +1771,7 @@ class Run:
                 return loss
             unread.append((step + 1, *download(self.train_step(step, windows)), self.tokens_seen, self.flops))
             self.report(unread, lag)
-            if self.steps_done % cfg.adam_every == 0:           # no gradient waits for its other parts
+            if self.optimizer.adam_turn(step):                  # no gradient waits for its other parts
                 if self.stop or (cfg.save_every and self.steps_done % cfg.save_every < cfg.adam_every):
                     self.report(unread, lag=0)
                     self.save()
@@ -1794,7 +1794,7 @@ class Run:
         for later in range(step + 1 + len(self.ahead), min(step + 9, self.cfg.num_steps)):     # a new shard takes its time
             self.ahead[later] = self.worker.submit(self.fetch, later)
         if rows:
-            self.optimizer.sparse.announce(torch.cat(rows).numpy(), last=(step + 1) % self.cfg.adam_every == 0)
+            self.optimizer.sparse.announce(torch.cat(rows).numpy(), last=self.optimizer.adam_turn(step))
         upload(torch.tensor([*self.schedule.predict(step), float(self.last_signal is not None)]), self.dials)
         batches = self.place(batches)
         self.graphs((len(batches[0][0]), windows), lambda: self.compute(batches, windows))

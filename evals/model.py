@@ -103,8 +103,8 @@ class Trained:
 
     def padded_logits(self, x: Tensor) -> Tensor:
         """(n, vocab_rows): what the trained loss normalizes over."""
-        cfg = self.cfg
-        return tg.capped((x @ self.model.lm_head).float(), (cfg.softcap, cfg.softcap_shift, cfg.softcap_width))
+        cfg, z = self.cfg, (x @ self.model.lm_head).float()
+        return cfg.softcap * torch.sigmoid((z + cfg.softcap_shift) / cfg.softcap_width) if cfg.softcap else z
 
     def losses(self, tokens: Tensor) -> Tensor:
         """(T + 1,) -> (T,), nats for each token but the first, on the CPU."""

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from train_gpt import Cap, capped
+from train_gpt import Cap
 
 def attention(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, scale: Tensor | float) -> Tensor:
     """q, k, v (T, H, d); query i sees keys lo[i] .. i, lo (T,) holds document starts and window -> (T, H, d)."""
@@ -14,6 +14,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, scale: Tensor | float
 
 def head_loss(x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, cap: Cap) -> Tensor:
     """x (T, D), head (D, V), targets (T,): sum over k of weights[k] * cross-entropy with the token k + 1 ahead, over T."""
-    logits, T = capped((x @ head).float(), cap), len(targets)
+    logits, T = (x @ head).float(), len(targets)
+    if cap[0]:
+        logits = cap[0] * torch.sigmoid((logits + cap[1]) / cap[2])
     losses = [F.cross_entropy(logits[:T - k], targets[k:], reduction="sum") for k in range(len(weights))]
     return (torch.stack(losses) * weights).sum() / T

@@ -2,7 +2,7 @@
 
     python tests/step_time.py [--steps N] [FLAGS of train_gpt.py]
 
-Prints the rate of large matrix products and of reading memory, the model's FLOPs by part, and the median step by phase and
+Prints the rate of large matrix products and of reading memory, the model's FLOPs a step, and a mean step by phase and
 kind of work. The profiler adds a few percent, so shares are meant, not milliseconds. No log is written, nothing is saved.
 """
 import argparse

@@ -250,9 +250,10 @@ def test_time_of_a_step_by_phase_and_kind():
               event("aten::copy_", 60, 61, 1), event("aten::bmm", 120, 150, 30), event("optimizer", 200, 300, 2),
               event("aten::mul", 210, 220, 10), event("aten::baddbmm", 299, 305, 6), event("aten::mm", 310, 330, 20)]
     found = step_time.by_phase_and_kind(events, steps=2)
-    assert found == pytest.approx({("forward", "matrix products"): 0.015, ("forward", "compiled loops"): 0.01, ("forward", "other operators"): 0.0005,
-                     ("backward", "matrix products"): 0.025, ("optimizer", "other operators"): 0.005,
-                     ("optimizer", "matrix products"): 0.003})
+    assert found == pytest.approx({
+        ("forward", "matrix products"): 0.015, ("forward", "compiled loops"): 0.01, ("forward", "other operators"): 0.0005,
+        ("backward", "matrix products"): 0.025, ("optimizer", "other operators"): 0.005,
+        ("optimizer", "matrix products"): 0.003})
 
 def test_where_the_time_of_a_small_run_goes(corpus_dir):
     result = run_command([sys.executable, ROOT / "tests" / "step_time.py", "--steps", 2, *SMALL, "--dtype", "float32"])
