@@ -625,7 +625,7 @@ class Optimizer:
     """NorMuon and Adam over a model's declared parameters, for 1 to N ranks, with embedding and head tied, then untied.
     A replicated parameter is all-reduced and updated on every rank. A sharded one counts in units, matrices of a bank or
     rows of a table, padded so that ranks divide them: gradients reduce-scatter, a rank updates its units, all gather."""
-    def __init__(self, cfg: Config, model: GPT, ranks: "Ranks"):
+    def __init__(self, cfg: Config, model: GPT, ranks: "Ranks", compiled: bool = False):
         self.cfg, self.specs, self.ranks = cfg, model.specs, ranks
         self.params = dict(model.named_parameters())
         self.tied = cfg.untie_share > 0
@@ -636,8 +636,10 @@ class Optimizer:
         self.sparse = None
         if "bigram_embed" in self.params and ranks.size > 1:
             self.sparse = SparseRows(ranks, len(self.params["bigram_embed"]), timedelta(seconds=cfg.rank_timeout))
-        compiled = partial(torch.compile, dynamic=False) if cfg.compile and ranks.device.type == "cuda" else lambda f: f
-        self.normuon_, self.adam_ = compiled(normuon_), compiled(adam_)
+        cuda = ranks.device.type == "cuda"
+        unit = partial(torch.compile, dynamic=not cuda) if compiled else lambda f: f
+        self.normuon_, self.adam_ = (unit(update) if cuda else update for update in (normuon_, adam_))
+        self.flat_adam_ = unit(adam_) if compiled and not cuda else None    # one loop for tables of every size
 
     def units(self, name: str, t: Tensor) -> Tensor:
         """t (a parameter, its gradient or a state of it) as (units, ...), a view if nothing is padded."""
@@ -650,12 +652,12 @@ class Optimizer:
         return units.chunk(self.ranks.size)[self.ranks.rank] if self.specs[name].sharded else units
 
     def new_state(self, name: str) -> dict[str, Tensor]:
-        """What is remembered of this rank's units, in float32; low: the bits of the value that bfloat16 leaves out."""
+        """What is remembered of this rank's units, in float32; low: what bfloat16 leaves out of a value, see exact."""
         p, muon = self.own(name, self.units(name, self.params[name].detach())), self.specs[name].optimizer == "muon"
         m = torch.zeros_like(p, dtype=torch.float32)
         state = {"momentum": m, "second": m.mean(dim=averaged_side(p), keepdim=True) if muon else torch.zeros_like(m)}
         if p.dtype == torch.bfloat16:
-            state["low"] = torch.zeros_like(p, dtype=torch.int16)
+            state["low"] = p.float() if p.device.type == "cpu" else torch.zeros_like(p, dtype=torch.int16)
         return state
 
     def new_rates(self, name: str) -> Tensor:
@@ -717,13 +719,16 @@ class Optimizer:
         """Moves this rank's units, sets the gathering going -> a function that waits for it."""
         cfg, spec, state = self.cfg, self.specs[name], self.state[name]
         whole = self.units(name, self.params[name])
-        p = self.own(name, whole)
+        read = (self.own(name, whole), state.get("low"), grad, state["momentum"], state["second"])
         if spec.optimizer == "muon":
-            self.normuon_(p, state.get("low"), grad, state["momentum"], state["second"], lr=cfg.muon_lr * self.lr_mul,
-                          wd=cfg.muon_wd * spec.wd, momentum=self.momentum, beta2=cfg.muon_beta2, rates=self.rates[name])
+            self.normuon_(*read, lr=cfg.muon_lr * self.lr_mul, wd=cfg.muon_wd * spec.wd, momentum=self.momentum,
+                          beta2=cfg.muon_beta2, rates=self.rates[name])
         else:
-            self.adam_(p, state.get("low"), grad, state["momentum"], state["second"], wd=cfg.adam_wd * spec.wd,
-                       lr=cfg.adam_lr * spec.lr * self.lr_mul, betas=spec.betas, eps=cfg.adam_eps, steps=self.adam_steps)
+            wd, betas, update = cfg.adam_wd * spec.wd, spec.betas, self.adam_
+            if self.flat_adam_ and spec.sharded:
+                read, update = (t if t is None else t.flatten() for t in read), self.flat_adam_
+                wd, *betas = torch.tensor([wd, *betas])         # numbers would be compiled in
+            update(*read, lr=cfg.adam_lr * spec.lr * self.lr_mul, wd=wd, betas=betas, eps=cfg.adam_eps, steps=self.adam_steps)
         return self.finish(name, whole) if spec.sharded else lambda: None
 
     def finish(self, name: str, whole: Tensor) -> Callable[[], None]:
@@ -840,16 +845,17 @@ def adam_(p: Tensor, low: Tensor | None, g: Tensor, m: Tensor, second: Tensor, *
     store_exact_(p, low, kept.mul_(weight).sub_(u.mul_(lr / (1 - betas[0]**steps))))
 
 def exact(p: Tensor, low: Tensor | None) -> Tensor:
-    """The float32 value of a parameter; a bfloat16 one keeps the 16 bits that it lacks in low, int16."""
-    if low is None:
-        return p.float()
+    """The float32 value of a parameter; a bfloat16 one keeps the 16 bits that it lacks in low, int16. On a CPU low is the
+    whole value, float32: compilers make no vectors of those bits, and take ten times as long."""
+    if low is None or low.dtype == torch.float32:
+        return p.float() if low is None else low
     return (p.view(torch.int16).to(torch.int32) << 16).add_(low).view(torch.float32)
 
 def store_exact_(p: Tensor, low: Tensor | None, value: Tensor) -> None:
     """The reverse. p is value rounded (not cut, which would pull every weight towards 0); low, signed, is the rest."""
-    if low is None:
+    if low is None or low.dtype == torch.float32:
         p.copy_(value)
-        return
+        return None if low is None else low.copy_(value)
     bits = value.view(torch.int32)
     p.view(torch.int16).copy_((bits + 0x8000).bitwise_right_shift_(16))
     low.copy_(bits)                                             # its low half
@@ -1573,12 +1579,10 @@ def is_null(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_name(device).startswith("NULLGPU")
 
 def keep_memory(device: torch.device) -> None:
-    """glibc: freed memory stays ours. Else every large activation is mapped, and zeroed page by page, anew: a CPU step
-    takes about a third longer."""
+    """glibc: freed memory stays ours. Large activations, mapped and zeroed page by page anew, cost a CPU a third more."""
     libc = ctypes.CDLL(None) if device.type == "cpu" and platform.libc_ver()[0] == "glibc" else None
-    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):   # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of mallopt(3)
-        if libc:
-            libc.mallopt(option, value)
+    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)) if libc else ():
+        libc.mallopt(option, value)                             # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of mallopt(3)
 
 class Clock:
     """Training time only: it stands still during validation, compilation and warm-up."""
@@ -1731,7 +1735,7 @@ class Run:
         failure, operators = compile_failure(cfg, self.ranks.device), choose_operators(cfg, self.ranks.device)
         torch._dynamo.config.recompile_limit = 64               # a graph for each kind of layer, stage and validation window
         self.model = GPT(cfg, pick_dtype(cfg), compiled=not failure).to(self.ranks.device)
-        self.optimizer = Optimizer(cfg, self.model, self.ranks)
+        self.optimizer = Optimizer(cfg, self.model, self.ranks, compiled=not failure)
         self.ceiling = matrix_ceiling(self.ranks.device, self.model.dtype) * self.ranks.size
         self.log.header(cfg, overrides, facts_of(self.ranks, self.model, failure, self.ceiling) | {"operators": operators})
         self.graphs = Graphs(self.log)

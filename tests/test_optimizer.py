@@ -262,16 +262,27 @@ def test_a_float32_parameter_needs_no_second_buffer():
     assert torch.equal(p, value) and torch.equal(tg.exact(p, None), value)
     assert "low" not in alone(p, "adam").state["p"] and "low" in alone(p.bfloat16(), "adam").state["p"]
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_cpu_the_second_buffer_is_the_whole_value(kind):
+    value = patterns(kind)
+    p = value.bfloat16()
+    low = alone(p, "adam").state["p"]["low"]
+    assert low.dtype == torch.float32 and torch.equal(bits(low), bits(p.float()))
+    tg.store_exact_(p, low, value.clone())
+    assert torch.equal(bits(tg.exact(p, low)), bits(value)) and torch.equal(bits(p.float()), bits(value.bfloat16().float()))
+
 def small_adam(p, low, g, state, step):
     tg.adam_(p, low, g, *state, lr=3e-4, wd=10.0, betas=(0.9, 0.99), eps=1e-10, steps=step)
 
 def small_normuon(p, low, g, state, step):
     tg.normuon_(p, low, g, *state, lr=1e-3, wd=1.2, momentum=0.9, beta2=0.95, rates=RATES_OF_FOUR)
 
+@pytest.mark.parametrize("device", ["gpu", "cpu"])
 @pytest.mark.parametrize("update, state_of", [(small_adam, adam_state), (small_normuon, muon_state)])
-def test_updates_too_small_for_bfloat16_add_up_as_in_float32(update, state_of):
+def test_updates_too_small_for_bfloat16_add_up_as_in_float32(update, state_of, device):
     begin = (1 + random(4, 32, 16).abs()).bfloat16()                # neighbours of 1 in bfloat16 are 2**-7 away
-    p, low, wide = begin.clone(), torch.zeros_like(begin, dtype=torch.int16), begin.float()
+    p, wide = begin.clone(), begin.float()
+    low = torch.zeros_like(begin, dtype=torch.int16) if device == "gpu" else begin.float()
     state, wide_state = state_of(begin), state_of(wide)
     for step in range(1, 41):
         g = (0.5 + random(4, 32, 16, seed=step)).bfloat16()         # a drift, so that small steps go somewhere
@@ -282,15 +293,29 @@ def test_updates_too_small_for_bfloat16_add_up_as_in_float32(update, state_of):
             assert (p == begin).float().mean() > 0.9 and (wide != begin.float()).float().mean() > 0.9
     assert (p != begin).float().mean() > 0.3                        # alone, bfloat16 would have stayed where it was
 
+def test_compiled_adam_on_a_cpu_is_adam():
+    """One compiled loop for tables of every size and every set of constants; bfloat16, as the cpu preset has them."""
+    (plain_model, plain), (model, optimizer) = build(torch.bfloat16), build(torch.bfloat16, compiled=True)
+    torch._dynamo.utils.counters.clear()
+    for step in range(6):                                           # tied until step 3, then not
+        for which, driver in ((plain_model, plain), (model, optimizer)):
+            add_gradients(which, step)
+            driver.step(step, lr_mul=0.3, momentum=0.9, untie=step == 3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    for name, p in model.named_parameters():
+        for key, value in optimizer.state[name].items():
+            torch.testing.assert_close(value, plain.state[name][key], rtol=1e-5, atol=1e-7, msg=lambda m: f"{name} {key}: {m}")
+        assert not plain.specs[name].sharded or (p != 0).any(), name
+
 # The class that drives both
 
 # model.md's figures. Spelled out, because the cpu preset under tiny() is tuned for itself.
 RATES = dict(adam_lr=0.008, adam_wd=0.005, adam_eps=1e-10, muon_lr=0.023, muon_wd=1.2, muon_beta2=0.95)
 
-def build(dtype: torch.dtype = torch.float32, **changes) -> tuple[tg.GPT, tg.Optimizer]:
+def build(dtype: torch.dtype = torch.float32, compiled: bool = False, **changes) -> tuple[tg.GPT, tg.Optimizer]:
     cfg = tiny(**RATES, **{"extension_share": 0.0, "untie_share": 2 / 3, **changes})
     model = tg.GPT(cfg, dtype)
-    return model, tg.Optimizer(cfg, model, tg.Ranks(0, 1, CPU))
+    return model, tg.Optimizer(cfg, model, tg.Ranks(0, 1, CPU), compiled)
 
 def add_gradients(model: tg.GPT, seed: int) -> dict[str, torch.Tensor]:
     """What a backward pass does: adds a gradient to each parameter. Multiples of 1/64, so that bfloat16 sums are exact."""
@@ -450,7 +475,7 @@ def test_the_tied_embedding_follows_one_adam_step_on_both_gradients(dtype):
     model, optimizer = build(dtype)
     assert torch.equal(model.embed, model.lm_head.T)
     expected, state = model.lm_head.detach().clone(), adam_state(model.lm_head)
-    low = torch.zeros_like(expected, dtype=torch.int16) if dtype == torch.bfloat16 else None
+    low = expected.float() if dtype == torch.bfloat16 else None
     total = 0
     for step in range(4):
         old = values(model)

@@ -84,12 +84,16 @@ def test_kept_activations_are_those_of_the_compiled_gpu_model(monkeypatch):
     found = sum(t.untyped_storage().nbytes() for t in kept.values())
     assert found == 2 * T * planning.kept_values(cfg) + model.lm_head.nbytes + scaled
 
+def states_on_a_gpu(optimizer: tg.Optimizer) -> int:
+    """Bytes. On this CPU low is the whole float32 value, on a GPU the half that bfloat16 leaves out."""
+    return sum(t.nbytes // (2 if key == "low" else 1) for state in optimizer.state.values() for key, t in state.items())
+
 def test_memory_of_one_rank_is_that_of_real_tensors():
     model = tg.GPT(CFG, torch.bfloat16)
     optimizer = tg.Optimizer(CFG, model, tg.Ranks(0, 1, torch.device("cpu")))
     planned = planning.planned_memory(CFG, ranks=1)
     assert planned["weights"] == planned["gradients"] == sum(p.nbytes for p in model.parameters())
-    assert planned["optimizer states"] == sum(t.nbytes for state in optimizer.state.values() for t in state.values())
+    assert planned["optimizer states"] == states_on_a_gpu(optimizer)
 
 def test_whole_presets_need_what_their_gpus_have():
     need = {(name, ranks): sum(planning.planned_memory(tg.PRESETS[name], ranks).values())
@@ -128,7 +132,7 @@ def bytes_sent(untie_share: float) -> dict:
                 optimizer.step(step, lr_mul=1.0, momentum=0.9, untie=False)
     counts = 8 * (ranks.size - 1)                                   # how many rows will come, which the plan leaves out
     return {"sent": round(sum(sent.values()) - counts), "flops": flops.get_total_flops(),
-            "states": sum(t.nbytes for state in optimizer.state.values() for t in state.values())}
+            "states": states_on_a_gpu(optimizer)}
 
 @pytest.mark.parametrize("size, untie_share", [(2, 1.0), (4, 0.0)])
 def test_bytes_and_flops_of_a_rank_are_those_of_real_processes(world, size, untie_share):   # noqa: F811
