@@ -91,7 +91,7 @@ class Stage:
 class Config:
     preset: str
     # topology: a character a layer. topology() reads these five as a table with a row a layer.
-    windows: str                    # s short, l long, - no attention
+    windows: str                    # s short, l long, - no attention (after =: --windows=-l)
     paired_heads: str               # p paired, . not
     value_embeds: str               # . none, else the name of the table; the same name twice shares it (U-Net)
     skips: str                      # a letter's first place sends its output, its second receives it
@@ -263,15 +263,15 @@ SHORT = Config(
 CPU = replace(
     SHORT, preset="cpu", vocab_size=4096, bos_id=4095, model_dim=256, bigram_signs=8192,
     #              01
-    windows=      "sl",
+    windows=      "-l",
     paired_heads= "..",
-    value_embeds= "01",
+    value_embeds= ".1",
     skips=        "..",
     backout=      "..",
     stages=(Stage(until=1.0, batch_tokens=4096, windows=(128, 512), max_doc_len=1024, lr_mul=1.0),),
-    num_steps=520, adam_lr=0.016, muon_lr=0.035, adam_every=1, extension_share=0.0, momentum_warmup=260,
-    momentum_cooldown=85, final_long_window=512, data_dir="data/corpus", micro_batches=1, val_tokens=163840,
-    val_seq_len=4096, val_every=260, device="cpu", save_every=1000,         # at the end: something to sample from
+    num_steps=568, adam_lr=0.012, muon_lr=0.035, adam_every=1, extension_share=0.0, momentum_warmup=284, softcap=0.0,
+    momentum_cooldown=93, final_long_window=512, data_dir="data/corpus", micro_batches=1, val_tokens=163840,
+    val_seq_len=4096, val_every=284, device="cpu", save_every=1000,         # at the end: something to sample from
 )
 PRESETS = {
     "short": SHORT,
@@ -290,8 +290,8 @@ PRESETS = {
     # What the cpu track is measured against: a plain GPT-2 (with rotary) of its size, with the AdamW of llm.c and nanoGPT.
     "cpu-adamw": replace(
         CPU, preset="cpu-adamw", matrix_optimizer="adamw", num_steps=8600, epochs=16, adam_lr=6e-4, adam_wd=10/9,
-        adam_every=2, final_lr=0.0, val_every=1500, value_embeds="..", bigram_rows=0, smear_chunk="", attn_chunk="",
-        key_offset=False, qk_norm=False, rotary_share=1.0, head_dim=64, softmax_scale=1/8, softcap=0.0, activation="gelu",
+        adam_every=2, final_lr=0.0, val_every=1500, windows="sl", value_embeds="..", bigram_rows=0, smear_chunk="",
+        attn_chunk="", key_offset=False, qk_norm=False, rotary_share=1.0, head_dim=64, softmax_scale=1/8, activation="gelu",
         scalar_lr=0.0, resid_scale=1.0, embed_std=0.02, matrix_std=0.64, untie_share=1.0),
 }
 
@@ -717,8 +717,7 @@ class Optimizer:
 
     def update(self, name: str, grad: Tensor) -> Callable[[], None]:
         """Moves this rank's units, sets the gathering going -> a function that waits for it."""
-        cfg, spec, state = self.cfg, self.specs[name], self.state[name]
-        whole = self.units(name, self.params[name])
+        cfg, spec, state, whole = self.cfg, self.specs[name], self.state[name], self.units(name, self.params[name])
         read = (self.own(name, whole), state.get("low"), grad, state["momentum"], state["second"])
         if spec.optimizer == "muon":
             self.normuon_(*read, lr=cfg.muon_lr * self.lr_mul, wd=cfg.muon_wd * spec.wd, momentum=self.momentum,
@@ -728,7 +727,8 @@ class Optimizer:
             if self.flat_adam_ and spec.sharded:
                 read, update = (t if t is None else t.flatten() for t in read), self.flat_adam_
                 wd, *betas = torch.tensor([wd, *betas])         # numbers would be compiled in
-            update(*read, lr=cfg.adam_lr * spec.lr * self.lr_mul, wd=wd, betas=betas, eps=cfg.adam_eps, steps=self.adam_steps)
+            rate = cfg.adam_lr * spec.lr * self.lr_mul
+            update(*read, lr=rate, wd=wd, betas=betas, eps=cfg.adam_eps, steps=self.adam_steps)
         return self.finish(name, whole) if spec.sharded else lambda: None
 
     def finish(self, name: str, whole: Tensor) -> Callable[[], None]:
