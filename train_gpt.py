@@ -269,9 +269,9 @@ CPU = replace(
     skips=        "..",
     backout=      "..",
     stages=(Stage(until=1.0, batch_tokens=4096, windows=(128, 512), max_doc_len=1024, lr_mul=1.0),),
-    num_steps=568, adam_lr=0.012, muon_lr=0.035, adam_every=1, extension_share=0.0, momentum_warmup=284, softcap=0.0,
-    momentum_cooldown=93, final_long_window=512, data_dir="data/corpus", micro_batches=1, val_tokens=163840,
-    val_seq_len=4096, val_every=284, device="cpu", save_every=1000,         # at the end: something to sample from
+    num_steps=586, adam_lr=0.012, muon_lr=0.035, adam_every=1, extension_share=0.0, momentum_warmup=293, softcap=0.0,
+    momentum_cooldown=96, final_long_window=512, data_dir="data/corpus", micro_batches=1, val_tokens=163840,
+    val_seq_len=4096, val_every=293, device="cpu", save_every=1000,         # at the end: something to sample from
 )
 PRESETS = {
     "short": SHORT,
