@@ -1732,11 +1732,11 @@ class Run:
              f"--log_dir {cfg.log_dir}: the processes found different checkpoints there; all nodes must see the same folder")
         self.log, self.clock = Log(cfg, self.ranks, saved and saved["run_id"]), Clock(self.ranks.device)
         keep_memory(self.ranks.device)
+        self.ceiling = matrix_ceiling(self.ranks.device, pick_dtype(cfg)) * self.ranks.size     # before compilers start
         failure, operators = compile_failure(cfg, self.ranks.device), choose_operators(cfg, self.ranks.device)
         torch._dynamo.config.recompile_limit = 64               # a graph for each kind of layer, stage and validation window
         self.model = GPT(cfg, pick_dtype(cfg), compiled=not failure).to(self.ranks.device)
         self.optimizer = Optimizer(cfg, self.model, self.ranks, compiled=not failure)
-        self.ceiling = matrix_ceiling(self.ranks.device, self.model.dtype) * self.ranks.size
         self.log.header(cfg, overrides, facts_of(self.ranks, self.model, failure, self.ceiling) | {"operators": operators})
         self.graphs = Graphs(self.log)
         self.dials = torch.zeros(len(self.schedule.predict(0)) + 1, device=self.ranks.device)   # loss weights, signals

@@ -2,9 +2,11 @@
 
     python records/record.py verify  records/TRACK/DATE_NAME
     python records/record.py package --track TRACK --name NAME --this LOGS [--baseline LOGS] [--file train_gpt.py]
+    python records/record.py history --track TRACK [--out FILE.png]
 
 verify reads a record's folder: train_gpt.py, this/ (a log a run) and baseline/ (the runs of the record before it).
 package checks the same of logs anywhere and, if all is well, writes records/TRACK/DATE_NAME with a README; else nothing.
+history prints a track's records, oldest first, and draws them: each against the target, the one before and the first.
 Nothing of a log or of the submitted file is executed. Exit code 0: counts; 1: does not, the reasons stand in the table.
 
 What a program cannot judge (a changed data section, say) is marked `look`: a person looks, and says so with
@@ -25,9 +27,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
-from records.compare import Group, below, group_of, groups_table, numbers_text, welch  # noqa: E402
-from records.logs import Run, UserError, arguments, command, need, read_places, result, warn  # noqa: E402
-from records.tables import table  # noqa: E402
+from records.compare import Group, below, group_of, groups_table, number, numbers_text, welch  # noqa: E402
+from records.logs import Run, UserError, arguments, command, extra, need, read_places, result, warn  # noqa: E402
+from records.tables import FORMATS, table  # noqa: E402
 
 P_LIMIT = 0.01
 
@@ -35,13 +37,13 @@ P_LIMIT = 0.01
 class Track:
     hardware: str                   # what the log's `hardware:` line must have, a regular expression
     words: str
-    target: float | None            # validation loss, nats a token
+    target: float                   # validation loss, nats a token
     yardstick: str = ""             # the preset whose own loss became the target; its runs are the track's first record
 
 TRACKS = {
     "short": Track(r"H100.*; 8 process", "8 x H100", 3.28),
     "medium": Track(r"H100.*; 8 process", "8 x H100", 2.92),
-    "cpu": Track(r"\b2 cores;", "two CPU cores", None, yardstick="cpu-adamw"),
+    "cpu": Track(r"\b2 cores;", "two CPU cores", 3.77, yardstick="cpu-adamw"),
 }
 FREE_FLAGS = {"seed", "log_dir"}                            # name a run, and change nothing that it computes
 
@@ -53,7 +55,7 @@ class Submission:
     this: Group
     baseline: Group | None
     earlier: list[Path]                                     # folders of this track's earlier records
-    target: float | None
+    target: float
     speed_only: bool = False
     reviewed: set[int] = field(default_factory=set)
 
@@ -89,8 +91,6 @@ def rule_streams(s: Submission) -> list[Finding]:
 
 def rule_loss(s: Submission) -> list[Finding]:
     losses, found = s.this.losses, []
-    if s.target is None:
-        return [(2, "fail", f"the {s.track} track has no target yet; give --target")]
     p = below(losses, s.target)
     words = f"mean {losses.mean:.4f} of {losses.n} runs, target {s.target:g}, p = {p:.4f}"
     if not losses.mean <= s.target:
@@ -236,10 +236,55 @@ def read_source(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from None
 
+def records_in(track: Path) -> list[Path]:
+    """A track's records, oldest first: by their names, which begin with a date."""
+    return sorted(path.parent for path in track.glob("[!.]*/train_gpt.py"))
+
 def earlier_records(folder: Path) -> list[Path]:
-    """This track's records before `folder`, which need not be there, by their names, which begin with a date."""
-    siblings = sorted(folder.parent.iterdir()) if folder.parent.is_dir() else []
-    return [path for path in siblings if (path / "train_gpt.py").exists() and path.name < folder.name]
+    """This track's records before `folder`, which need not be there."""
+    return [path for path in records_in(folder.parent) if path.name < folder.name]
+
+def history(track: Path) -> list[tuple[Group, Group | None]]:
+    """Each record's runs, and those of the record before it that ran between them."""
+    found = [(group(path.name, path / "this"), group("baseline", path / "baseline") if (path / "baseline").is_dir() else None)
+             for path in records_in(track)]
+    need(found, f"{track}: no records there")
+    return found
+
+def history_table(records: list[tuple[Group, Group | None]], target: float, form: str = "text") -> str:
+    """Losses in nats a token, times in seconds; p: of a mean so far under the target, and of a time so unlike the baseline's."""
+    rows, first = [], records[0][0].times.mean
+    for one, before in records:
+        gain, p = (before.times.mean / one.times.mean, welch(one.times, before.times)) if before else (float("nan"),) * 2
+        date, _, name = one.name.partition("_")
+        rows.append([date, name, str(one.losses.n), number(one.losses.mean, 4), number(one.losses.std, 4),
+                     number(below(one.losses, target), 4), number(one.times.mean, 1), number(one.times.std, 1), number(gain, 2),
+                     number(p, 4), number(first / one.times.mean, 1)])
+    head = ["date", "record", "runs", "loss μ", "loss σ", f"p under {target:g}", "time μ", "time σ", "x before", "p", "x first"]
+    return table(head, rows, form, left=(0, 1))
+
+def draw_history(records: list[tuple[Group, Group | None]], track: str, out: Path) -> None:
+    """Each run's training time, a column a record; a line through the means. The axis of time is logarithmic."""
+    need(out.suffix in (".png", ".svg", ".pdf"), f"--out {out}: ends in .png, .svg or .pdf")
+    extra("matplotlib").use("Agg")
+    figure, axes = extra("matplotlib.pyplot").subplots(figsize=(9, 5.5), layout="constrained")
+    means = [one.times.mean for one, _ in records]
+    axes.plot(range(len(records)), means, color="grey", linewidth=1, zorder=1)
+    for n, (one, _) in enumerate(records):
+        axes.scatter([n] * one.times.n, one.times.values, s=18)
+        axes.annotate(f"{one.times.mean:.1f} s, x {means[0] / one.times.mean:.1f}", (n, one.times.mean), (8, 8),
+                      textcoords="offset points")
+    axes.set_yscale("log")
+    axes.set_xticks(range(len(records)), [one.name.replace("_", "\n", 1) for one, _ in records])
+    axes.margins(x=0.25)
+    axes.set_ylabel("training time of a run, seconds")
+    axes.set_title(f"records of the {track} track")
+    axes.grid(alpha=0.3)
+    try:
+        figure.savefig(out, dpi=150)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
+    print(f"written: {out}")
 
 def readme(folder: Path, s: Submission, findings: list[Finding], text: str, by: str) -> str:
     groups = [s.baseline, s.this] if s.baseline else [s.this]
@@ -271,21 +316,23 @@ def write_record(folder: Path, s: Submission, text: str) -> None:
 
 def flags() -> argparse.ArgumentParser:
     parser = arguments(__doc__)
-    parser.add_argument("what", choices=("verify", "package"))
+    parser.add_argument("what", choices=("verify", "package", "history"))
     parser.add_argument("folder", nargs="?", type=Path, help="of verify")
-    parser.add_argument("--track", choices=TRACKS, help="of package; verify takes it from the folder's parent")
+    parser.add_argument("--track", choices=TRACKS, help="of package and history; verify takes it from the folder's parent")
     parser.add_argument("--name", help="of package: a word or several in CamelCase, e.g. EvenLoad")
     parser.add_argument("--date", default=time.strftime("%Y-%m-%d"), help="of package (default: today)")
     parser.add_argument("--this", type=Path, metavar="LOGS", help="of package: folder of the runs' logs")
     parser.add_argument("--baseline", type=Path, metavar="LOGS", help="of package: the runs of the record before it")
     parser.add_argument("--file", type=Path, default=ROOT / "train_gpt.py", help="of package (default: this repository's)")
     parser.add_argument("--text", type=Path, metavar="FILE", help="of package: what was done and why, for the README")
-    parser.add_argument("--records", type=Path, default=ROOT / "records", help="of package: where the tracks' folders are")
-    parser.add_argument("--target", type=float, help="where the track has none yet")
+    parser.add_argument("--records", type=Path, default=ROOT / "records", help="where the tracks' folders are")
+    parser.add_argument("--target", type=float, help="another than the track's")
     parser.add_argument("--speed_only", action="store_true", help="a change of speed alone: rule 2 without its p")
     parser.add_argument("--reviewed", type=int, nargs="+", default=[], metavar="RULE",
                         help="rules marked `look` that a person has judged")
     parser.add_argument("--by", default="", help="who, and why")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="of history: picture, .png, .svg or .pdf")
+    parser.add_argument("--format", choices=FORMATS, default="text", help="of history's table")
     return parser
 
 def places(args: argparse.Namespace) -> tuple[Path, str, Path, Path, Path | None]:
@@ -306,8 +353,15 @@ def places(args: argparse.Namespace) -> tuple[Path, str, Path, Path, Path | None
 def main(argv: list[str]) -> int:
     args = flags().parse_args(argv)
     need(not args.reviewed or args.by, "--reviewed: say --by whom and why")
+    if args.what == "history":
+        need(args.track, "history: give --track")
+        records = history(args.records.resolve() / args.track)
+        print(history_table(records, args.target or TRACKS[args.track].target, args.format))
+        if args.out:
+            draw_history(records, args.track, args.out)
+        return 0
     folder, track, file, this, baseline = places(args)
-    target = args.target if args.target is not None else TRACKS[track].target
+    target = args.target or TRACKS[track].target
     s = Submission(track, read_source(file), group("this", this), group("baseline", baseline) if baseline else None,
                    earlier_records(folder), target, args.speed_only, set(args.reviewed))
     text = read_source(args.text) if args.text else ""

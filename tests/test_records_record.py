@@ -179,6 +179,28 @@ def test_a_track_begins_with_the_runs_of_its_yardstick(folder, capsys):
     shutil.copytree(first / "this", later / "this", dirs_exist_ok=True)
     assert "preset cpu-adamw, the track is cpu" in verify(later, capsys)[1]
 
+@pytest.mark.parametrize("folder", record.records_in(ROOT / "records" / "cpu"), ids=lambda folder: folder.name)
+def test_the_records_that_are_here_count(folder, capsys):
+    assert record.main(["verify", str(folder)]) == 0, capsys.readouterr().out
+
+def test_the_history_of_a_track(folder, capsys, tmp_path):
+    """Oldest first; a time stands beside that of the record before it as it ran between these runs, not as it once was."""
+    first = folder.with_name("2026-02-01_First")
+    for n in range(2):
+        write_run(first / "this" / f"{n}.txt", 4.19 + n / 100, 2_090_010 + n)
+    shutil.copy2(folder / "train_gpt.py", first)
+    shutil.copytree(folder, folder.with_name(".2026-01-01_Half.part"))              # of a package that was killed
+    ask = ["history", "--track", "cpu", "--records", str(tmp_path / "records"), "--target", "4.2"]
+    assert record.main([*ask, "--format", "csv", "--out", str(tmp_path / "h.png")]) == 0
+    head, *rows, written = capsys.readouterr().out.splitlines()
+    assert head == "date,record,runs,loss μ,loss σ,p under 4.2,time μ,time σ,x before,p,x first"
+    assert rows == ["2026-02-01,First,2,4.1950,0.0071,0.2500,2090.0,0.0,-,-,1.0",
+                    "2026-03-01,Faster,5,4.1820,0.0016,0.0000,209.0,0.0,1.01,0.0000,10.0"]
+    assert written == f"written: {tmp_path / 'h.png'}" and (tmp_path / "h.png").read_bytes()[:4] == b"\x89PNG"
+    for wrong, word in ((["history"], "--track"), ([*ask[:-4], "--records", str(tmp_path / "x")], "no record"),
+                        ([*ask, "--out", str(tmp_path / "h.doc")], "h.doc")):
+        assert_user_error(run_command([sys.executable, ROOT / "records" / "record.py", *wrong]), word)
+
 @pytest.mark.parametrize("source, flags", [
     ("torch.compile(f, dynamic=False, fullgraph=True)", []),
     ("torch._dynamo.config.recompile_limit = 64", []),
