@@ -36,7 +36,7 @@ def the_log(folder) -> tuple[str, str, list[str]]:
 # ---- the file
 
 def test_importing_does_nothing(tmp_path):
-    code = ("import os, sys, torch; before = dict(os.environ); state = torch.get_rng_state(); threads = torch.get_num_threads()\n"
+    code = ("import os, sys, torch, torch._dynamo; before = dict(os.environ); state = torch.get_rng_state(); threads = torch.get_num_threads()\n"
             f"sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['x', '--nonsense']; import train_gpt, torch.distributed as dist\n"
             "assert dict(os.environ) == before and not dist.is_initialized() and not torch.cuda.is_initialized()\n"
             "assert torch.equal(state, torch.get_rng_state()) and threads == torch.get_num_threads()")
