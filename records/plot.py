@@ -126,6 +126,20 @@ def draw_scalars(axes, groups: list[tuple[str, list[Run]]], keys: list[str] | No
     axes.set_ylabel(f"mean over {len(groups[0][1])} runs" if len(groups) == 1 else "mean over runs")
     axes.legend(fontsize="small")
 
+def canvas(out: Path) -> tuple:
+    """A figure and its axes for a picture that will be `out`."""
+    extra("matplotlib").use("Agg")
+    pyplot = extra("matplotlib.pyplot")
+    need(out.suffix in (".png", ".svg", ".pdf"), f"--out {out}: ends in .png, .svg or .pdf")
+    return pyplot.subplots(figsize=(9, 5.5), layout="constrained")
+
+def save(figure, out: Path) -> None:
+    try:
+        figure.savefig(out, dpi=150)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
+    print(f"written: {out}")
+
 def main(argv: list[str]) -> None:
     parser = arguments(__doc__)
     parser.add_argument("what", choices=("loss", "scalars"))
@@ -143,21 +157,14 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     need(not args.difference or args.x == "step", "--difference: of losses at the same step; leave --x time out")
     groups = [(name, read_places([path], warn)) for name, path in map(named_place, args.groups)]
-    extra("matplotlib").use("Agg")
-    pyplot = extra("matplotlib.pyplot")
-    need(args.out.suffix in (".png", ".svg", ".pdf"), f"--out {args.out}: ends in .png, .svg or .pdf")
-    figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
+    figure, axes = canvas(args.out)
     if args.what == "loss":
         draw_losses(axes, groups, args)
     else:
         draw_scalars(axes, groups, args.keys)
     axes.grid(alpha=0.3)
     axes.set_title(args.title)
-    try:
-        figure.savefig(args.out, dpi=150)
-    except OSError as error:
-        raise UserError(f"--out {args.out}: cannot be written ({error.strerror})") from None
-    print(f"written: {args.out}")
+    save(figure, args.out)
 
 if __name__ == "__main__":
     command(main)

@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 from records.compare import Group, below, group_of, groups_table, number, numbers_text, welch  # noqa: E402
-from records.logs import Run, UserError, arguments, command, extra, need, read_places, result, warn  # noqa: E402
+from records.logs import Run, UserError, arguments, command, need, read_places, result, warn  # noqa: E402
+from records.plot import canvas, save  # noqa: E402
 from records.tables import FORMATS, table  # noqa: E402
 
 P_LIMIT = 0.01
@@ -265,9 +266,7 @@ def history_table(records: list[tuple[Group, Group | None]], target: float, form
 
 def draw_history(records: list[tuple[Group, Group | None]], track: str, out: Path) -> None:
     """Each run's training time, a column a record; a line through the means. The axis of time is logarithmic."""
-    need(out.suffix in (".png", ".svg", ".pdf"), f"--out {out}: ends in .png, .svg or .pdf")
-    extra("matplotlib").use("Agg")
-    figure, axes = extra("matplotlib.pyplot").subplots(figsize=(9, 5.5), layout="constrained")
+    figure, axes = canvas(out)
     means = [one.times.mean for one, _ in records]
     axes.plot(range(len(records)), means, color="grey", linewidth=1, zorder=1)
     for n, (one, _) in enumerate(records):
@@ -280,11 +279,7 @@ def draw_history(records: list[tuple[Group, Group | None]], track: str, out: Pat
     axes.set_ylabel("training time of a run, seconds")
     axes.set_title(f"records of the {track} track")
     axes.grid(alpha=0.3)
-    try:
-        figure.savefig(out, dpi=150)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
-    print(f"written: {out}")
+    save(figure, out)
 
 def readme(folder: Path, s: Submission, findings: list[Finding], text: str, by: str) -> str:
     groups = [s.baseline, s.this] if s.baseline else [s.this]
@@ -350,20 +345,22 @@ def places(args: argparse.Namespace) -> tuple[Path, str, Path, Path, Path | None
     need(not folder.exists(), f"{folder}: is there already")
     return folder, args.track, args.file, args.this, args.baseline
 
+def target_of(args: argparse.Namespace, track: str) -> float:
+    return TRACKS[track].target if args.target is None else args.target
+
 def main(argv: list[str]) -> int:
     args = flags().parse_args(argv)
     need(not args.reviewed or args.by, "--reviewed: say --by whom and why")
     if args.what == "history":
         need(args.track, "history: give --track")
         records = history(args.records.resolve() / args.track)
-        print(history_table(records, args.target or TRACKS[args.track].target, args.format))
+        print(history_table(records, target_of(args, args.track), args.format))
         if args.out:
             draw_history(records, args.track, args.out)
         return 0
     folder, track, file, this, baseline = places(args)
-    target = args.target or TRACKS[track].target
     s = Submission(track, read_source(file), group("this", this), group("baseline", baseline) if baseline else None,
-                   earlier_records(folder), target, args.speed_only, set(args.reviewed))
+                   earlier_records(folder), target_of(args, track), args.speed_only, set(args.reviewed))
     text = read_source(args.text) if args.text else ""
     findings = check(s)
     print(findings_table(findings))
