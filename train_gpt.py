@@ -1,5 +1,4 @@
-"""
-train_gpt.py -- train a small GPT on FineWeb to a fixed validation loss, as fast as the machine can. All of it is here.
+"""train_gpt.py -- train a small GPT on FineWeb to a fixed validation loss, as fast as the machine can. All of it is here.
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py                    the record run: preset "short", no flags
     torchrun --standalone --nproc_per_node=8 train_gpt.py --preset medium    the larger model, target 2.92
@@ -16,24 +15,9 @@ Reading order                       to change...                                
     7  Run                          the log, the clock, the loop                    train
 
 Ideas are credited where they live: "seed 000" .. "seed 004" are the reports this project grew from (README.md, Sources),
-numbers like 2505.16932 are arXiv ids.
-"""
-import argparse
-import base64
-import ctypes
-import hashlib
-import json
-import math
-import os
-import platform
-import re
-import resource
-import signal
-import sys
-import time
-import uuid
-import zipfile
-import zlib
+numbers like 2505.16932 are arXiv ids."""
+import argparse, base64, ctypes, hashlib, json, math, os, platform
+import re, resource, signal, sys, time, uuid, zipfile, zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
@@ -105,6 +89,7 @@ class Config:
     mlp_ratio: int = 4
     extra_inputs: int = 0           # further input embeddings, seed 004
     bigram_rows: int = 5            # rows of the bigram table, in vocabularies; 0: no table
+    bigram_momentum: float = 0.75   # beta1 of the bigram table's Adam; 0: a CPU moves only rows that a token touched
     bigram_signs: int = 0           # rows of the sign table (8192 in later records); 0: no sign trick
     # gates on chunks of the residual stream, seed 001
     smear_chunk: str = "0:12"       # first:last dimensions that the smear gate reads; '': no smear
@@ -126,6 +111,7 @@ class Config:
     softcap_width: float = 7.5
     # initial values
     embed_std: float = 0.005
+    spectral: float = 0.0           # smoothing of the counts from which embed and lm_head start, tokens; 0: random
     value_embed_std: float = 0.01   # seed 000; 0 before
     matrix_std: float = 0.5         # over sqrt(model_dim)
     resid_scale: float = 1.1        # of the stream, before every layer
@@ -200,45 +186,42 @@ def topology(cfg: Config) -> tuple[Layer, ...]:
 def chunk(cfg: Config, name: str) -> slice | None:
     """A gate's "first:last" as a slice of the model's dimensions."""
     text = getattr(cfg, name)
-    if not text:
-        return None
-    first, colon, last = text.partition(":")
-    good = colon and first.isdecimal() and last.isdecimal() and int(first) < int(last) <= cfg.model_dim
-    need(good, f"--{name} {text!r}: give first:last with 0 <= first < last <= model_dim {cfg.model_dim}, or '' for no gate")
-    return slice(int(first), int(last))
+    first, last = map(int, text.split(":")) if re.fullmatch(r"\d+:\d+", text) else (0, 0)
+    need(not text or first < last <= cfg.model_dim,
+         f"--{name} {text!r}: give first:last with 0 <= first < last <= model_dim {cfg.model_dim}, or '' for no gate")
+    return slice(first, last) if text else None
 
 def check_config(cfg: Config) -> None:
     """UserError names the first value that no run can have."""
-    check = lambda name, good, rule: need(good, f"--{name} {getattr(cfg, name)}: {rule}")  # noqa: E731
-    layers = topology(cfg)
-    for rule, good, names in (
-        ("must be at least 1", lambda v: v >= 1, "vocab_size model_dim head_dim mlp_ratio num_steps max_predict"
-         " micro_batches val_tokens val_seq_len final_long_window epochs adam_every"),
-        ("must not be negative", lambda v: 0 <= v < math.inf, "extra_inputs bigram_rows bigram_signs val_every save_every"
-         " momentum_warmup momentum_cooldown embed_std value_embed_std matrix_std muon_lr muon_wd adam_lr adam_wd"
-         " adam_eps softcap scalar_lr"),
-        ("must be above 0", lambda v: 0 < v < math.inf, "softmax_scale softcap_width rotary_base rank_timeout"),
-        ("must lie between 0 and 1", lambda v: 0 <= v <= 1, "extension_share cooldown_share untie_share rotary_share"
-         " momentum_min momentum_max muon_beta2"),
-    ):
+    def check(names: str, good: Callable, rule: str) -> None:
         for name in names.split():
-            check(name, good(getattr(cfg, name)), rule)
+            need(good(value := getattr(cfg, name)), f"--{name} {value}: {rule}")
+    topology(cfg)
+    check("vocab_size model_dim head_dim mlp_ratio num_steps max_predict micro_batches val_tokens val_seq_len"
+          " final_long_window epochs adam_every", lambda v: v >= 1, "must be at least 1")
+    check("extra_inputs bigram_rows bigram_signs val_every save_every momentum_warmup momentum_cooldown embed_std"
+          " value_embed_std matrix_std muon_lr muon_wd adam_lr adam_wd adam_eps softcap scalar_lr spectral",
+          lambda v: 0 <= v < math.inf, "must not be negative")
+    check("softmax_scale softcap_width rotary_base rank_timeout", lambda v: 0 < v < math.inf, "must be above 0")
+    check("extension_share cooldown_share untie_share rotary_share momentum_min momentum_max muon_beta2 bigram_momentum",
+          lambda v: 0 <= v <= 1, "must lie between 0 and 1")
     for name, choices in (("device", "cuda cpu"), ("dtype", "auto bfloat16 float32"), ("activation", "relu2 gelu"),
                           ("matrix_optimizer", "normuon adamw")):
-        check(name, getattr(cfg, name) in choices.split(), f"choose from {choices}")
+        check(name, lambda v: v in choices.split(), f"choose from {choices}")
     for name in ("smear_chunk", "skip_chunk", "attn_chunk", "ve_chunk"):
         chunk(cfg, name)
-    check("extension_share", cfg.scheduled_steps >= 1, f"leaves no scheduled step of --num_steps {cfg.num_steps}")
-    check("head_dim", cfg.head_dim % 4 == 0, "must be a multiple of 4 (rotary turns pairs in half of it)")
-    check("model_dim", cfg.model_dim % cfg.head_dim == 0, f"must be a multiple of --head_dim {cfg.head_dim}")
-    check("paired_heads", cfg.num_heads % 2 == 0 or not any(layer.paired for layer in layers),
+    check("extension_share", lambda _: cfg.scheduled_steps >= 1, f"leaves no scheduled step of --num_steps {cfg.num_steps}")
+    check("spectral", lambda v: not (v and cfg.untie_share), "needs --untie_share 0: embed and lm_head start as two")
+    check("head_dim", lambda v: v % 4 == 0, "must be a multiple of 4 (rotary turns pairs in half of it)")
+    check("model_dim", lambda v: v % cfg.head_dim == 0, f"must be a multiple of --head_dim {cfg.head_dim}")
+    check("paired_heads", lambda v: cfg.num_heads % 2 == 0 or "p" not in v,
           f"{cfg.num_heads} heads cannot be paired; change --model_dim or --head_dim, or use only dots")
-    check("ve_own_dims", 0 <= cfg.ve_own_dims <= cfg.model_dim, f"must lie between 0 and --model_dim {cfg.model_dim}")
-    check("bos_id", 0 <= cfg.bos_id < cfg.vocab_size, f"must lie in the vocabulary, --vocab_size {cfg.vocab_size}")
-    check("vocab_size", cfg.vocab_size <= 2**16, "shards hold 16-bit tokens, at most 65536")
-    check("val_tokens", cfg.val_tokens % cfg.val_seq_len == 0, f"must be a multiple of --val_seq_len {cfg.val_seq_len}")
+    check("ve_own_dims", lambda v: 0 <= v <= cfg.model_dim, f"must lie between 0 and --model_dim {cfg.model_dim}")
+    check("bos_id", lambda v: 0 <= v < cfg.vocab_size, f"must lie in the vocabulary, --vocab_size {cfg.vocab_size}")
+    check("vocab_size", lambda v: v <= 2**16, "shards hold 16-bit tokens, at most 65536")
+    check("val_tokens", lambda v: v % cfg.val_seq_len == 0, f"must be a multiple of --val_seq_len {cfg.val_seq_len}")
     for tokens in {stage.batch_tokens for stage in cfg.stages}:
-        check("micro_batches", 0 < tokens and tokens % cfg.micro_batches == 0, f"must divide the {tokens} tokens of a step")
+        check("micro_batches", lambda v: 0 < tokens and tokens % v == 0, f"must divide the {tokens} tokens of a step")
 
 # The February 2026 form of the 8xH100 short track with seed 000's value embeddings; constants from its public record.
 SHORT = Config(
@@ -258,20 +241,16 @@ SHORT = Config(
         Stage(until=2.0, batch_tokens=393216, windows=(768, 1664), max_doc_len=2048, lr_mul=1.73),   # the extension
     ),
 )
-# Two CPU cores and the embedded corpus, minutes instead of GPUs; its losses compare only with its own. Two layers: in so
+# Two CPU cores and the embedded corpus, minutes instead of GPUs; its losses compare only with its own. One layer: in so
 # little time many steps of a shallow model learn more than few of a deep one (records/cpu/recipe).
 CPU = replace(
     SHORT, preset="cpu", vocab_size=4096, bos_id=4095, model_dim=256, bigram_signs=8192,
-    #              01
-    windows=      "-l",
-    paired_heads= "..",
-    value_embeds= ".1",
-    skips=        "..",
-    backout=      "..",
+    windows="l", paired_heads=".", value_embeds="1", skips=".", backout=".",
     stages=(Stage(until=1.0, batch_tokens=4096, windows=(128, 512), max_doc_len=1024, lr_mul=1.0),),
-    num_steps=586, adam_lr=0.012, muon_lr=0.035, adam_every=1, extension_share=0.0, momentum_warmup=293, softcap=0.0,
-    momentum_cooldown=96, final_long_window=512, data_dir="data/corpus", micro_batches=1, val_tokens=163840,
-    val_seq_len=4096, val_every=293, device="cpu", save_every=1000,         # at the end: something to sample from
+    num_steps=490, adam_lr=0.012, muon_lr=0.035, adam_every=1, extension_share=0.0, momentum_warmup=245, softcap=0.0,
+    momentum_cooldown=82, final_long_window=512, data_dir="data/corpus", micro_batches=1, val_tokens=163840,
+    val_seq_len=4096, val_every=245, device="cpu", embed_std=0.15, spectral=50.0, untie_share=0.0, bigram_rows=20,
+    bigram_momentum=0.0, save_every=1000,                       # at the end: something to sample from
 )
 PRESETS = {
     "short": SHORT,
@@ -289,9 +268,10 @@ PRESETS = {
     "cpu": CPU,
     # What the cpu track is measured against: a plain GPT-2 (with rotary) of its size, with the AdamW of llm.c and nanoGPT.
     "cpu-adamw": replace(
-        CPU, preset="cpu-adamw", matrix_optimizer="adamw", num_steps=8600, epochs=16, adam_lr=6e-4, adam_wd=10/9,
-        adam_every=2, final_lr=0.0, val_every=1500, windows="sl", value_embeds="..", bigram_rows=0, smear_chunk="",
-        attn_chunk="", key_offset=False, qk_norm=False, rotary_share=1.0, head_dim=64, softmax_scale=1/8, activation="gelu",
+        CPU, preset="cpu-adamw", windows="sl", paired_heads="..", value_embeds="..", skips="..", backout="..",
+        matrix_optimizer="adamw", num_steps=8600, epochs=16, adam_lr=6e-4, adam_wd=10/9, adam_every=2, final_lr=0.0,
+        val_every=1500, bigram_rows=0, bigram_momentum=0.75, smear_chunk="", spectral=0.0, attn_chunk="",
+        key_offset=False, qk_norm=False, rotary_share=1.0, head_dim=64, softmax_scale=1/8, activation="gelu",
         scalar_lr=0.0, resid_scale=1.0, embed_std=0.02, matrix_std=0.64, untie_share=1.0),
 }
 
@@ -330,17 +310,15 @@ class Spec:
 
 def normal(std: float) -> Callable:
     return lambda p, rng: p.normal_(std=std, generator=rng) if std else p.zero_()
-
 def constant(value: float) -> Callable:
     return lambda p, rng: p.fill_(value)
 
 def matrices(std: float, zero_second: bool = False) -> Callable:
     """A uniform bank; zero_second: [:, 1] is zero, so that the MLP begins as nothing added."""
-    def fill(p: Tensor, rng: torch.Generator) -> None:
-        p.uniform_(-3**0.5 * std, 3**0.5 * std, generator=rng)
-        if zero_second:
-            p[:, 1] = 0
-    return fill
+    zeroed = slice(1, 2 if zero_second else 1)
+    return lambda p, rng: p.uniform_(-3**0.5 * std, 3**0.5 * std, generator=rng)[:, zeroed].zero_()
+
+SPECTRAL_NEIGHBOURS = ((1, 1.0), (2, 0.7), (-1, 0.7))           # how far behind a token, how much its neighbour there counts
 
 class GPT(nn.Module):
     """tokens (T,), one packed stream of documents -> the mean loss. dtype: of matrices and tables; the rest is float32."""
@@ -353,6 +331,8 @@ class GPT(nn.Module):
         self.cfg, self.layers, self.dtype, self.specs = cfg, topology(cfg), dtype, {}
         self.value_tables = sorted({row.value_embed for row in self.layers} - {None})
         self.chunks = {name: chunk(cfg, f"{name}_chunk") for name in ("smear", "skip", "attn", "ve")}
+        self.attending, self.valued, self.skipping = zip(
+            *[(row.window != "none", row.value_embed is not None, row.skip_from is not None) for row in self.layers])
         self.declare_tables()
         self.declare_layers()
         undeclared = {name for name, _ in self.named_parameters()} ^ set(self.specs)
@@ -366,54 +346,43 @@ class GPT(nn.Module):
         ends = dict(init=normal(cfg.embed_std), betas=(0.5, 0.95), wd=150.0)
         table("embed", (V, D), **ends)
         table("lm_head", (D, V), **ends)        # transposed, so that its gradient x.T @ dlogits needs no transpose
-        with torch.no_grad():
-            self.lm_head.copy_(self.embed.T)    # tied until the untie step
+        self.lm_head.data.copy_(self.embed.T)   # tied until the untie step
         for k in range(cfg.extra_inputs):
             table(f"input_embed_{k}", (V, D), **ends)
         for name in self.value_tables:
             table(f"value_embed_{name}", (V, H * d), init=normal(cfg.value_embed_std), betas=(0.75, 0.95), lr=75.0, wd=5.0)
-        if cfg.bigram_rows:
-            table("bigram_embed", (cfg.bigram_rows * V, D), init=constant(0), betas=(0.75, 0.95), lr=75.0, wd=5.0)
+        table("bigram_embed", (cfg.bigram_rows * V, D), init=constant(0), lr=75.0, wd=5.0, betas=(cfg.bigram_momentum, 0.95))
 
     def declare_layers(self) -> None:
-        cfg, layers, chunks = self.cfg, self.layers, self.chunks
-        L, D, H, d = len(layers), cfg.model_dim, cfg.num_heads, cfg.head_dim
-        attending = sum(layer.window != "none" for layer in layers)
-        valued = sum(layer.value_embed is not None for layer in layers)
-        skipping = sum(layer.skip_from is not None for layer in layers)
+        cfg, chunks = self.cfg, self.chunks
+        L, D, H, d = len(self.layers), cfg.model_dim, cfg.num_heads, cfg.head_dim
+        attending, valued, skipping = sum(self.attending), sum(self.valued), sum(self.skipping)
         kind = {"optimizer": "muon", "wd": 1.0} if cfg.matrix_optimizer == "normuon" else {"optimizer": "adam", "wd": 150.0}
         bank = partial(self.param, sharded=True, **kind)
         gate = partial(self.param, optimizer="adam", init=constant(0), dtype=torch.float32)
         scalar = partial(self.param, optimizer="adam", lr=cfg.scalar_lr, dtype=torch.float32)
-        width = lambda name: chunks[name].stop - chunks[name].start  # noqa: E731
-
+        width = lambda name, own=0: chunks[name].stop - chunks[name].start + own if chunks[name] else 0  # noqa: E731
         bank("qkvo", (attending, 4, H * d, D), init=matrices(cfg.matrix_std * D**-0.5))
         bank("mlp", (L, 2, cfg.mlp_ratio * D, D), init=matrices(cfg.matrix_std * D**-0.5, zero_second=True), second_lr=2.0)
-        if chunks["attn"] and attending:
-            gate("attn_gate", (attending, H, width("attn")), wd=1.0)
-        if chunks["ve"] and valued:
-            gate("ve_gate", (valued, H, width("ve") + cfg.ve_own_dims), wd=1.0)
+        gate("attn_gate", (attending, H, width("attn")), wd=1.0)
+        gate("ve_gate", (valued, H, width("ve", cfg.ve_own_dims)), wd=1.0)
         if chunks["smear"]:
             gate("smear_gate", (1, width("smear")), lr=0.01)
             scalar("smear_scale", (1,), init=constant(0))
-        if chunks["skip"] and skipping:
-            gate("skip_gate", (skipping, 1, width("skip")), lr=0.05)
+        gate("skip_gate", (skipping, 1, width("skip")), lr=0.05)
         scalar("skip_scale", (skipping,), init=constant(-1.5))
         scalar("qkv_scale", (attending,), init=constant(0.5))
         scalar("o_scale", (attending,), init=constant(1.0))
         scalar("resid_scale", (L,), init=constant(cfg.resid_scale))
         scalar("x0_scale", (L,), init=constant(0), betas=(0.65, 0.95))
-        if cfg.extra_inputs:
-            scalar("input_scale", (L, cfg.extra_inputs), init=constant(0), betas=(0.65, 0.95))
-        if cfg.bigram_rows:
-            scalar("bigram_scale", (L,), init=constant(0.1))
-        if "b" in cfg.backout:
-            scalar("backout_scale", (1,), init=constant(0.5))
+        scalar("input_scale", (L, cfg.extra_inputs), init=constant(0), betas=(0.65, 0.95))
+        scalar("bigram_scale", (L if cfg.bigram_rows else 0,), init=constant(0.1))
+        scalar("backout_scale", (cfg.backout.count("b"),), init=constant(0.5))
 
     def param(self, name: str, shape: tuple[int, ...], *, init: Callable, dtype: torch.dtype | None = None, **spec) -> None:
         """Each parameter draws from a generator of its own, so a switch elsewhere does not change its start."""
         value = torch.empty(shape)
-        if value.numel() == 0:
+        if value.numel() == 0:                                                      # what the switches leave out
             return
         if not value.is_meta:
             init(value, torch.Generator().manual_seed(zlib.crc32(f"{self.cfg.seed} {name}".encode())))
@@ -421,8 +390,7 @@ class GPT(nn.Module):
         self.specs[name] = Spec(**spec)
 
     def declare_buffers(self) -> None:
-        cfg = self.cfg
-        half = int(cfg.head_dim * cfg.rotary_share) // 2
+        cfg, half = self.cfg, int(self.cfg.head_dim * self.cfg.rotary_share) // 2
         powers = torch.arange(half, dtype=torch.float32) / max(half - 1, 1)
         self.register_buffer("rotary_freqs", cfg.rotary_base ** -powers)            # radians a token, (half,)
         self.register_buffer("softmax_scale", torch.tensor(cfg.softmax_scale))
@@ -471,16 +439,13 @@ class GPT(nn.Module):
         if cfg.bigram_rows:
             added.append(self.bigram(tokens, first, p["bigram_embed"]))
         values = {name: F.embedding(tokens, p[f"value_embed_{name}"]) for name in self.value_tables}
-
         if past:                                                                # the token before served smear and bigrams
             x0, first, doc_start, *added = (t[past.again:] for t in (x0, first, doc_start, *added))
             x, values = x0, {name: value[past.again:] for name, value in values.items()}
-        attending, valued, skipping = zip(*[(row.window != "none", row.value_embed is not None, row.skip_from is not None)
-                                            for row in layers])
-        qkvo, attn_gate = deal(p.get("qkvo"), attending), deal(p.get("attn_gate"), attending)
-        qkv_scale, o_scale = deal(p.get("qkv_scale"), attending), deal(p.get("o_scale"), attending)
-        skip_scale, skip_gate = deal(p.get("skip_scale"), skipping), deal(p.get("skip_gate"), skipping)
-        ve_gate, mlp_bank = deal(p.get("ve_gate"), valued), p["mlp"].unbind(0)
+        qkvo, attn_gate = deal(p.get("qkvo"), self.attending), deal(p.get("attn_gate"), self.attending)
+        qkv_scale, o_scale = deal(p.get("qkv_scale"), self.attending), deal(p.get("o_scale"), self.attending)
+        skip_scale, skip_gate = deal(p.get("skip_scale"), self.skipping), deal(p.get("skip_gate"), self.skipping)
+        ve_gate, mlp_bank = deal(p.get("ve_gate"), self.valued), p["mlp"].unbind(0)
         mixed = ("resid_scale", "x0_scale", "input_scale", "bigram_scale")
         scales = torch.cat([p[name].view(len(layers), -1) for name in mixed if name in p], dim=1)   # (L, 2 + added)
         outputs: list[Tensor] = []
@@ -508,7 +473,8 @@ class GPT(nn.Module):
 
     def bigram(self, tokens: Tensor, first: Tensor, table: Tensor) -> Tensor:
         """A row a pair of neighbours, by hash; with signs, pairs that share a row can be told apart. -> (T, D)"""
-        x = F.embedding(bigram_rows(tokens, first, len(table)), table)
+        few = tokens.device.type == "cpu" and not (self.cfg.bigram_momentum or dist.is_initialized())
+        x = F.embedding(bigram_rows(tokens, first, len(table)), table, sparse=few)
         if self.cfg.bigram_signs:
             now = tokens.to(torch.int32)
             x = x * self.bigram_sign[(now ^ before(now, first)).remainder(self.cfg.bigram_signs)]
@@ -550,8 +516,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, first: Tensor, doc_start: Tensor, co
            reach: int, paired: bool, key_offset: bool) -> Tensor:
     """q, k, v (T, H, d); cos, sin (T or, paired, 2T, half) -> (T, H, d)."""
     q, k, v = placed(q, k, v, first, cos, sin, paired, key_offset)
-    if paired:
-        doc_start = 2 * doc_start.repeat_interleave(2)
+    doc_start = 2 * doc_start.repeat_interleave(2) if paired else doc_start
     lo = torch.maximum(doc_start, torch.arange(len(q), device=q.device) - reach + 1)
     y = IN_USE["attention"](q, k, v, lo, reach, scale)
     return unpair(y) if paired else y
@@ -562,8 +527,7 @@ def placed(q: Tensor, k: Tensor, v: Tensor, first: Tensor, cos: Tensor, sin: Ten
     if key_offset:                                                                  # one layer finds "what followed this?"
         still = k[..., 2 * cos.size(-1):]
         k = torch.cat((k[..., :2 * cos.size(-1)], torch.where(first[:, None, None], still, before(still, first))), dim=-1)
-    if paired:                                                                      # twice the length, half the heads
-        q, k, v = pair(q), pair(k), pair(v)
+    q, k, v = (pair(q), pair(k), pair(v)) if paired else (q, k, v)                  # twice the length, half the heads
     return rotary(q, cos, sin), rotary(k, cos, sin), v
 
 def put_back(x: Tensor, y: Tensor, n: Tensor, qkvo: Tensor, scale: Tensor, w: Tensor | None, dims: slice | None) -> Tensor:
@@ -582,11 +546,9 @@ def deal(bank: Tensor | None, wanted: list[bool]) -> list[Tensor | None]:
 
 def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
-
 def gate(x: Tensor, w: Tensor) -> Tensor:
     """x (T, c), w (gates, c) -> sigmoid(w . x) (T, gates), float32; 1/2 at the start, where w is 0."""
     return torch.sigmoid(F.linear(x.float(), w))
-
 def before(x: Tensor, first: Tensor) -> Tensor:
     """x (T, ...) of the token before; 0 for the first token of a document."""
     shifted = torch.cat((torch.zeros_like(x[:1]), x[:-1]))
@@ -615,10 +577,35 @@ def yarn(freqs: Tensor, a: int, b: int) -> tuple[Tensor, float]:
 def pair(x: Tensor) -> Tensor:
     """(T, H, d) -> (2T, H/2, d): token t of heads 2j and 2j+1 at positions 2t and 2t+1."""
     return x.unflatten(1, (-1, 2)).transpose(1, 2).flatten(0, 1)
-
 def unpair(x: Tensor) -> Tensor:
     """(2T, H/2, d) -> (T, H, d), the reverse of pair."""
     return x.unflatten(0, (-1, 2)).transpose(1, 2).flatten(1, 2)
+
+def spectral_start(cfg: Config, tokens: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What stands near what in tokens (N,) -> embed (V, D) and lm_head (D, V), together a bigram model. The embedding holds
+    singular vectors of a matrix of smoothed pointwise mutual information (Levy and Goldberg 2014), which is sparse, as a
+    constant of a row is nothing to a softmax; the head is the least squares fit to that of the next token."""
+    V, blocks = cfg.vocab_rows, []
+    share = torch.from_numpy(np.bincount(tokens, minlength=V) + 0.5).float().to(device)[:, None]
+    root = (share := share / share.sum()).sqrt()
+    for gap, weight in SPECTRAL_NEIGHBOURS:
+        pairs, counts = np.unique(tokens[:-abs(gap)] * V + tokens[abs(gap):], return_counts=True)
+        place = torch.from_numpy(np.stack(divmod(pairs, V)[::1 if gap > 0 else -1])).to(device)
+        lift = torch.log1p(torch.from_numpy(counts).float().to(device) / (cfg.spectral * share[place[1], 0]))
+        block = torch.sparse_coo_tensor(place, weight * lift * root[place, 0].prod(0), (V, V), check_invariants=False)
+        blocks.append(block.to_dense() if V <= 2**13 else block.coalesce())                 # dense: several times as fast
+    nearby = torch.cat(blocks, dim=1)
+    basis = torch.randn(V, cfg.model_dim - 1, generator=torch.Generator().manual_seed(0)).to(device)
+    for _ in range(2):                                                                      # 0909.4061
+        basis = torch.linalg.qr(nearby @ (nearby.T @ basis)).Q
+    rest = nearby.T @ basis
+    squares, turn = torch.linalg.eigh(rest.T @ rest)
+    x = basis @ turn * squares.clamp_min(0).sqrt() / root
+    x = norm(F.pad(x, (0, 1), value=3 * float(x.square().mean().sqrt())))                   # last: how common a token is
+    gram = (share * x).T @ x
+    gram.diagonal().add_(1e-4 * gram.diagonal().mean())
+    fit = (blocks[0].T @ (root * x) / root).T + torch.outer((share * x).sum(0), share[:, 0].log())
+    return cfg.embed_std * x, torch.linalg.solve(gram, fit)
 
 # ===== 3. Optimizer: NorMuon for matrix banks, Adam for the rest. Driven by the declarations. =======================
 class Optimizer:
@@ -658,6 +645,9 @@ class Optimizer:
         state = {"momentum": m, "second": m.mean(dim=averaged_side(p), keepdim=True) if muon else torch.zeros_like(m)}
         if p.dtype == torch.bfloat16:
             state["low"] = p.float() if p.device.type == "cpu" else torch.zeros_like(p, dtype=torch.int16)
+        if p.device.type == "cpu" and name == "bigram_embed" and not self.cfg.bigram_momentum:
+            state["moved"] = torch.zeros(len(p), 1)         # instead: on which of its steps Adam moved a row last
+            del state["momentum"]
         return state
 
     def new_rates(self, name: str) -> Tensor:
@@ -718,18 +708,35 @@ class Optimizer:
     def update(self, name: str, grad: Tensor) -> Callable[[], None]:
         """Moves this rank's units, sets the gathering going -> a function that waits for it."""
         cfg, spec, state, whole = self.cfg, self.specs[name], self.state[name], self.units(name, self.params[name])
-        read = (self.own(name, whole), state.get("low"), grad, state["momentum"], state["second"])
+        read = (self.own(name, whole), state.get("low"), grad, state.get("momentum"), state["second"])
         if spec.optimizer == "muon":
             self.normuon_(*read, lr=cfg.muon_lr * self.lr_mul, wd=cfg.muon_wd * spec.wd, momentum=self.momentum,
                           beta2=cfg.muon_beta2, rates=self.rates[name])
+        elif "moved" in state:
+            self.move_rows(spec, *read[:3], state["second"], state["moved"])
         else:
-            wd, betas, update = cfg.adam_wd * spec.wd, spec.betas, self.adam_
-            if self.flat_adam_ and spec.sharded:
-                read, update = (t if t is None else t.flatten() for t in read), self.flat_adam_
-                wd, *betas = torch.tensor([wd, *betas])         # numbers would be compiled in
-            rate = cfg.adam_lr * spec.lr * self.lr_mul
-            update(*read, lr=rate, wd=wd, betas=betas, eps=cfg.adam_eps, steps=self.adam_steps)
+            self.move_adam(spec, read)
         return self.finish(name, whole) if spec.sharded else lambda: None
+
+    def move_adam(self, spec: Spec, read: Iterator[Tensor | None]) -> None:
+        wd, betas, update = self.cfg.adam_wd * spec.wd, spec.betas, self.adam_
+        if self.flat_adam_ and spec.sharded:
+            read, update = (t if t is None else t.flatten() for t in read), self.flat_adam_
+            wd, *betas = torch.tensor([wd, *betas])             # numbers would be compiled in
+        rate = self.cfg.adam_lr * spec.lr * self.lr_mul
+        update(*read, lr=rate, wd=wd, betas=betas, eps=self.cfg.adam_eps, steps=self.adam_steps)
+
+    def move_rows(self, spec: Spec, p: Tensor, low: Tensor | None, grad: Tensor, second: Tensor, moved: Tensor) -> None:
+        """Adam without momentum: a row without a gradient stays, and only its second moment fades. Here that waits until
+        the row moves again, so that a step costs what its tokens cost and not what the table does."""
+        grad = (grad if grad.is_sparse else grad.to_sparse(1)).coalesce()
+        rows, values = grad.indices()[0], grad.values().clone()                 # torch compiles no views of sparse tensors
+        faded = second[rows] * spec.betas[1]**(self.adam_steps - 1 - moved[rows])
+        part = [p[rows], None if low is None else low[rows], values, torch.zeros_like(faded), faded]
+        self.move_adam(spec, part)
+        for whole, new in ((p, part[0]), (low, part[1]), (second, faded), (moved, self.adam_steps.expand(len(rows), 1))):
+            if whole is not None:
+                whole.index_copy_(0, rows, new)
 
     def finish(self, name: str, whole: Tensor) -> Callable[[], None]:
         gathering, target = self.ranks.all_gather(whole, self.own(name, whole)), self.params[name].flatten(0, -whole.dim())
@@ -813,8 +820,7 @@ def normuon_direction(g: Tensor, m: Tensor, second: Tensor, momentum: Tensor | f
     size, resized = (x.sum(dim=(-2, -1), keepdim=True) for x in (squares, squares * scale.square()))
     return u * (scale * (size / resized.clamp_min(1e-20)).sqrt())
 
-# 2505.16932, its coefficients for five steps, safety 2e-2, cushion 2
-POLAR_EXPRESS = (
+POLAR_EXPRESS = (           # 2505.16932, its coefficients for five steps, safety 2e-2, cushion 2
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
     (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
@@ -979,7 +985,6 @@ class Schedule:
 
     def stage_index(self, step: int) -> int:
         return next((i for i, end in enumerate(self.ends) if step < end), len(self.ends) - 1)
-
     def stage(self, step: int) -> Stage:
         return self.cfg.stages[self.stage_index(step)]
 
@@ -1251,7 +1256,6 @@ def mlp_triton(x: Tensor, up: Tensor, down: Tensor, activation: str) -> Tensor:
     return ReLU2MLP.apply(x.contiguous(), up, down) if activation == "relu2" else mlp(x, up, down, activation)
 
 Cap = tuple[float, float, float]                                # logits become cap[0] sigmoid((logits + cap[1]) / cap[2])
-
 HEAD_CHUNK = {"cpu": 1024, "cuda": 16384}                       # tokens, by device
 
 def head_loss(x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, cap: Cap, piece: Callable | None = None,
@@ -1397,9 +1401,8 @@ def symmetric_product_triton(x: Tensor, alpha: float = 1.0, beta: float = 0.0) -
     """symmetric_product in bfloat16, half of it computed; rows and columns multiples of 8."""
     ROWS, STEP, out = 128, 64, x.new_empty(len(x), x.size(1), x.size(1))        # 96 KB: two programs on a multiprocessor
     x, blocks = x.contiguous(), triton.cdiv(x.size(1), ROWS)
-    symmetric_kernel[blocks, blocks, len(x)](
-        blocks_of(x, 1, ROWS, STEP), blocks_of(x, 1, ROWS, ROWS), blocks_of(out, 1, ROWS, ROWS), alpha, beta, x.size(2),
-        beta != 0, ROWS, STEP, num_warps=8, num_stages=3)
+    given = blocks_of(x, 1, ROWS, STEP), blocks_of(x, 1, ROWS, ROWS), blocks_of(out, 1, ROWS, ROWS), alpha, beta, x.size(2)
+    symmetric_kernel[blocks, blocks, len(x)](*given, beta != 0, ROWS, STEP, num_warps=8, num_stages=3)
     return out
 
 symmetric_product_triton.register_fake(lambda x, alpha=1.0, beta=0.0: x.new_empty(len(x), x.size(1), x.size(1)))
@@ -1591,10 +1594,8 @@ class Clock:
 
     def start(self) -> None:
         self.started = self.now()
-
     def stop(self) -> None:
         self.total, self.started = self.total + self.now() - self.started, None
-
     def seconds(self) -> float:
         return self.total + (time.perf_counter() - self.started if self.started is not None else 0.0)
 
@@ -1622,12 +1623,10 @@ def matrix_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large square matrix product on this machine: the best of several, outside the clock."""
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    clock, times = Clock(device), [0.0]
-    while len(times) < 4 or times[-1] < 0.5:
-        clock.start()
+    times = [(now := Clock(device).now)()]
+    while len(times) < 4 or times[-1] - times[0] < 0.5:
         a @ b
-        clock.stop()
-        times.append(clock.total)
+        times.append(now())
     return 2 * size**3 / float(np.diff(times).min())
 
 def matrix_flops(cfg: Config) -> dict[str, int]:
@@ -1667,11 +1666,6 @@ def facts_of(ranks: Ranks, model: GPT, failure: str | None, ceiling: float) -> d
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}, of them {matrices:,} in matrices",
         "matrix ceiling": f"{ceiling / 1e9:.0f} GFLOP/s measured, all processes together",
     }
-
-def peak_memory(device: torch.device) -> float:
-    """MiB: allocated on the GPU, or the process's largest resident size."""
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)
-    return (torch.cuda.max_memory_allocated() if device.type == "cuda" else resident) / 2**20
 
 Stopped = KeyboardInterrupt                                     # with the signal's name; `except Exception` lets it through
 KEPT_CHECKPOINTS, MAY_DIFFER = 2, set("data_dir log_dir rank_timeout save_every save_on_stop resume compile reference graphs"
@@ -1721,8 +1715,7 @@ def newest_checkpoint(cfg: Config) -> dict | None:
 class Run:
     """One run from its configuration to its last validation. What a user can get wrong is found before the log exists."""
     def __init__(self, cfg: Config, overrides: dict):
-        self.cfg, self.schedule = cfg, Schedule(cfg)
-        self.ranks = Ranks.join(cfg)
+        self.cfg, self.schedule, self.ranks = cfg, Schedule(cfg), Ranks.join(cfg)
         self.loader, self.validation = Loader(cfg), Validation(cfg)
         if self.ranks.rank == 0:
             self.loader.check_enough(self.schedule)
@@ -1736,12 +1729,17 @@ class Run:
         failure, operators = compile_failure(cfg, self.ranks.device), choose_operators(cfg, self.ranks.device)
         torch._dynamo.config.recompile_limit = 64               # a graph for each kind of layer, stage and validation window
         self.model = GPT(cfg, pick_dtype(cfg), compiled=not failure).to(self.ranks.device)
+        if cfg.spectral and not saved:                          # training time; one process's result for all
+            self.clock.start()
+            found = spectral_start(cfg, self.loader.tokens[:2**24].astype(np.int64), self.ranks.device)
+            for p, value in zip((self.model.embed, self.model.lm_head), found):
+                p.data.copy_(self.ranks.all_reduce(value * (self.ranks.rank == 0))())
+            self.clock.stop()
         self.optimizer = Optimizer(cfg, self.model, self.ranks, compiled=not failure)
         self.log.header(cfg, overrides, facts_of(self.ranks, self.model, failure, self.ceiling) | {"operators": operators})
-        self.graphs = Graphs(self.log)
         self.dials = torch.zeros(len(self.schedule.predict(0)) + 1, device=self.ranks.device)   # loss weights, signals
         self.result, self.inputs = torch.zeros(2, device=self.ranks.device), {}                 # what graphs write and read
-        self.worker, self.ahead, self.position = ThreadPoolExecutor(1), {}, (0, 0)
+        self.graphs, self.worker, self.ahead, self.position = Graphs(self.log), ThreadPoolExecutor(1), {}, (0, 0)
         self.steps_done = self.tokens_seen = self.flops = 0
         self.stop = self.last_signal = self.saved_step = self.average = self.leaving = None
         if saved:
@@ -1949,7 +1947,9 @@ class Run:
         for name, p in self.model.named_parameters():
             if name.endswith("_scale"):
                 self.log.write(f"scalars:{name} {json.dumps([round(v, 4) for v in p.flatten().tolist()])}", echo=False)
-        self.log.write(f"peak_memory:{peak_memory(self.ranks.device):.0f}MiB tokens:{self.tokens_seen}"
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)
+        peak = torch.cuda.max_memory_allocated() if self.ranks.device.type == "cuda" else resident
+        self.log.write(f"peak_memory:{peak / 2**20:.0f}MiB tokens:{self.tokens_seen}"
                        f" mfu:{self.flops / max(self.clock.seconds(), 1e-9) / self.ceiling:.3f}")
 
     def finite(self, loss: float, kind: str, step: int) -> float:

@@ -39,6 +39,7 @@ BASELINES = {
     "003": Baseline("medium", 6000, dict(value_embeds="012..........012", extra_inputs=0, value_embed_std=0.0)),
     "004": Baseline("medium", 6000, dict(extra_inputs=0)),
     "bigram": Baseline("short", 1547, {}),          # of no seed: `short` as it is
+    "cpu": Baseline("cpu", 490, dict(bigram_signs=8192)),   # of no seed: what the cpu track's records changed
 }
 
 @dataclass(frozen=True)
@@ -196,6 +197,17 @@ HYPOTHESES = (
     h("bigram-none", "no table", bigram_rows=0),
     h("bigram-plain", "a row a pair, by hash: as `short` has it"),
     h("bigram-signs", "with the sign trick: pairs that share a row can be told apart", bigram_signs=8192),
+
+    # What the cpu preset does otherwise, taken back one by one.
+    h("cpu-H0", "the preset"),
+    h("cpu-random", "embed and lm_head start at random, and are one for two thirds of the run", spectral=0.0, embed_std=0.005,
+      untie_share=2/3),
+    h("cpu-bigram5", "a quarter of the bigram table's rows", bigram_rows=5),
+    h("cpu-momentum", "the bigram table's Adam with momentum, on all rows", bigram_momentum=0.75),
+    h("cpu-cap", "logits with a cap", softcap=23.0),
+    h("cpu-none", "no value embeddings", value_embeds="."),
+    h("cpu-two", "a layer without attention before the one", windows="-l", paired_heads="..", value_embeds=".1", skips="..",
+      backout=".."),
 )
 
 def find(names: list[str]) -> list[Hypothesis]:
@@ -220,6 +232,8 @@ def flags_on(one: Hypothesis, preset: str, num_steps: int | None = None) -> dict
     base = num_steps or (baseline.steps if preset == baseline.preset else sizes.num_steps)
     steps = round(base * (one.steps or baseline.steps) / baseline.steps)
     wanted = layers | {"num_steps": steps, "bigram_signs": 0} | baseline.flags | one.flags      # signs came after the seeds
+    if wanted.get("untie_share"):
+        wanted["spectral"] = 0.0                    # what starts as one cannot start from counts
     return {name: value for name, value in wanted.items() if getattr(sizes, name, None) != value}
 
 def source_of(one: Hypothesis, source: str) -> str:

@@ -128,6 +128,20 @@ def test_resumed_at_any_save_point_it_ends_bit_for_bit_alike(step, undisturbed, 
     assert_same_state(run_state := state_of(run), undisturbed.state)
     assert run_state[1][0] == STEPS
 
+def test_a_start_from_counts_and_rows_that_wait_survive_an_interruption(tiny_data, tmp_path):
+    """The start is made once; a row's second moment fades over the steps before and after the interruption alike."""
+    cfg = tiny(data_dir=str(tiny_data), save_every=2, dtype="bfloat16", adam_every=1, num_steps=6, val_every=0, spectral=10.0,
+               untie_share=0.0, embed_std=0.1, bigram_momentum=0.0)
+    whole = RecordedRun(replace(cfg, log_dir=str(tmp_path / "whole"), save_every=0))
+    whole.loop()
+    cut = replace(cfg, log_dir=str(tmp_path / "cut"), resume=True)
+    with pytest.raises(Killed):
+        RecordedRun(cut, dies_at=5).loop()
+    resumed = RecordedRun(cut)
+    assert resumed.steps_done == 4
+    resumed.loop()
+    assert_same_state(state_of(resumed), state_of(whole))
+
 def test_killed_twice_and_resumed_it_is_one_run_with_one_log(undisturbed, tmp_path):
     cfg = replace(undisturbed.cfg, log_dir=str(tmp_path), resume=True)      # the first time there is nothing to go on from
     for dies_at in (5, 11):

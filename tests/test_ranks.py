@@ -114,11 +114,11 @@ def gradients(p: torch.Tensor, name: str, step: int, n: int, exact: bool) -> tup
         g, rows = torch.zeros_like(g).index_copy(0, rows, g[rows]), rows.numpy()
     return g.to(p.dtype), rows
 
-def trained(dtype: torch.dtype, steps: range, begin: dict | None = None, exact: bool = True, dense: bool = False):
+def trained(dtype: torch.dtype, steps: range, begin: dict | None = None, exact: bool = True, dense: bool = False, **changes):
     """Yields model and optimizer after each step, on this rank's share of 12 micro-batches' gradients."""
-    ranks = join()
-    model = tg.GPT(CONFIG, dtype)
-    optimizer = tg.Optimizer(CONFIG, model, ranks)
+    ranks, cfg = join(), replace(CONFIG, **changes)
+    model = tg.GPT(cfg, dtype)
+    optimizer = tg.Optimizer(cfg, model, ranks)
     if begin:
         model.load_state_dict(begin["model"])
         for (name, key), whole in begin["state"].items():
@@ -297,6 +297,19 @@ def test_the_table_is_the_same_whether_all_rows_travel_or_only_those_touched(wor
     results = [world.run(size, bigram_table, dtype, dense) for dense in (False, True)]
     assert results[0] == results[1] and all(result == results[0][0] for result in results[0])
 
+def moved_rows(dtype: torch.dtype) -> tuple[str, ...]:
+    """Digests of the table, and of all that is remembered of it, where only rows with a gradient move."""
+    *_, (model, optimizer) = trained(dtype, range(8), bigram_momentum=0.0)
+    states = whole_states(optimizer)
+    assert 0 < states["bigram_embed", "moved"].count_nonzero() < len(model.bigram_embed)
+    return digest(model.bigram_embed), *(digest(states["bigram_embed", key]) for key in ("second", "moved"))
+
+@DTYPES
+def test_rows_that_move_are_those_of_one_rank(world, dtype):
+    [alone] = world.run(1, moved_rows, dtype)
+    for size in (2, 3):
+        assert world.run(size, moved_rows, dtype) == [alone] * size
+
 # Whole runs
 
 def train(cfg: tg.Config, changed: bool = False, dense: bool = False) -> tuple[list[float], dict[str, str]]:
@@ -356,6 +369,13 @@ def test_loss_curves_of_1_2_4_and_8_processes_agree_closer_than_one_changed_micr
     after = np.abs(changed - curves[1])[2:]             # its own step's loss is another anyhow
     assert after.max() > 3 * TOLERANCE, after
     assert curves[1][-1] < curves[1][0] - 0.5, "it did not learn"
+
+def test_two_processes_start_from_the_same_counts(world, run_config):
+    """And go on with the rows that either touched; the first loss is that of a start that all share."""
+    cfg = replace(run_config, spectral=10.0, untie_share=0.0, embed_std=0.1, bigram_momentum=0.0, num_steps=2)
+    [(alone, _)], both = world.run(1, train, cfg), world.run(2, train, cfg)
+    assert both[0] == both[1]
+    assert np.abs(np.array(both[0][0]) - alone).max() < TOLERANCE, (alone, both[0][0])
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_run_announces_every_row_that_its_tokens_touch(world, run_config, size):

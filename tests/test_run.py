@@ -138,7 +138,7 @@ def test_help_explains_the_flags(tmp_path):
     (["--learning_rate", 1], ["--learning_rate"]),
     (["--num_steps", "many"], ["--num_steps", "many"]),
     (["--preset", "huge"], ["--preset", "huge"]),
-    (["--skips", ".b"], ["--skips", "'b'"]),
+    (["--skips", "b"], ["--skips", "'b'"]),
     (["--windows", "sslss"], ["--paired_heads", "--windows"]),
     (["--data_dir", "/nowhere"], ["/nowhere", "run.sh"]),
     (["--num_steps", 5000], ["--num_steps 5000", "too few tokens"]),

@@ -1,0 +1,112 @@
+"""Embedding and head that start from counts, and the table of which only touched rows move."""
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, assert_user_error, made_up_text, run_command, tiny
+
+import train_gpt as tg
+
+CPU = torch.device("cpu")
+
+# ---- spectral_start
+
+def sized(vocab: int, dim: int, smoothing: float) -> tg.Config:
+    return tiny(vocab_size=vocab, model_dim=dim, spectral=smoothing, embed_std=1.0)
+
+def markov(count: int, vocab: int, seed: int) -> np.ndarray:
+    """Each token follows from the one before, by a table of few likely successors."""
+    rng = np.random.default_rng(seed)
+    successors, tokens = np.random.default_rng(0).integers(0, vocab, (vocab, 3)), np.zeros(count, dtype=np.int64)
+    for i in range(1, count):
+        tokens[i] = successors[tokens[i - 1], rng.integers(3)] if rng.random() < 0.9 else rng.integers(vocab)
+    return tokens
+
+def bigram_loss(embed: torch.Tensor, head: torch.Tensor, tokens: np.ndarray) -> float:
+    tokens = torch.from_numpy(tokens)
+    return float(F.cross_entropy(embed[tokens[:-1]] @ head, tokens[1:]))
+
+def test_it_starts_as_a_bigram_model_of_text_that_it_has_not_seen():
+    vocab, seen, unseen = 128, markov(40_000, 128, seed=1), markov(5_000, 128, seed=2)
+    counts = np.zeros((vocab, vocab)) + 0.1
+    np.add.at(counts, (seen[:-1], seen[1:]), 1)
+    best = float(-np.log(counts / counts.sum(1, keepdims=True))[unseen[:-1], unseen[1:]].mean())
+    embed, head = tg.spectral_start(sized(vocab, 48, 5.0), seen, CPU)
+    assert embed.shape == (vocab, 48) and head.shape == (48, vocab)
+    torch.testing.assert_close(embed.square().mean(1), torch.ones(vocab), atol=1e-3, rtol=0)    # normed, as the model reads it
+    loss, shuffled = bigram_loss(embed, head, unseen), bigram_loss(embed, head, np.random.default_rng(0).permutation(unseen))
+    assert best < loss < best + 0.6 and loss < np.log(vocab) - 1 < shuffled, (best, loss, shuffled)
+
+def test_large_vocabularies_go_through_sparse_matrices_and_give_the_same(monkeypatch):
+    tokens = markov(20_000, 128, seed=3)
+    dense = tg.spectral_start(sized(128, 32, 50.0), tokens, CPU)
+    wide = tg.spectral_start(sized(2**13 + 64, 32, 50.0), tokens, CPU)             # the same text, most of the vocabulary unused
+    assert all(torch.isfinite(t).all() for t in wide)
+    assert bigram_loss(*wide, tokens) == pytest.approx(bigram_loss(*dense, tokens), abs=0.15)
+
+def test_similar_tokens_start_near_each_other():
+    """Tokens 2k and 2k + 1 are drawn at random for one another: what stands around them is the same."""
+    tokens = 2 * markov(60_000, 64, seed=4) + np.random.default_rng(5).integers(0, 2, 60_000)
+    embed, _ = tg.spectral_start(sized(128, 24, 10.0), tokens, CPU)
+    near = (embed @ embed.T / 24).fill_diagonal_(-1)
+    assert (near.argmax(1) == torch.arange(128) ^ 1).float().mean() > 0.95
+
+def tiny_run(tiny_data, log_dir, **changes) -> tg.Run:
+    sizes = dict(spectral=10.0, untie_share=0.0, embed_std=0.1, data_dir=str(tiny_data), log_dir=str(log_dir))
+    return tg.Run(tiny(**sizes | changes), {})
+
+def test_a_run_starts_from_its_first_shard_and_the_time_counts(tiny_data, tmp_path):
+    run = tiny_run(tiny_data, tmp_path)
+    tokens = tg.read_shard(sorted(tiny_data.glob("*_train_*.bin"))[0], 256, 255).astype(np.int64)
+    embed, head = tg.spectral_start(run.cfg, tokens, CPU)
+    torch.testing.assert_close(run.model.embed.detach(), embed)
+    torch.testing.assert_close(run.model.lm_head.detach(), head)
+    assert run.clock.seconds() > 0 and run.clock.started is None
+    assert tiny_run(tiny_data, tmp_path, spectral=0.0).clock.seconds() == 0
+
+def test_it_needs_an_embedding_of_its_own():
+    result = run_command([sys.executable, ROOT / "train_gpt.py", "--preset", "cpu", "--untie_share", 0.5])
+    assert_user_error(result, "--spectral 50.0", "--untie_share 0")
+
+# ---- rows that no token touched
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_move_as_in_adam_over_the_whole_table(dtype, sparse):
+    """The same gradients to both: one fades and moves every row on every step, the other those that were touched."""
+    cfg, ranks, results = tiny(bigram_momentum=0.0, adam_every=1), tg.Ranks(0, 1, CPU), []
+    for by_rows in (False, True):
+        model = tg.GPT(cfg, dtype)
+        optimizer, rng = tg.Optimizer(cfg, model, ranks), torch.Generator().manual_seed(0)
+        state, name = optimizer.state["bigram_embed"], "bigram_embed"
+        assert "moved" in state and "momentum" not in state
+        if not by_rows:
+            state["momentum"] = torch.zeros_like(state["second"])
+            del state["moved"]
+        for step in range(30):
+            rows = torch.randint(len(model.bigram_embed), (40,), generator=rng)
+            values = torch.randn(40, cfg.model_dim, generator=rng).to(dtype)
+            grad = torch.sparse_coo_tensor(rows[None], values, model.bigram_embed.shape, check_invariants=False).coalesce()
+            optimizer.adam_steps.fill_(step + 1)
+            optimizer.lr_mul.fill_(1.0)
+            with torch.no_grad():
+                optimizer.update(name, grad if by_rows and sparse else grad.to_dense())()
+        results.append(model.bigram_embed.detach().float())
+    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
+    assert (results[0] != 0).any(1).sum() > 300
+
+def test_a_model_that_moves_rows_learns_and_gives_its_table_a_sparse_gradient():
+    cfg = tiny(bigram_momentum=0.0, adam_every=1)
+    model = tg.GPT(cfg)
+    optimizer = tg.Optimizer(cfg, model, tg.Ranks(0, 1, CPU))
+    tokens, targets = tg.split_targets(made_up_text(257))
+    losses = []
+    for step in range(8):
+        loss = model(tokens, targets, torch.ones(1), (16, 48))
+        loss.backward()
+        assert model.bigram_embed.grad.is_sparse
+        optimizer.step(step, 1.0, 0.9, untie=False)
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.5, losses
