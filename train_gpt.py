@@ -718,10 +718,10 @@ class Optimizer:
             self.move_adam(spec, read)
         return self.finish(name, whole) if spec.sharded else lambda: None
 
-    def move_adam(self, spec: Spec, read: Iterator[Tensor | None]) -> None:
+    def move_adam(self, spec: Spec, read: tuple[Tensor | None, ...]) -> None:
         wd, betas, update = self.cfg.adam_wd * spec.wd, spec.betas, self.adam_
         if self.flat_adam_ and spec.sharded:
-            read, update = (t if t is None else t.flatten() for t in read), self.flat_adam_
+            read, update = tuple(t if t is None else t.flatten() for t in read), self.flat_adam_
             wd, *betas = torch.tensor([wd, *betas])             # numbers would be compiled in
         rate = self.cfg.adam_lr * spec.lr * self.lr_mul
         update(*read, lr=rate, wd=wd, betas=betas, eps=self.cfg.adam_eps, steps=self.adam_steps)
@@ -732,7 +732,7 @@ class Optimizer:
         grad = (grad if grad.is_sparse else grad.to_sparse(1)).coalesce()
         rows, values = grad.indices()[0], grad.values().clone()                 # torch compiles no views of sparse tensors
         faded = second[rows] * spec.betas[1]**(self.adam_steps - 1 - moved[rows])
-        part = [p[rows], None if low is None else low[rows], values, torch.zeros_like(faded), faded]
+        part = (p[rows], None if low is None else low[rows], values, torch.zeros_like(faded), faded)
         self.move_adam(spec, part)
         for whole, new in ((p, part[0]), (low, part[1]), (second, faded), (moved, self.adam_steps.expand(len(rows), 1))):
             if whole is not None:

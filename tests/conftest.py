@@ -27,7 +27,8 @@ def tiny(**changes) -> tg.Config:
     base = replace(tg.PRESETS["cpu"], windows="sslssl", paired_heads="p...p.", value_embeds=".01.23", skips=".a..a.",
                    backout="...b..", vocab_size=256, bos_id=255, model_dim=64, head_dim=16, extra_inputs=1, stages=TINY_STAGES,
                    num_steps=8, val_tokens=512, val_seq_len=256, final_long_window=64, dtype="float32", compile=False,
-                   save_every=0, bigram_signs=0, adam_every=2, softcap=23.0, untie_share=2/3, embed_std=0.005, spectral=0.0, bigram_momentum=0.75, bigram_rows=5)
+                   save_every=0, bigram_rows=5, bigram_signs=0, bigram_momentum=0.75, adam_every=2, softcap=23.0, untie_share=2/3,
+                   embed_std=0.005, spectral=0.0)
     return replace(base, **changes)
 
 def made_up_text(count: int, vocab_size: int = 256, seed: int = 0) -> np.ndarray:

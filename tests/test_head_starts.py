@@ -39,7 +39,7 @@ def test_it_starts_as_a_bigram_model_of_text_that_it_has_not_seen():
     loss, shuffled = bigram_loss(embed, head, unseen), bigram_loss(embed, head, np.random.default_rng(0).permutation(unseen))
     assert best < loss < best + 0.6 and loss < np.log(vocab) - 1 < shuffled, (best, loss, shuffled)
 
-def test_large_vocabularies_go_through_sparse_matrices_and_give_the_same(monkeypatch):
+def test_large_vocabularies_go_through_sparse_matrices_and_give_the_same():
     tokens = markov(20_000, 128, seed=3)
     dense = tg.spectral_start(sized(128, 32, 50.0), tokens, CPU)
     wide = tg.spectral_start(sized(2**13 + 64, 32, 50.0), tokens, CPU)             # the same text, most of the vocabulary unused
