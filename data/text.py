@@ -5,6 +5,7 @@
 Every 20th document is for validation, until that has --val_tokens. The same inputs give the same shards, byte for byte,
 with any number of jobs, also if the command was killed in between and run again.
 """
+
 import itertools
 import json
 import os
@@ -13,10 +14,10 @@ import sys
 import time
 import zlib
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Iterator
 
 HERE = Path(__file__).resolve().parent
 if str(HERE.parent) not in sys.path:
@@ -26,22 +27,34 @@ from data.sources import Source, find_sources  # noqa: E402
 
 STATE, VOCAB = ".text.json", "vocab.tiktoken"
 VAL_EVERY = 20
-VOCAB_CHARS = 2**26         # of the text's beginning that a vocabulary is trained on
-BATCH_CHARS = 2**18         # that one job encodes at a time
+VOCAB_CHARS = 2**26  # of the text's beginning that a vocabulary is trained on
+BATCH_CHARS = 2**18  # that one job encodes at a time
 SAVE_SECONDS = 20
 
-Place = tuple[int, int, int]    # number of the input, its documents that are done, their CRC-32
+Place = tuple[int, int, int]  # number of the input, its documents that are done, their CRC-32
 
 
 def main(argv: list[str]) -> None:
     parser = arguments(__doc__)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the shards")
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="file, folder, - or hf:OWNER/NAME[:CONFIG[:SPLIT]]")
-    parser.add_argument("--vocab", default="gpt2", help="gpt2 (default), train:SIZE with BOS, or a vocab.tiktoken")
-    parser.add_argument("--format", choices=("text", "json"), help="of the inputs; default: by their names, - is text")
-    parser.add_argument("--field", default="text", help="that holds the text in JSON lines and datasets (default text)")
-    parser.add_argument("--val_tokens", type=int, default=10_485_761, metavar="N", help="for validation, or a document more")
-    parser.add_argument("--shard_tokens", type=int, default=100_000_000, metavar="N", help="in a shard, at most")
+    parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="file, folder, - or hf:OWNER/NAME[:CONFIG[:SPLIT]]"
+    )
+    parser.add_argument(
+        "--vocab", default="gpt2", help="gpt2 (default), train:SIZE with BOS, or a vocab.tiktoken"
+    )
+    parser.add_argument(
+        "--format", choices=("text", "json"), help="of the inputs; default: by their names, - is text"
+    )
+    parser.add_argument(
+        "--field", default="text", help="that holds the text in JSON lines and datasets (default text)"
+    )
+    parser.add_argument(
+        "--val_tokens", type=int, default=10_485_761, metavar="N", help="for validation, or a document more"
+    )
+    parser.add_argument(
+        "--shard_tokens", type=int, default=100_000_000, metavar="N", help="in a shard, at most"
+    )
     parser.add_argument("--jobs", type=int, default=cores(), metavar="N", help="default: all cores")
     args = parser.parse_args(argv)
     for name, least, most in (("val_tokens", 1, 2**40), ("shard_tokens", 1, 2**30), ("jobs", 1, 1024)):
@@ -49,10 +62,17 @@ def main(argv: list[str]) -> None:
             raise user_error(f"--{name} {getattr(args, name)}: must lie between {least} and {most}")
     sources, others = find_sources(args.inputs, args.format, args.field)
     if others:
-        print(f"{others} file(s) of the folders are left out: neither text nor JSON lines by their names", flush=True)
+        print(
+            f"{others} file(s) of the folders are left out: neither text nor JSON lines by their names",
+            flush=True,
+        )
     stamps = json.dumps([source.stamp for source in sources]).encode()
-    settings = {"inputs": sha256(stamps), "vocab": vocab_stamp(args.vocab),
-                "val_tokens": args.val_tokens, "shard_tokens": args.shard_tokens}
+    settings = {
+        "inputs": sha256(stamps),
+        "vocab": vocab_stamp(args.vocab),
+        "val_tokens": args.val_tokens,
+        "shard_tokens": args.shard_tokens,
+    }
     with alone_in(make_folder(args.out)):
         Run(args.out, sources, settings).make(args.vocab, args.jobs)
 
@@ -62,6 +82,7 @@ def cores() -> int:
 
 
 # The vocabulary
+
 
 def vocab_stamp(vocab: str) -> str:
     """What names the vocabulary for good: a file by its content."""
@@ -81,6 +102,7 @@ def make_vocab(vocab: str, out: Path, documents: Iterator[tuple[Place, str]]) ->
     """Puts vocab.tiktoken into `out`. Returns the documents again: a training takes some from the beginning."""
     from data.bpe import load_vocab, save_vocab, train_bpe
     from data.corpus import gpt2_vocab
+
     head: list[tuple[Place, str]] = []
     if vocab == "gpt2":
         gpt2_vocab(out)
@@ -91,7 +113,9 @@ def make_vocab(vocab: str, out: Path, documents: Iterator[tuple[Place, str]]) ->
             chars += len(item[1])
         training = [text for n, text in enumerate(text for _, text in head if text.strip()) if n % VAL_EVERY]
         print(f"training a vocabulary on {sum(map(len, training)):,} characters", flush=True)
-        save_vocab(out / VOCAB, train_bpe(map(whole_characters, training), int(vocab.removeprefix("train:")) - 1))
+        save_vocab(
+            out / VOCAB, train_bpe(map(whole_characters, training), int(vocab.removeprefix("train:")) - 1)
+        )
     else:
         ranks = load_vocab(Path(vocab))
         if len(ranks) >= 2**16:
@@ -107,9 +131,11 @@ def whole_characters(text: str) -> str:
 
 # From documents to tokens
 
+
 @dataclass
 class Batch:
     """Documents that are encoded together; empty ones are only counted. place: behind the last of them."""
+
     texts: list[str] = field(default_factory=list)
     place: Place = (0, 0, 0)
     empty: int = 0
@@ -132,7 +158,9 @@ def documents_from(sources: list[Source], place: Place) -> Iterator[tuple[Place,
 
 
 def changed(source: Source) -> Exception:
-    return user_error(f"{source.name}: its text is not what it was when this began; give the same again, or another OUT")
+    return user_error(
+        f"{source.name}: its text is not what it was when this began; give the same again, or another OUT"
+    )
 
 
 def batches(documents: Iterator[tuple[Place, str]]) -> Iterator[Batch]:
@@ -152,10 +180,13 @@ def batches(documents: Iterator[tuple[Place, str]]) -> Iterator[Batch]:
 def encode(coder, bos_id: int, batch: Batch):
     """The batch's documents as rows of uint16, BOS first, as encode_ordinary has them."""
     import numpy as np
+
     rows = []
     for text in batch.texts:
         try:
-            tokens = coder.encode_to_numpy(text, disallowed_special=())     # no list of Python numbers in between
+            tokens = coder.encode_to_numpy(
+                text, disallowed_special=()
+            )  # no list of Python numbers in between
         except UnicodeEncodeError:
             text = whole_characters(text)
             tokens = coder.encode_to_numpy(text, disallowed_special=())
@@ -171,7 +202,11 @@ class Writer:
 
     def __init__(self, out: Path, split: str, limit: int, shards: int, tokens: int, total: int):
         self.out, self.split, self.limit = out, split, limit
-        self.shards, self.tokens, self.total = shards, tokens, total    # sealed ones, in the open one, in all of them
+        self.shards, self.tokens, self.total = (
+            shards,
+            tokens,
+            total,
+        )  # sealed ones, in the open one, in all of them
         self.held, self.file, self.sealed = [], None, []
 
     def path(self, number: int) -> Path:
@@ -184,6 +219,7 @@ class Writer:
     def go_on(self) -> None:
         """Takes up what the state says: sealed shards that have no final name yet, and the tokens of an open one."""
         from train_gpt import HEADER_BYTES
+
         for number in range(self.shards):
             if self.part(number).exists():
                 move(self.part(number), self.path(number))
@@ -206,7 +242,9 @@ class Writer:
 
     def write(self, to_disk: bool = False) -> None:
         import numpy as np
+
         from train_gpt import HEADER_BYTES
+
         if self.held:
             if self.file is None:
                 self.file = open(self.part(self.shards), "wb")
@@ -220,6 +258,7 @@ class Writer:
     def seal(self) -> None:
         """Whole under its .part name. The final name comes when the state is saved that counts it."""
         from data.shards import shard_header
+
         self.write()
         self.file.seek(0)
         self.file.write(shard_header(self.tokens))
@@ -242,8 +281,16 @@ class Run:
     def __init__(self, out: Path, sources: list[Source], settings: dict):
         self.out, self.sources = out, sources
         self.state = self.load(settings) or {
-            "settings": settings, "done": False, "vocab": None, "place": (0, 0, 0), "documents": 0, "empty": 0, "bytes": 0,
-            "train": {"shards": 0, "tokens": 0, "total": 0}, "val": {"shards": 0, "tokens": 0, "total": 0}}
+            "settings": settings,
+            "done": False,
+            "vocab": None,
+            "place": (0, 0, 0),
+            "documents": 0,
+            "empty": 0,
+            "bytes": 0,
+            "train": {"shards": 0, "tokens": 0, "total": 0},
+            "val": {"shards": 0, "tokens": 0, "total": 0},
+        }
         self.val_tokens, limit = settings["val_tokens"], settings["shard_tokens"]
         self.writers = {split: Writer(out, split, limit, **self.state[split]) for split in ("train", "val")}
         self.saved = time.monotonic()
@@ -252,7 +299,9 @@ class Run:
         path = self.out / STATE
         if not path.exists():
             if any(self.out.glob("*.bin")):
-                raise user_error(f"{self.out}: holds shards that this command did not make; choose another folder")
+                raise user_error(
+                    f"{self.out}: holds shards that this command did not make; choose another folder"
+                )
             return None
         try:
             state = json.loads(path.read_bytes())
@@ -262,7 +311,9 @@ class Run:
         for name in settings:
             if known.get(name) != settings[name]:
                 what = f"--{name}" if name != "inputs" else "inputs, or inputs that have changed since"
-                raise user_error(f"{self.out}: was begun with other {what}; give the same again, or another folder")
+                raise user_error(
+                    f"{self.out}: was begun with other {what}; give the same again, or another folder"
+                )
         return state
 
     def make(self, vocab: str, jobs: int) -> None:
@@ -274,21 +325,27 @@ class Run:
             documents = make_vocab(vocab, self.out, documents)
             state["vocab"] = sha256(self.out / VOCAB)
         elif not (self.out / VOCAB).exists() or sha256(self.out / VOCAB) != state["vocab"]:
-            raise user_error(f"{self.out / VOCAB}: is not the one that was begun with; delete {self.out} and make it again")
+            raise user_error(
+                f"{self.out / VOCAB}: is not the one that was begun with; delete {self.out} and make it again"
+            )
         if not state["done"]:
             if any(state["place"]):
                 print(f"{self.out}: going on behind {state['documents']:,} documents", flush=True)
             try:
                 self.encode_all(documents, jobs)
             except OSError as error:
-                raise user_error(f"{self.out}: cannot be written: {error.strerror}; what is saved stays, make room and "
-                                 f"run this again") from error
+                raise user_error(
+                    f"{self.out}: cannot be written: {error.strerror}; what is saved stays, make room and "
+                    f"run this again"
+                ) from error
         self.report()
 
     def encode_all(self, documents: Iterator[tuple[Place, str]], jobs: int) -> None:
         """Reads and writes in this thread, encodes in `jobs` others (tiktoken lets go of Python's lock), never far ahead."""
-        from data.bpe import encoding, load_vocab
         from tqdm import tqdm
+
+        from data.bpe import encoding, load_vocab
+
         ranks = load_vocab(self.out / VOCAB)
         coder, bos_id = encoding(ranks, len(ranks)), len(ranks)
         known = all(source.size for source in self.sources)
@@ -302,7 +359,9 @@ class Run:
                 if len(waiting) > 2 * jobs:
                     self.take(*waiting.popleft())
                     number = self.state["place"][0]
-                    bar.update((before[number] + self.sources[number].at if known else self.state["bytes"]) - bar.n)
+                    bar.update(
+                        (before[number] + self.sources[number].at if known else self.state["bytes"]) - bar.n
+                    )
             for batch, rows in waiting:
                 self.take(batch, rows)
         finally:
@@ -349,15 +408,19 @@ class Run:
             writer.part(0).unlink(missing_ok=True)
         for name in (STATE, VOCAB):
             (self.out / name).unlink(missing_ok=True)
-        raise user_error(f"{self.state['documents']} document(s) with text in the inputs: training needs two at least, "
-                         f"one of them for validation (a text file is cut at {'<|endoftext|>'} and every 8,000 characters)")
+        raise user_error(
+            f"{self.state['documents']} document(s) with text in the inputs: training needs two at least, "
+            f"one of them for validation (a text file is cut at {'<|endoftext|>'} and every 8,000 characters)"
+        )
 
     def report(self) -> None:
         state, train, val = self.state, self.state["train"], self.state["val"]
-        tokens = train["total"] + val["total"] - state["documents"]     # without BOS
-        print(f"{self.out}: complete, {state['documents']:,} documents ({state['empty']:,} empty ones left out), "
-              f"{train['total']:,} training tokens in {train['shards']} shard(s), {val['total']:,} for validation, "
-              f"{state['bytes'] / max(tokens, 1):.2f} bytes a token")
+        tokens = train["total"] + val["total"] - state["documents"]  # without BOS
+        print(
+            f"{self.out}: complete, {state['documents']:,} documents ({state['empty']:,} empty ones left out), "
+            f"{train['total']:,} training tokens in {train['shards']} shard(s), {val['total']:,} for validation, "
+            f"{state['bytes'] / max(tokens, 1):.2f} bytes a token"
+        )
         print(training_command(self.out, val["total"]))
 
 
@@ -365,6 +428,7 @@ def training_command(out: Path, val_tokens: int) -> str:
     """How to train on it here: the machine's preset, and what of it must change to fit this text."""
     from data.bpe import load_vocab
     from train_gpt import Loader, Schedule, UserError, check_config, parse_config
+
     bos_id = len(load_vocab(out / VOCAB))
     flags = {"data_dir": str(out.resolve()), "vocab_size": bos_id + 1, "bos_id": bos_id}
     cfg = parse_config([part for name, value in flags.items() for part in (f"--{name}", str(value))])[0]

@@ -4,6 +4,7 @@
 
 evals.model.load(FOLDER) reads them back, and the other commands take FOLDER for CHECKPOINT.
 """
+
 import json
 import sys
 from dataclasses import replace
@@ -25,7 +26,9 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     trained = load(args.checkpoint, args.vocab, args.device or "cpu", args.dtype)
     file = export(trained, args.folder)
-    print(f"export.py: {trained.source}, step {trained.step}: {file} ({file.stat().st_size >> 20} MiB) and vocab.tiktoken")
+    print(
+        f"export.py: {trained.source}, step {trained.step}: {file} ({file.stat().st_size >> 20} MiB) and vocab.tiktoken"
+    )
 
 
 def export(trained: Trained, folder: Path) -> Path:
@@ -34,10 +37,14 @@ def export(trained: Trained, folder: Path) -> Path:
         from safetensors.torch import save
     except ImportError:
         raise tg.UserError(f"{folder}: exporting needs the package safetensors: {EXTRAS}") from None
-    assert trained.vocabulary                       # a model that nobody can feed or read is not worth a file
+    assert trained.vocabulary  # a model that nobody can feed or read is not worth a file
     usual = tg.PRESETS.get(trained.cfg.preset, tg.SHORT)
-    own = replace(trained.cfg, data_dir=usual.data_dir, log_dir=usual.log_dir,      # not this machine's folders
-                  dtype=str(trained.model.dtype).removeprefix("torch."))
+    own = replace(
+        trained.cfg,
+        data_dir=usual.data_dir,
+        log_dir=usual.log_dir,  # not this machine's folders
+        dtype=str(trained.model.dtype).removeprefix("torch."),
+    )
     about = {"format": "pt", "config": json.dumps(tg.settings(own)), "step": str(trained.step)}
     data = save({name: t.contiguous() for name, t in trained.model.state_dict().items()}, metadata=about)
     save_vocab(make_folder(folder) / "vocab.tiktoken", trained.ranks)

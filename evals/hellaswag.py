@@ -5,13 +5,14 @@
 
 An ending's score is the log-probability of its own tokens after the context, summed, or divided by their number.
 """
+
 import argparse
 import json
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from train_gpt import need  # noqa: E402
 
 REPO = "Rowan/hellaswag"
 PLACE = ROOT / "data" / "hellaswag" / "validation.jsonl"
-PACK = 8192                     # tokens that go through the model at once
+PACK = 8192  # tokens that go through the model at once
 
 
 def main(argv: list[str]) -> None:
@@ -33,23 +34,32 @@ def main(argv: list[str]) -> None:
     file = args.file or PLACE
     if args.fetch and not file.exists():
         fetch(file)
-    items = read_items(file)[:args.items or None]
+    items = read_items(file)[: args.items or None]
     trained, began = load(args.checkpoint, args.vocab, args.device, args.dtype), time.perf_counter()
     right, done = torch.zeros(2), 0
     for scores, label in score(trained, items):
-        right += (scores.argmax(dim=-1) == label)
+        right += scores.argmax(dim=-1) == label
         done += 1
         if done % 1000 == 0:
-            print(f"hellaswag.py: {done} of {len(items)} items, {time.perf_counter() - began:.0f} s", file=sys.stderr)
+            print(
+                f"hellaswag.py: {done} of {len(items)} items, {time.perf_counter() - began:.0f} s",
+                file=sys.stderr,
+            )
     summed, normed = (right / done).tolist()
-    print(f"accuracy:{summed:.4f} accuracy_per_token:{normed:.4f} items:{done} seconds:{time.perf_counter() - began:.1f}")
+    print(
+        f"accuracy:{summed:.4f} accuracy_per_token:{normed:.4f} items:{done} seconds:{time.perf_counter() - began:.1f}"
+    )
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = arguments(__doc__)
     model_arguments(parser)
-    parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="JSON lines (default: what --fetch got)")
-    parser.add_argument("--fetch", action="store_true", help="get the validation items from the hub, if FILE is not there")
+    parser.add_argument(
+        "file", nargs="?", type=Path, metavar="FILE", help="JSON lines (default: what --fetch got)"
+    )
+    parser.add_argument(
+        "--fetch", action="store_true", help="get the validation items from the hub, if FILE is not there"
+    )
     parser.add_argument("--items", type=int, default=0, metavar="N", help="only the first N (default: all)")
     args = parser.parse_args(argv)
     need(args.items >= 0, f"--items {args.items}: must not be negative")
@@ -60,7 +70,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 class Item:
     context: str
     endings: list[str]
-    label: int                  # which of the endings is right
+    label: int  # which of the endings is right
 
 
 def read_items(file: Path) -> list[Item]:
@@ -74,7 +84,9 @@ def read_items(file: Path) -> list[Item]:
             assert all(isinstance(part, str) and part for part in [item.context, *item.endings])
             assert 0 <= item.label < len(item.endings)
         except (ValueError, KeyError, TypeError, AssertionError):
-            raise user_error(f"{file}: line {number} is no item: JSON with ctx, endings and label, the right one") from None
+            raise user_error(
+                f"{file}: line {number} is no item: JSON with ctx, endings and label, the right one"
+            ) from None
         items.append(item)
     need(len(items) > 0, f"{file}: holds no items")
     return items
@@ -84,17 +96,17 @@ def score(trained: Trained, items: list[Item]) -> Iterator[tuple[Tensor, int]]:
     """For each item: log-probabilities of its endings (2, endings), summed and a token, and the label."""
     for pack in packs(trained, items):
         tokens = torch.tensor([token for _, rows in pack for row, _ in rows for token in row])
-        gained, at = -trained.losses(tokens), 0                         # of tokens[1:]
+        gained, at = -trained.losses(tokens), 0  # of tokens[1:]
         for item, rows in pack:
             sums = []
             for row, size in rows:
                 at += len(row)
-                sums.append(gained[at - size - 1:at - 1].double().sum())
+                sums.append(gained[at - size - 1 : at - 1].double().sum())
             sums = torch.stack(sums)
             yield torch.stack((sums, sums / torch.tensor([size for _, size in rows]))), item.label
 
 
-Rows = list[tuple[list[int], int]]              # an ending each: BOS, context and ending; how many tokens the ending has
+Rows = list[tuple[list[int], int]]  # an ending each: BOS, context and ending; how many tokens the ending has
 
 
 def packs(trained: Trained, items: list[Item]) -> Iterator[list[tuple[Item, Rows]]]:
@@ -106,7 +118,10 @@ def packs(trained: Trained, items: list[Item]) -> Iterator[list[tuple[Item, Rows
             own = trained.vocabulary.encode_ordinary(" " + ending)
             rows.append((context + own, len(own)))
         size = sum(len(row) for row, _ in rows)
-        need(size <= most, f"an item of {size} tokens, more than the {most} that go at once: {item.context[:40]!r}")
+        need(
+            size <= most,
+            f"an item of {size} tokens, more than the {most} that go at once: {item.context[:40]!r}",
+        )
         if count + size > most:
             yield pack
             pack, count = [], 0
@@ -124,13 +139,23 @@ def fetch(file: Path) -> None:
         raise user_error(f"--fetch needs the package {error.name}: {EXTRAS}") from None
     print(f"hellaswag.py: fetching {REPO}", file=sys.stderr)
     try:
-        names = [name for name in huggingface_hub.HfApi().list_repo_files(REPO, repo_type="dataset")
-                 if "validation" in name and name.endswith(".parquet")]
-        tables = [parquet.read_table(huggingface_hub.hf_hub_download(REPO, name, repo_type="dataset"),
-                                     columns=["ctx", "endings", "label"]) for name in sorted(names)]
-    except Exception as error:          # whatever these calls raise is about the hub, the network or the disk
-        raise user_error(f"{file}: not fetched from {REPO} ({type(error).__name__}): check the network, HF_ENDPOINT and "
-                         "HF_HUB_OFFLINE, then run this again, or give a FILE") from error
+        names = [
+            name
+            for name in huggingface_hub.HfApi().list_repo_files(REPO, repo_type="dataset")
+            if "validation" in name and name.endswith(".parquet")
+        ]
+        tables = [
+            parquet.read_table(
+                huggingface_hub.hf_hub_download(REPO, name, repo_type="dataset"),
+                columns=["ctx", "endings", "label"],
+            )
+            for name in sorted(names)
+        ]
+    except Exception as error:  # whatever these calls raise is about the hub, the network or the disk
+        raise user_error(
+            f"{file}: not fetched from {REPO} ({type(error).__name__}): check the network, HF_ENDPOINT and "
+            "HF_HUB_OFFLINE, then run this again, or give a FILE"
+        ) from error
     rows = [row for table in tables for row in table.to_pylist()]
     need(len(rows) > 0, f"{file}: not fetched: {REPO} has no validation items in parquet")
     make_folder(file.parent)

@@ -5,6 +5,7 @@
 Without FILE: the validation of the run that made it, as its log has it. A text file is one document; bits per byte count its
 UTF-8 bytes. Longer streams are cut into sequences of the run's --val_seq_len, as validation does.
 """
+
 import argparse
 import math
 import sys
@@ -25,9 +26,11 @@ from train_gpt import need  # noqa: E402
 def main(argv: list[str]) -> None:
     args = parse(argv)
     trained = load(args.checkpoint, args.vocab, args.device, args.dtype)
-    streams = {str(file): read_stream(file, trained) for file in args.files}    # all are read before one is measured
+    streams = {
+        str(file): read_stream(file, trained) for file in args.files
+    }  # all are read before one is measured
     for name, tokens in (streams or {"the run's validation": tg.Validation(trained.cfg).tokens}).items():
-        print(line(trained, tokens[:args.tokens + 1] if args.tokens else tokens, name), flush=True)
+        print(line(trained, tokens[: args.tokens + 1] if args.tokens else tokens, name), flush=True)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -52,7 +55,7 @@ def total_loss(trained: Trained, tokens: np.ndarray) -> float:
     """Nats, summed over all tokens but the first."""
     size, total = trained.cfg.val_seq_len, 0.0
     for start in range(0, len(tokens) - 1, size):
-        part = torch.from_numpy(tokens[start:start + size + 1].astype(np.int64))
+        part = torch.from_numpy(tokens[start : start + size + 1].astype(np.int64))
         total += float(trained.losses(part).double().sum())
     return total
 
@@ -78,7 +81,9 @@ def read_stream(file: Path, trained: Trained) -> np.ndarray:
         try:
             tokens = np.array(trained.encode(file.read_bytes().decode("utf-8")))
         except UnicodeDecodeError as error:
-            raise tg.UserError(f"{file}: byte {error.start} is not UTF-8; give text, or a shard (.bin)") from None
+            raise tg.UserError(
+                f"{file}: byte {error.start} is not UTF-8; give text, or a shard (.bin)"
+            ) from None
     need(len(tokens) > 1, f"{file}: no text in it to measure a loss on")
     return tokens
 

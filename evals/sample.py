@@ -4,14 +4,15 @@
 
 CHECKPOINT is a file, or a folder whose newest is taken (logs). The end of a document ends a sample.
 """
+
 import argparse
 import codecs
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -32,44 +33,71 @@ def main(argv: list[str]) -> None:
     past, began = Cache(trained, len(prompt) + args.tokens), time.perf_counter()
     x = past.feed(torch.tensor(prompt))[-1:]
     read, made = time.perf_counter(), 0
-    pick = partial(choose, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-                   rng=torch.Generator().manual_seed(args.seed))
+    pick = partial(
+        choose,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        rng=torch.Generator().manual_seed(args.seed),
+    )
     try:
         for n in range(args.samples):
             show(f"--- sample {n + 1} of {args.samples}\n" * (args.samples > 1) + args.prompt)
             made += write(trained, generate(trained, past.copy(), x, args.tokens, pick), show)
             show("\n")
-    except BrokenPipeError:                             # `| head`: whoever reads has enough
+    except BrokenPipeError:  # `| head`: whoever reads has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     seconds = time.perf_counter() - read
-    print(f"sample.py: {trained.source}: prompt of {len(prompt)} tokens in {read - began:.2f} s, then {made} tokens "
-          f"in {seconds:.2f} s: {made / max(seconds, 1e-9):.0f} a second", file=sys.stderr)
+    print(
+        f"sample.py: {trained.source}: prompt of {len(prompt)} tokens in {read - began:.2f} s, then {made} tokens "
+        f"in {seconds:.2f} s: {made / max(seconds, 1e-9):.0f} a second",
+        file=sys.stderr,
+    )
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = arguments(__doc__)
     model_arguments(parser, dtype="float32 on a CPU, where it is faster, else the one it was trained in")
-    parser.add_argument("prompt", nargs="?", default="", help="text to go on from (default: the start of a document)")
+    parser.add_argument(
+        "prompt", nargs="?", default="", help="text to go on from (default: the start of a document)"
+    )
     parser.add_argument("--tokens", type=int, default=200, help="at most, a sample (default %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default %(default)s)")
-    parser.add_argument("--top_k", type=int, default=50, help="only the k likeliest tokens; 0: all (default %(default)s)")
-    parser.add_argument("--top_p", type=float, default=1.0, help="only the likeliest that share this (default %(default)s)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="0: always the likeliest token (default %(default)s)"
+    )
+    parser.add_argument(
+        "--top_k", type=int, default=50, help="only the k likeliest tokens; 0: all (default %(default)s)"
+    )
+    parser.add_argument(
+        "--top_p", type=float, default=1.0, help="only the likeliest that share this (default %(default)s)"
+    )
     parser.add_argument("--samples", type=int, default=1, help="how many (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed, the same samples (default %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="the same seed, the same samples (default %(default)s)"
+    )
     args = parser.parse_args(argv)
-    for name, good, rule in (("tokens", args.tokens >= 1, "must be at least 1"),
-                             ("temperature", args.temperature == 0 or 0.01 <= args.temperature <= 100, "0, or 0.01 to 100"),
-                             ("top_k", args.top_k >= 0, "must not be negative"),
-                             ("top_p", 0 < args.top_p <= 1, "must lie above 0 and not above 1"),
-                             ("samples", args.samples >= 1, "must be at least 1"),
-                             ("seed", 0 <= args.seed < 2**63, "must lie between 0 and 2^63")):
+    for name, good, rule in (
+        ("tokens", args.tokens >= 1, "must be at least 1"),
+        ("temperature", args.temperature == 0 or 0.01 <= args.temperature <= 100, "0, or 0.01 to 100"),
+        ("top_k", args.top_k >= 0, "must not be negative"),
+        ("top_p", 0 < args.top_p <= 1, "must lie above 0 and not above 1"),
+        ("samples", args.samples >= 1, "must be at least 1"),
+        ("seed", 0 <= args.seed < 2**63, "must lie between 0 and 2^63"),
+    ):
         need(good, f"--{name} {getattr(args, name)}: {rule}")
     need(args.prompt.encode("utf-8", "replace").decode() == args.prompt, "the prompt is not UTF-8 text")
     return args
 
 
-def complete(trained: Trained, prompt: str, tokens: int = 200, temperature: float = 0.8, top_k: int = 50, top_p: float = 1.0,
-             seed: int = 0) -> str:
+def complete(
+    trained: Trained,
+    prompt: str,
+    tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> str:
     """The prompt and what the model makes of it: what the command prints, as a string."""
     ids = trained.encode(prompt)
     past, rng, found = Cache(trained, len(ids) + tokens), torch.Generator().manual_seed(seed), [prompt]
@@ -78,7 +106,9 @@ def complete(trained: Trained, prompt: str, tokens: int = 200, temperature: floa
     return "".join(found)
 
 
-def generate(trained: Trained, past: Cache, x: Tensor, count: int, pick: Callable[[Tensor], int]) -> Iterator[int]:
+def generate(
+    trained: Trained, past: Cache, x: Tensor, count: int, pick: Callable[[Tensor], int]
+) -> Iterator[int]:
     """Up to count tokens, to the end of the document. x (1, D): what the head reads after the last token of past."""
     for n in range(count):
         token = pick(trained.logits(x)[0])
@@ -97,7 +127,7 @@ def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, rng: to
     best, ids = logits.topk(min(top_k or len(logits), len(logits))) if top_k or top_p < 1 else (logits, None)
     share = (best / temperature).softmax(-1)
     if top_p < 1:
-        share[share.cumsum(-1) - share >= top_p] = 0    # the first whose sum reaches it is the last to stay
+        share[share.cumsum(-1) - share >= top_p] = 0  # the first whose sum reaches it is the last to stay
     place = torch.multinomial(share, 1, generator=rng)
     return int(place if ids is None else ids[place])
 

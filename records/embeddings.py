@@ -10,6 +10,7 @@ vocabulary only: M = E^T E / V, its D x D second moments (the mean is not taken 
     off-diag    the largest |M_ij| / sqrt(M_ii M_jj), i != j
     top 64      share of the sum of l in the largest 64 (D / 12 of them in the seed's tables); --top changes it
 """
+
 import json
 import math
 import sys
@@ -22,6 +23,7 @@ if str(ROOT) not in sys.path:
 from records.logs import UserError, arguments, command, extra, need  # noqa: E402
 from records.tables import FORMATS, table  # noqa: E402
 
+
 @dataclass(frozen=True)
 class Spectrum:
     condition: float
@@ -29,11 +31,12 @@ class Spectrum:
     off_diagonal: float
     top_share: float
 
+
 def spectrum(rows, top: int = 64) -> Spectrum:
     """rows (V, D), a numpy array -> the four figures of its second moments, in float64; nan for a table of zeros."""
     numpy = extra("numpy")
     rows = numpy.asarray(rows, dtype=numpy.float64)
-    assert rows.ndim == 2 and 0 < top, f"{rows.shape}, top {top}"
+    assert rows.ndim == 2 and top > 0, f"{rows.shape}, top {top}"
     moments = rows.T @ rows / len(rows)
     values = numpy.linalg.eigvalsh(moments)[::-1].clip(0)
     if not values[0] > 0:
@@ -44,7 +47,10 @@ def spectrum(rows, top: int = 64) -> Spectrum:
     numpy.fill_diagonal(related, 0)
     smallest, median = float(values[-1]), float(numpy.median(values))
     ratio = lambda x: float(values[0]) / x if x > 0 else math.inf  # noqa: E731
-    return Spectrum(ratio(smallest), ratio(median), float(related.max()), float(values[:top].sum() / values.sum()))
+    return Spectrum(
+        ratio(smallest), ratio(median), float(related.max()), float(values[:top].sum() / values.sum())
+    )
+
 
 def load(path: Path) -> tuple[dict, dict, int]:
     """A checkpoint's tensors, configuration and step. UserError if it is none; runs no code (weights_only)."""
@@ -55,6 +61,7 @@ def load(path: Path) -> tuple[dict, dict, int]:
     except Exception as error:  # noqa: BLE001, half a file can fail in many ways
         raise UserError(f"{path}: no whole checkpoint of train_gpt.py ({type(error).__name__})") from None
 
+
 def tables_of(path: Path, beginning: str) -> list[tuple[str, int, object]]:
     """(name, step, rows of the vocabulary as float32 numpy) of the tables whose name begins so. lm_head is turned."""
     torch = extra("torch")
@@ -63,19 +70,28 @@ def tables_of(path: Path, beginning: str) -> list[tuple[str, int, object]]:
     for name, tensor in tensors.items():
         if name.startswith(beginning) and isinstance(tensor, torch.Tensor) and tensor.dim() == 2:
             rows = tensor.T if name == "lm_head" else tensor
-            if name != "bigram_embed":                      # rows beyond the vocabulary pad to a multiple of 128
-                rows = rows[:int(config["vocab_size"])]
+            if name != "bigram_embed":  # rows beyond the vocabulary pad to a multiple of 128
+                rows = rows[: int(config["vocab_size"])]
             found.append((name, step, rows.float().numpy()))
-    names = ", ".join(name for name, tensor in tensors.items() if name.endswith(("embed", "head")) or "_embed_" in name)
+    names = ", ".join(
+        name for name, tensor in tensors.items() if name.endswith(("embed", "head")) or "_embed_" in name
+    )
     need(found, f"{path}: no table begins with {beginning}; there are {names}")
     return found
+
 
 def main(argv: list[str]) -> None:
     parser = arguments(__doc__)
     parser.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT")
-    parser.add_argument("--tables", default="value_embed", metavar="NAME",
-                        help="tables whose name begins so (default value_embed)")
-    parser.add_argument("--top", type=int, default=64, metavar="N", help="eigenvalues of the last column (default 64)")
+    parser.add_argument(
+        "--tables",
+        default="value_embed",
+        metavar="NAME",
+        help="tables whose name begins so (default value_embed)",
+    )
+    parser.add_argument(
+        "--top", type=int, default=64, metavar="N", help="eigenvalues of the last column (default 64)"
+    )
     parser.add_argument("--format", choices=FORMATS, default="text")
     args = parser.parse_args(argv)
     need(args.top >= 1, f"--top {args.top}: at least 1")
@@ -83,9 +99,25 @@ def main(argv: list[str]) -> None:
     rows = []
     for name, step, values in sorted(found, key=lambda one: one[:2]):
         s = spectrum(values, args.top)
-        rows.append([name, str(step), f"{values.shape[0]} x {values.shape[1]}", f"{s.condition:.4g}", f"{s.spikiness:.4g}",
-                     f"{s.off_diagonal:.3f}", f"{100 * s.top_share:.1f} %"])
-    print(table(["table", "step", "rows", "condition", "spikiness", "off-diag", f"top {args.top}"], rows, args.format))
+        rows.append(
+            [
+                name,
+                str(step),
+                f"{values.shape[0]} x {values.shape[1]}",
+                f"{s.condition:.4g}",
+                f"{s.spikiness:.4g}",
+                f"{s.off_diagonal:.3f}",
+                f"{100 * s.top_share:.1f} %",
+            ]
+        )
+    print(
+        table(
+            ["table", "step", "rows", "condition", "spikiness", "off-diag", f"top {args.top}"],
+            rows,
+            args.format,
+        )
+    )
+
 
 if __name__ == "__main__":
     command(main)

@@ -10,6 +10,7 @@ branches: the run's log then holds the edited source. A flag that train_gpt.py d
 Layers are written as in train_gpt.py, a character a layer. Seeds write the middle of a layout as three dots: their
 `.01...345` is here `.01.....345`. Numbers in brackets are losses that the seed states, on eight H100s.
 """
+
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -22,33 +23,53 @@ from records.logs import need  # noqa: E402
 
 TOPOLOGY = ("windows", "paired_heads", "value_embeds", "skips", "backout")
 
+
 @dataclass(frozen=True)
 class Baseline:
-    preset: str                     # whose layers it has
-    steps: int                      # that its seed ran it for
+    preset: str  # whose layers it has
+    steps: int  # that its seed ran it for
     flags: dict
+
 
 BASELINES = {
     # One table a place (seed 002), from the first layer on: what it moves are "VEs in block 1". They start at 0.
-    "000": Baseline("short", 1555, dict(value_embeds="01......234", value_embed_std=0.0, ve_chunk="0:12", ve_own_dims=0)),
+    "000": Baseline(
+        "short", 1555, dict(value_embeds="01......234", value_embed_std=0.0, ve_chunk="0:12", ve_own_dims=0)
+    ),
     # Every gate on the first twelve dimensions; the first table used once.
-    "001": Baseline("short", 1840, dict(value_embeds=".12.....012", value_embed_std=0.0, ve_own_dims=0,
-                                        smear_chunk="0:12", skip_chunk="0:12", attn_chunk="0:12", ve_chunk="0:12")),
+    "001": Baseline(
+        "short",
+        1840,
+        dict(
+            value_embeds=".12.....012",
+            value_embed_std=0.0,
+            ve_own_dims=0,
+            smear_chunk="0:12",
+            skip_chunk="0:12",
+            attn_chunk="0:12",
+            ve_chunk="0:12",
+        ),
+    ),
     # Seed 001's gates.
-    "002": Baseline("short", 1600, dict(value_embeds=".12.....012", value_embed_std=0.0, ve_chunk="18:30", ve_own_dims=0)),
-    "003": Baseline("medium", 6000, dict(value_embeds="012..........012", extra_inputs=0, value_embed_std=0.0)),
+    "002": Baseline(
+        "short", 1600, dict(value_embeds=".12.....012", value_embed_std=0.0, ve_chunk="18:30", ve_own_dims=0)
+    ),
+    "003": Baseline(
+        "medium", 6000, dict(value_embeds="012..........012", extra_inputs=0, value_embed_std=0.0)
+    ),
     "004": Baseline("medium", 6000, dict(extra_inputs=0)),
-    "bigram": Baseline("short", 1547, {}),          # of no seed: `short` as it is
-    "cpu": Baseline("cpu", 490, dict(bigram_signs=8192)),   # of no seed: what the cpu track's records changed
+    "bigram": Baseline("short", 1547, {}),  # of no seed: `short` as it is
+    "cpu": Baseline("cpu", 490, dict(bigram_signs=8192)),  # of no seed: what the cpu track's records changed
 }
+
 
 @dataclass(frozen=True)
 class Hypothesis:
-    name: str                       # seed-name
+    name: str  # seed-name
     says: str
-    flags: dict                     # beyond the baseline's
-    steps: int | None = None        # where the seed ran it for another number than the baseline
-    edits: tuple = ()               # (old, new) texts of train_gpt.py, each old one there once
+    flags: dict  # beyond the baseline's
+    steps: int | None = None  # where the seed ran it for another number than the baseline
+    edits: tuple = ()  # (old, new) texts of train_gpt.py, each old one there once
 
     @property
     def seed(self) -> str:
@@ -60,32 +81,47 @@ class Hypothesis:
         known = {field.name for field in fields(tg.Config)}
         return sorted(set(self.flags) - known)
 
+
 def h(name: str, says: str, steps: int | None = None, edits: tuple = (), **flags) -> Hypothesis:
     return Hypothesis(name, says, flags, steps, edits)
+
 
 def after(line: str, *more: str) -> tuple[str, str]:
     """An edit: lines behind a line."""
     return line + "\n", "\n".join([line, *more, ""])
 
+
 # RMS norm of x - mean(x), wherever train_gpt.py norms.
-CENTRED_NORM = (("    return F.rms_norm(x, (x.size(-1),))",
-                 "    return F.rms_norm(x - x.mean(-1, keepdim=True), (x.size(-1),))"),)
+CENTRED_NORM = (
+    (
+        "    return F.rms_norm(x, (x.size(-1),))",
+        "    return F.rms_norm(x - x.mean(-1, keepdim=True), (x.size(-1),))",
+    ),
+)
 
 # 2410.07799: attention less the plain mean of the values in sight, which is attention with queries of zeros.
-CENTRED_ATTENTION = (after('    y = IN_USE["attention"](q, k, v, lo, reach, scale)',
-                           '    y = y - IN_USE["attention"](torch.zeros_like(q), k, v, lo, reach, scale)'),)
+CENTRED_ATTENTION = (
+    after(
+        '    y = IN_USE["attention"](q, k, v, lo, reach, scale)',
+        '    y = y - IN_USE["attention"](torch.zeros_like(q), k, v, lo, reach, scale)',
+    ),
+)
 
 # Value embeddings for the first 80 % of the vocabulary: a BPE's ids are in the order of its merges, the commonest first.
 COMMON_TOKENS = (
-    after('        values = {name: F.embedding(tokens, p[f"value_embed_{name}"]) for name in self.value_tables}',
-          '        common = (tokens < 0.8 * cfg.vocab_size)[:, None]',
-          '        values = {name: value * common for name, value in values.items()}'),
+    after(
+        '        values = {name: F.embedding(tokens, p[f"value_embed_{name}"]) for name in self.value_tables}',
+        "        common = (tokens < 0.8 * cfg.vocab_size)[:, None]",
+        "        values = {name: value * common for name, value in values.items()}",
+    ),
 )
+
 
 def value_embed_decay(times: float) -> tuple:
     """Weight decay of the value embeddings, in Adam's, 5 in train_gpt.py."""
     start = "init=normal(cfg.value_embed_std), betas=(0.75, 0.95), lr=75.0, wd="
     return ((f"{start}5.0)", f"{start}{times})"),)
+
 
 def qk_clip(tau: float) -> tuple:
     """QK-Clip (2507.20534): after a step in which a head's largest logit was above tau, q and k shrink to make it tau.
@@ -94,22 +130,31 @@ def qk_clip(tau: float) -> tuple:
     mean over micro-batches of that of 256 queries with all keys, so that it is the same on any number of ranks.
     """
     return (
-        after('        self.register_buffer("long_window", torch.tensor(cfg.stages[0].windows[1]))',
-              '        heads = (len(self.layers), cfg.num_heads, 1)',
-              '        self.register_buffer("qk_factor", torch.ones(heads))',
-              '        self.register_buffer("top_logit", torch.zeros(heads), persistent=False)'),
-        after("                q, k, v = self.project(n, qkvo[i], qkv_scale[i], cfg.head_dim, cfg.qk_norm)",
-              "                q, k = (t * self.qk_factor[i].to(t.dtype) for t in (q, k))",
-              "                if torch.is_grad_enabled():",
-              "                    few = q.detach()[::max(1, len(q) // 256)].transpose(0, 1)",
-              "                    top = (few @ k.detach().permute(1, 2, 0)).amax((1, 2)).float() * self.softmax_scale",
-              "                    self.top_logit[i] += top[:, None]"),
-        ("        self.graphs((len(batches[0][0]), windows),",
-         "        self.model.top_logit.zero_()\n        self.graphs((len(batches[0][0]), windows),"),
-        after("        self.flops += flops * self.ranks.size",
-              "        top = self.ranks.all_reduce(self.model.top_logit.clone())() / self.cfg.micro_batches",
-              f"        self.model.qk_factor.mul_(({tau} / top.clamp_min(1e-6)).clamp_max(1).sqrt())"),
+        after(
+            '        self.register_buffer("long_window", torch.tensor(cfg.stages[0].windows[1]))',
+            "        heads = (len(self.layers), cfg.num_heads, 1)",
+            '        self.register_buffer("qk_factor", torch.ones(heads))',
+            '        self.register_buffer("top_logit", torch.zeros(heads), persistent=False)',
+        ),
+        after(
+            "                q, k, v = self.project(n, qkvo[i], qkv_scale[i], cfg.head_dim, cfg.qk_norm)",
+            "                q, k = (t * self.qk_factor[i].to(t.dtype) for t in (q, k))",
+            "                if torch.is_grad_enabled():",
+            "                    few = q.detach()[::max(1, len(q) // 256)].transpose(0, 1)",
+            "                    top = (few @ k.detach().permute(1, 2, 0)).amax((1, 2)).float() * self.softmax_scale",
+            "                    self.top_logit[i] += top[:, None]",
+        ),
+        (
+            "        self.graphs((len(batches[0][0]), windows),",
+            "        self.model.top_logit.zero_()\n        self.graphs((len(batches[0][0]), windows),",
+        ),
+        after(
+            "        self.flops += flops * self.ranks.size",
+            "        top = self.ranks.all_reduce(self.model.top_logit.clone())() / self.cfg.micro_batches",
+            f"        self.model.qk_factor.mul_(({tau} / top.clamp_min(1e-6)).clamp_max(1).sqrt())",
+        ),
     )
+
 
 GATES_001 = dict(smear_chunk="0:12", skip_chunk="6:18", attn_chunk="18:30", ve_chunk="18:30")
 KEPT_000 = dict(value_embed_std=0.01, ve_chunk="0:6", ve_own_dims=6, value_embeds=".01.....234")
@@ -118,7 +163,12 @@ HYPOTHESES = (
     # Seed 000: init, gate and layout of the value embeddings. H1, H2 and H4 were kept.
     h("000-H0", "origin/master"),
     h("000-H1", "tables start normal, std 0.01", value_embed_std=0.01),
-    h("000-H2", "gate reads half the stream, half the value embedding: g(x[:6] + ve[:6])", ve_chunk="0:6", ve_own_dims=6),
+    h(
+        "000-H2",
+        "gate reads half the stream, half the value embedding: g(x[:6] + ve[:6])",
+        ve_chunk="0:6",
+        ve_own_dims=6,
+    ),
     h("000-H3", "RMS norm with the mean subtracted (3.2796)", edits=CENTRED_NORM),
     h("000-H4", "first tables one layer later", value_embeds=".01.....234"),
     h("000-H5", "first tables two layers later", value_embeds="..01....234"),
@@ -126,14 +176,28 @@ HYPOTHESES = (
     h("000-kept", "H1, H2 and H4 together: the record", **KEPT_000),
     h("000-gate-24", "the gate twice as wide: g(x[:12] + ve[:12])", ve_chunk="0:12", ve_own_dims=12),
     h("000-six", "six tables", value_embeds="012.....345"),
-    h("000-six-common", "six tables, for the 80 % commonest tokens only (3.9)",         # of the vocabulary, not of the text
-      value_embeds="012.....345", edits=COMMON_TOKENS),
+    h(
+        "000-six-common",
+        "six tables, for the 80 % commonest tokens only (3.9)",  # of the vocabulary, not of the text
+        value_embeds="012.....345",
+        edits=COMMON_TOKENS,
+    ),
     h("000-std-0.02", "tables start at std 0.02 (3.2815)", value_embed_std=0.02),
     h("000-std-0.005", "tables start at std 0.005 (3.2812)", value_embed_std=0.005),
-    h("000-untie-500", "untied earlier, at step 500 of 1555 (3.3072)", untie_share=500 / 1555),       # embedding and head
-    h("000-wd-2.5", "weight decay of the value embeddings 2.5 times Adam's (3.2779)", edits=value_embed_decay(2.5)),
+    h(
+        "000-untie-500", "untied earlier, at step 500 of 1555 (3.3072)", untie_share=500 / 1555
+    ),  # embedding and head
+    h(
+        "000-wd-2.5",
+        "weight decay of the value embeddings 2.5 times Adam's (3.2779)",
+        edits=value_embed_decay(2.5),
+    ),
     h("000-wd-0", "value embeddings without weight decay (3.2818)", edits=value_embed_decay(0.0)),
-    h("000-centred-attention", "attention less its uniform part, 2410.07799 (3.2818)", edits=CENTRED_ATTENTION),
+    h(
+        "000-centred-attention",
+        "attention less its uniform part, 2410.07799 (3.2818)",
+        edits=CENTRED_ATTENTION,
+    ),
     h("000-qk-clip-1", "QK-Clip, 2507.20534, tau 1 (3.35)", edits=qk_clip(1.0)),
     h("000-qk-clip-10", "QK-Clip, tau 10 (3.32)", edits=qk_clip(10.0)),
     h("000-1550", "kept, 5 steps fewer", 1550, **KEPT_000),
@@ -141,16 +205,27 @@ HYPOTHESES = (
     h("000-1545", "kept, 10 steps fewer", 1545, **KEPT_000),
     h("000-1540", "kept, 15 steps fewer", 1540, **KEPT_000),
     h("000-1535", "kept, 20 steps fewer", 1535, **KEPT_000),
-
     # Seed 001: what the gates read, and the first table used twice.
     h("001-H0", "every gate reads dimensions 0 to 12, layout .12.....012"),
     h("001-gates", "each gate its own chunk, with a little overlap", **GATES_001),
     h("001-layout", "the first table also in the first layer", value_embeds="012.....012"),
     h("001-both", "gates and layout", value_embeds="012.....012", **GATES_001),
-    h("001-1825", "gates and layout, 15 steps fewer: the record", 1825, value_embeds="012.....012", **GATES_001),
-    h("001-disjoint", "chunks without overlap, the other end of the seed's unsearched grid", value_embeds="012.....012",
-      smear_chunk="0:12", skip_chunk="12:24", attn_chunk="24:36", ve_chunk="36:48"),
-
+    h(
+        "001-1825",
+        "gates and layout, 15 steps fewer: the record",
+        1825,
+        value_embeds="012.....012",
+        **GATES_001,
+    ),
+    h(
+        "001-disjoint",
+        "chunks without overlap, the other end of the seed's unsearched grid",
+        value_embeds="012.....012",
+        smear_chunk="0:12",
+        skip_chunk="12:24",
+        attn_chunk="24:36",
+        ve_chunk="36:48",
+    ),
     # Seed 002: one table a place.
     h("002-H0", "three tables, .12.....012"),
     h("002-H1", "untied: one table a place, 25 steps fewer", 1575, value_embeds=".01.....345"),
@@ -160,7 +235,6 @@ HYPOTHESES = (
     h("002-other-layers", "two tables, tied, on other layers", value_embeds=".01.....01."),
     h("002-none", "no value embedding at all, to see what any is worth", value_embeds="..........."),
     h("002-all", "a table in every layer that attends", value_embeds="012345.6789"),
-
     # Seed 003, 16 layers; there is no attention in layer 7, so the eighth table has its second place only.
     h("003-3", "baseline: three tables, each in one of the first and one of the last layers"),
     h("003-4", "one table added", value_embeds="0123........0123"),
@@ -168,7 +242,11 @@ HYPOTHESES = (
     h("003-6", "three added", value_embeds="012345....012345"),
     h("003-7", "four added", value_embeds="0123456..0123456"),
     h("003-8", "five added", value_embeds="0123456.01234567"),
-    h("003-no-0", "removed from layer 0 alone; worst to best: 2, 13, 14, 15, 0, 1", value_embeds=".12..........012"),
+    h(
+        "003-no-0",
+        "removed from layer 0 alone; worst to best: 2, 13, 14, 15, 0, 1",
+        value_embeds=".12..........012",
+    ),
     h("003-no-1", "removed from layer 1", value_embeds="0.2..........012"),
     h("003-no-2", "removed from layer 2", value_embeds="01...........012"),
     h("003-no-13", "removed from layer 13", value_embeds="012...........12"),
@@ -184,41 +262,58 @@ HYPOTHESES = (
     h("003-shift-1", "early places shifted to layers 1, 2, 3", value_embeds=".012.........012"),
     h("003-shift-2", "early places shifted to layers 2, 3, 4", value_embeds="..012........012"),
     h("003-two-by-two", "two tables, shared by neighbours: 0, 1 and 14, 15", value_embeds="00............11"),
-    h("003-two-by-three", "two tables, shared by neighbours: 0 to 2 and 13 to 15", value_embeds="000..........111"),
-
+    h(
+        "003-two-by-three",
+        "two tables, shared by neighbours: 0 to 2 and 13 to 15",
+        value_embeds="000..........111",
+    ),
     # Seed 004: further embeddings of the token added to the stream before every layer.
     h("004-x00", "baseline: x0 alone"),
     h("004-x01", "one added embedding", extra_inputs=1),
     h("004-x02", "two", extra_inputs=2),
     h("004-x03", "three", extra_inputs=3),
     h("004-x04", "four", extra_inputs=4),
-
     # The table of hashed pairs of tokens.
     h("bigram-none", "no table", bigram_rows=0),
     h("bigram-plain", "a row a pair, by hash: as `short` has it"),
     h("bigram-signs", "with the sign trick: pairs that share a row can be told apart", bigram_signs=8192),
-
     # What the cpu preset does otherwise, taken back one by one.
     h("cpu-H0", "the preset"),
-    h("cpu-random", "embed and lm_head start at random, and are one for two thirds of the run", spectral=0.0, embed_std=0.005,
-      untie_share=2/3),
+    h(
+        "cpu-random",
+        "embed and lm_head start at random, and are one for two thirds of the run",
+        spectral=0.0,
+        embed_std=0.005,
+        untie_share=2 / 3,
+    ),
     h("cpu-bigram5", "a quarter of the bigram table's rows", bigram_rows=5),
     h("cpu-momentum", "the bigram table's Adam with momentum, on all rows", bigram_momentum=0.75),
     h("cpu-cap", "logits with a cap", softcap=23.0),
     h("cpu-none", "no value embeddings", value_embeds="."),
-    h("cpu-two", "a layer without attention before the one", windows="-l", paired_heads="..", value_embeds=".1", skips="..",
-      backout=".."),
+    h(
+        "cpu-two",
+        "a layer without attention before the one",
+        windows="-l",
+        paired_heads="..",
+        value_embeds=".1",
+        skips="..",
+        backout="..",
+    ),
 )
+
 
 def find(names: list[str]) -> list[Hypothesis]:
     """By name, or all of a seed ("003") or of a beginning ("003-no-"), in the table's order for each. UserError if none."""
     found: list[Hypothesis] = []
     for name in names:
         exact = [one for one in HYPOTHESES if one.name == name]
-        some = exact or [one for one in HYPOTHESES if one.name.startswith(name if name.endswith("-") else name + "-")]
+        some = exact or [
+            one for one in HYPOTHESES if one.name.startswith(name if name.endswith("-") else name + "-")
+        ]
         need(some, f"{name}: no such hypothesis; --list shows them all")
         found += [one for one in some if one not in found]
     return found
+
 
 def flags_on(one: Hypothesis, preset: str, num_steps: int | None = None) -> dict:
     """What differs from `preset` when the hypothesis runs on it: its baseline's layers and flags, its own, its steps.
@@ -231,14 +326,20 @@ def flags_on(one: Hypothesis, preset: str, num_steps: int | None = None) -> dict
     layers = {name: getattr(tg.PRESETS[baseline.preset], name) for name in TOPOLOGY}
     base = num_steps or (baseline.steps if preset == baseline.preset else sizes.num_steps)
     steps = round(base * (one.steps or baseline.steps) / baseline.steps)
-    wanted = layers | {"num_steps": steps, "bigram_signs": 0} | baseline.flags | one.flags      # signs came after the seeds
+    wanted = (
+        layers | {"num_steps": steps, "bigram_signs": 0} | baseline.flags | one.flags
+    )  # signs came after the seeds
     if wanted.get("untie_share"):
-        wanted["spectral"] = 0.0                    # what starts as one cannot start from counts
+        wanted["spectral"] = 0.0  # what starts as one cannot start from counts
     return {name: value for name, value in wanted.items() if getattr(sizes, name, None) != value}
+
 
 def source_of(one: Hypothesis, source: str) -> str:
     """train_gpt.py's source with the hypothesis's edits. UserError if one does not fit."""
     for old, new in one.edits:
-        need(source.count(old) == 1, f"{one.name}: its edit of train_gpt.py does not fit any more, at {old.strip()!r}")
+        need(
+            source.count(old) == 1,
+            f"{one.name}: its edit of train_gpt.py does not fit any more, at {old.strip()!r}",
+        )
         source = source.replace(old, new)
     return source

@@ -7,6 +7,7 @@ One line a run: steps, last validation loss, time. What is no log is named with 
 What counts as an event: a line that begins with `step:N` or `s:N`, N in digits, with a loss or a time and a number behind.
 The source at the top of a log may hold lines that look the same; it is left out (see split_parts).
 """
+
 import argparse
 import bisect
 import hashlib
@@ -14,41 +15,50 @@ import json
 import math
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 from records.tables import FORMATS, table  # noqa: E402
 
-LARGEST = 256 * 2**20                                       # bytes; no log is larger
+LARGEST = 256 * 2**20  # bytes; no log is larger
 SEPARATOR = b"=" * 100 + b"\n"
 SOURCE_BEGINS = re.compile(rb'\n(?=(?:"""|\'\'\'|#!|import [a-z_]|from [\w.]+ import ))')
-EVENT = re.compile(rb"\n(?:step:(\d{1,12})(?:/(\d{1,12}))?(?= )|s:(\d{1,12})(?= )|resumed: from step (\d{1,12})(?!\d))"
-                   rb"([^\n]{0,4000})")                     # step, of how many; llm.c's step; a resumed run's; the rest
+EVENT = re.compile(
+    rb"\n(?:step:(\d{1,12})(?:/(\d{1,12}))?(?= )|s:(\d{1,12})(?= )|resumed: from step (\d{1,12})(?!\d))"
+    rb"([^\n]{0,4000})"
+)  # step, of how many; llm.c's step; a resumed run's; the rest
 PAIR = re.compile(r"(?:^|\s)([A-Za-z_]\w{0,63}):\s?([^\s:]+)(?=\s|$)", re.ASCII)
-NUMBER = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|nan|[-+]?inf)(ms|s|us|min|[KMG]iB)?", re.IGNORECASE | re.ASCII)
+NUMBER = re.compile(
+    r"([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|nan|[-+]?inf)(ms|s|us|min|[KMG]iB)?", re.IGNORECASE | re.ASCII
+)
 SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
-LLM_C = {"tel": "val_loss", "trl": "train_loss", "hel": "hellaswag"}     # llm.c's names
+LLM_C = {"tel": "val_loss", "trl": "train_loss", "hel": "hellaswag"}  # llm.c's names
 CURVES = re.compile(rb"(?:loss|train_time|tel|trl):\s?(?:[-+.\d]|nan|inf)")
+
 
 class UserError(Exception):
     """Something a user can put right. The message is one line: the file, flag or value, and what to do. Exit code 2."""
+
 
 def need(condition: object, message: str) -> None:
     if not condition:
         raise UserError(message)
 
+
 def extra(module: str):
     """Imports one of requirements.txt's packages, or says how to get it."""
     import importlib
+
     try:
         return importlib.import_module(module)
     except ImportError as error:
         name = module.partition(".")[0]
         raise UserError(f"{name} is missing ({error}); pip install -r records/requirements.txt") from None
+
 
 def command(main: Callable[[list[str]], int | None]) -> None:
     """Runs a command's main(argv). A UserError is one line and exit code 2; a closed pipe (| head) is no error."""
@@ -63,34 +73,41 @@ def command(main: Callable[[list[str]], int | None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
 
+
 def arguments(doc: str) -> argparse.ArgumentParser:
     """A parser whose help is the module's docstring and whose errors are UserErrors."""
-    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.error = _flag_error
     return parser
+
 
 def _flag_error(message: str) -> None:
     raise UserError(f"{message} (--help lists the flags)")
 
+
 @dataclass
 class Run:
     """One run of a log. `events` are the bytes from its first event on; the curves are read from them when asked for."""
+
     path: Path
-    name: str                               # the file's stem; with #2, #3 .. behind it for later runs of a file
+    name: str  # the file's stem; with #2, #3 .. behind it for later runs of a file
     events: bytes = field(repr=False)
     last_step: int = 0
-    planned: int | None = None              # steps of a whole run by its own lines; llm.c's do not say
+    planned: int | None = None  # steps of a whole run by its own lines; llm.c's do not say
     header: str = field(default="", repr=False)
     source: str | None = field(default=None, repr=False)
-    cut: bool = False                       # the file's last line has no end
+    cut: bool = False  # the file's last line has no end
 
     def lines(self) -> list[tuple[int, bytes]]:
         """(step, rest of the line) of each event that stands: what a resumed run did again is left out."""
         found: list[tuple[int, bytes]] = []
         for match in EVENT.finditer(self.events):
             step, _, other, resumed, rest = match.groups()
-            if resumed is not None:         # it goes on from there: later steps, and the validation there, come again
+            if (
+                resumed is not None
+            ):  # it goes on from there: later steps, and the validation there, come again
                 at = int(resumed)
                 while found and (found[-1][0] > at or found[-1][0] == at and b"val_loss:" in found[-1][1]):
                     found.pop()
@@ -156,15 +173,18 @@ class Run:
         found = re.findall(rb"\n((?:failed|interrupted): [^\n]{0,300})", self.events)
         return found[-1].decode("utf-8", "replace") if found else None
 
+
 def load_json(text: str) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
         return None
 
+
 def whole_pairs(rest: bytes) -> bytes:
     """A line that ends with its file may have been cut within its last number: that one counts only if its unit follows."""
     return rest if re.search(rb"\d(?:ms|s)$", rest) else rest.rpartition(b" ")[0]
+
 
 def parse_pairs(rest: bytes) -> dict[str, float | str]:
     """` val_loss:4.1 train_time:15301ms handoff:keep` -> numbers as floats (times in seconds), the rest as strings."""
@@ -176,6 +196,7 @@ def parse_pairs(rest: bytes) -> dict[str, float | str]:
         else:
             pairs[LLM_C.get(key, key)] = text
     return pairs
+
 
 def split_parts(data: bytes) -> list[tuple[str, bytes]]:
     """A file's bytes -> ("source" | "text", part) in their order, none lost.
@@ -193,7 +214,9 @@ def split_parts(data: bytes) -> list[tuple[str, bytes]]:
             parts.append(("text", data[position:]))
             break
         begin = begins.start()
-        later = ends[(first := bisect.bisect(ends, begin)):first + 8]       # a bound, as a file may hold thousands
+        later = ends[
+            (first := bisect.bisect(ends, begin)) : first + 8
+        ]  # a bound, as a file may hold thousands
         if begin > position:
             parts.append(("text", data[position:begin]))
         end = next((end for end in later if _hash_fits(data, begin, end)), later[0] if later else len(data))
@@ -201,9 +224,11 @@ def split_parts(data: bytes) -> list[tuple[str, bytes]]:
         position = end
     return parts
 
+
 def _hash_fits(data: bytes, begin: int, end: int) -> bool:
     named = re.compile(rb"source_sha256:([0-9a-f]{64})\n").match(data, end + 1 + len(SEPARATOR))
-    return bool(named) and hashlib.sha256(data[begin + 1:end] + b"\n").hexdigest() == named[1].decode()
+    return bool(named) and hashlib.sha256(data[begin + 1 : end] + b"\n").hexdigest() == named[1].decode()
+
 
 def split_runs(data: bytes, path: Path) -> list[Run]:
     """The runs of a file's bytes. A new one begins where the step falls, unless a line says that the run was resumed."""
@@ -214,7 +239,7 @@ def split_runs(data: bytes, path: Path) -> list[Run]:
         if kind == "source":
             source, header = part[1:].decode("utf-8", "replace"), ""
             continue
-        starts, last = [], math.inf         # of each run: where it begins, steps planned, last step
+        starts, last = [], math.inf  # of each run: where it begins, steps planned, last step
         for match in EVENT.finditer(part):
             step, planned, other, resumed, rest = match.groups()
             if not starts if resumed is not None else not CURVES.search(rest):
@@ -224,13 +249,16 @@ def split_runs(data: bytes, path: Path) -> list[Run]:
                 starts.append([match.start(), None, 0])
             starts[-1][1:] = int(planned) if planned else starts[-1][1], number
             last = number
-        header += part[:starts[0][0] if starts else len(part)].replace(SEPARATOR, b"").decode("utf-8", "replace")
+        header += (
+            part[: starts[0][0] if starts else len(part)].replace(SEPARATOR, b"").decode("utf-8", "replace")
+        )
         for (begin, planned, last), (end, *_) in zip(starts, starts[1:] + [[len(part)]]):
             name = path.stem if not runs else f"{path.stem}#{len(runs) + 1}"
             runs.append(Run(path, name, part[begin:end], last, planned, header, source))
     if runs:
         runs[-1].cut = cut
     return runs
+
 
 def read_file(path: Path) -> tuple[list[Run], str | None]:
     """The runs of a file, or none and why not."""
@@ -250,12 +278,16 @@ def read_file(path: Path) -> tuple[list[Run], str | None]:
     only_source = any(kind == "source" for kind, _ in split_parts(data))
     return [], "source, but no events" if only_source else "no log: no line has a step and a loss or a time"
 
+
 def find_files(place: Path) -> list[Path]:
     """A file itself, or what a folder holds that may be a log (.txt, .log, .out), not in hidden folders or READMEs."""
     if not place.is_dir():
         return [place]
     found = (path for pattern in ("*.txt", "*.log", "*.out") for path in place.rglob(pattern))
-    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(place).parts))
+    return sorted(
+        path for path in found if not any(part.startswith(".") for part in path.relative_to(place).parts)
+    )
+
 
 def read_places(places: list[Path], warn: Callable[[str], None] | None = None) -> list[Run]:
     """The runs of files and folders. warn(line) is told of each file that is no log. UserError if a place is not there."""
@@ -269,15 +301,19 @@ def read_places(places: list[Path], warn: Callable[[str], None] | None = None) -
                 warn(f"{path}: skipped ({problem})")
     return runs
 
+
 def warn(line: str) -> None:
     print(line, file=sys.stderr)
+
 
 @dataclass
 class Result:
     """What a run is judged by."""
+
     step: int
     loss: float
-    seconds: float                          # nan where the log has no times
+    seconds: float  # nan where the log has no times
+
 
 def result(run: Run, step: int | None = None, key: str = "val_loss") -> tuple[Result | None, str | None]:
     """The value of `key` at `step`, or at the end; or None and why there is none."""
@@ -294,22 +330,35 @@ def result(run: Run, step: int | None = None, key: str = "val_loss") -> tuple[Re
     at = len(steps) - 1 - steps[::-1].index(step)
     return Result(step, values[at], seconds[at]), None
 
+
 def main(argv: list[str]) -> None:
     parser = arguments(__doc__)
     parser.add_argument("places", nargs="+", type=Path, metavar="FILE_OR_FOLDER")
-    parser.add_argument("--step", type=int, metavar="N", help="read the loss at this step (default: the last planned)")
-    parser.add_argument("--loss", default="val_loss", metavar="KEY", help="which number of an event line (default val_loss)")
+    parser.add_argument(
+        "--step", type=int, metavar="N", help="read the loss at this step (default: the last planned)"
+    )
+    parser.add_argument(
+        "--loss", default="val_loss", metavar="KEY", help="which number of an event line (default val_loss)"
+    )
     parser.add_argument("--format", choices=FORMATS, default="text")
     args = parser.parse_args(argv)
     rows = []
     for run in read_places(args.places, warn):
         found, problem = result(run, args.step, args.loss)
         of = f"/{run.planned}" if run.planned is not None else ""
-        rows.append([run.name, run.preset or "-", f"{run.last_step}{of}",
-                     f"{found.loss:.4f}" if found else "-", f"{found.seconds:.3f}" if found else "-",
-                     problem or run.failure() or ""])
+        rows.append(
+            [
+                run.name,
+                run.preset or "-",
+                f"{run.last_step}{of}",
+                f"{found.loss:.4f}" if found else "-",
+                f"{found.seconds:.3f}" if found else "-",
+                problem or run.failure() or "",
+            ]
+        )
     need(rows, "no log among " + ", ".join(map(str, args.places)))
     print(table(["run", "preset", "steps", args.loss, "seconds", "note"], rows, args.format, left=(0, 1, 5)))
+
 
 if __name__ == "__main__":
     command(main)

@@ -1,12 +1,16 @@
 """Tables as text, markdown and CSV, for the other tools of this folder."""
+
 import csv
 import io
 
 FORMATS = ("text", "markdown", "csv")
 
+
 def table(head: list[str], rows: list[list[str]], form: str = "text", left: tuple[int, ...] = (0,)) -> str:
     """Cells are strings already; `left` are the columns that hold words. form: one of FORMATS."""
-    assert all(len(row) == len(head) for row in rows), f"rows of {[len(row) for row in rows]} cells under {len(head)} names"
+    assert all(len(row) == len(head) for row in rows), (
+        f"rows of {[len(row) for row in rows]} cells under {len(head)} names"
+    )
     if form == "csv":
         out = io.StringIO()
         csv.writer(out, lineterminator="\n").writerows([head, *rows])

@@ -1,4 +1,5 @@
 """What the tests share: the project on the path, a small configuration, shards of made-up text, a way to run commands."""
+
 import os
 import subprocess
 import sys
@@ -10,26 +11,63 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-CLEAN_ENV = os.environ | {"OMP_NUM_THREADS": "1"}    # before anything is imported that changes it
+CLEAN_ENV = os.environ | {"OMP_NUM_THREADS": "1"}  # before anything is imported that changes it
 
 import torch  # noqa: E402
 
 import train_gpt as tg  # noqa: E402
 from data.shards import write_shard  # noqa: E402
 
-torch.set_num_threads(1)        # sizes here are tiny: two threads mostly wait for each other, the more so on a busy machine
+torch.set_num_threads(
+    1
+)  # sizes here are tiny: two threads mostly wait for each other, the more so on a busy machine
 
-TINY_STAGES = (tg.Stage(until=0.5, batch_tokens=512, windows=(16, 48), max_doc_len=96, lr_mul=1.0, predict=((1.0, 1.0), (0.5, 0.0))),
-               tg.Stage(until=2.0, batch_tokens=512, windows=(16, 64), max_doc_len=96, lr_mul=1.2))
+TINY_STAGES = (
+    tg.Stage(
+        until=0.5,
+        batch_tokens=512,
+        windows=(16, 48),
+        max_doc_len=96,
+        lr_mul=1.0,
+        predict=((1.0, 1.0), (0.5, 0.0)),
+    ),
+    tg.Stage(until=2.0, batch_tokens=512, windows=(16, 64), max_doc_len=96, lr_mul=1.2),
+)
+
 
 def tiny(**changes) -> tg.Config:
     """The cpu preset with every feature on, at sizes that run in milliseconds, eagerly and in float32."""
-    base = replace(tg.PRESETS["cpu"], windows="sslssl", paired_heads="p...p.", value_embeds=".01.23", skips=".a..a.",
-                   backout="...b..", vocab_size=256, bos_id=255, model_dim=64, head_dim=16, extra_inputs=1, stages=TINY_STAGES,
-                   num_steps=8, val_tokens=512, val_seq_len=256, final_long_window=64, dtype="float32", compile=False,
-                   save_every=0, bigram_rows=5, bigram_signs=0, bigram_momentum=0.75, adam_every=2, softcap=23.0, untie_share=2/3,
-                   embed_std=0.005, spectral=0.0)
+    base = replace(
+        tg.PRESETS["cpu"],
+        windows="sslssl",
+        paired_heads="p...p.",
+        value_embeds=".01.23",
+        skips=".a..a.",
+        backout="...b..",
+        vocab_size=256,
+        bos_id=255,
+        model_dim=64,
+        head_dim=16,
+        extra_inputs=1,
+        stages=TINY_STAGES,
+        num_steps=8,
+        val_tokens=512,
+        val_seq_len=256,
+        final_long_window=64,
+        dtype="float32",
+        compile=False,
+        save_every=0,
+        bigram_rows=5,
+        bigram_signs=0,
+        bigram_momentum=0.75,
+        adam_every=2,
+        softcap=23.0,
+        untie_share=2 / 3,
+        embed_std=0.005,
+        spectral=0.0,
+    )
     return replace(base, **changes)
+
 
 def made_up_text(count: int, vocab_size: int = 256, seed: int = 0) -> np.ndarray:
     """(count,) token ids with something to learn: each is the last one plus a small step; documents of about 64 tokens."""
@@ -38,6 +76,7 @@ def made_up_text(count: int, vocab_size: int = 256, seed: int = 0) -> np.ndarray
     tokens[rng.random(count) < 1 / 64] = vocab_size - 1
     tokens[0] = vocab_size - 1
     return tokens
+
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> Path:
@@ -48,6 +87,7 @@ def tiny_data(tmp_path_factory) -> Path:
     write_shard(folder / "x_val_000000.bin", made_up_text(4_000, seed=3))
     return folder
 
+
 @pytest.fixture(scope="session")
 def corpus_dir() -> Path:
     """The embedded corpus, made by its own command the first time."""
@@ -55,8 +95,19 @@ def corpus_dir() -> Path:
     assert made.returncode == 0, made.stderr
     return ROOT / "data" / "corpus"
 
-def run_command(command: list, cwd: Path = ROOT, timeout: float = 300, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run([str(part) for part in command], cwd=cwd, env=CLEAN_ENV | env, capture_output=True, text=True, timeout=timeout)
+
+def run_command(
+    command: list, cwd: Path = ROOT, timeout: float = 300, **env: str
+) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=CLEAN_ENV | env,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
 
 def assert_user_error(result: subprocess.CompletedProcess, *words: str) -> None:
     """One line on stderr that holds the words, no traceback, exit code 2."""

@@ -3,6 +3,7 @@
 A file is asked for by HEAD (size, content hash, commit) and GET at /datasets/OWNER/NAME/resolve/REVISION/FILE. Both
 redirect to a signed address on another host, as the real hub does for large files; here that is "localhost".
 """
+
 import hashlib
 import re
 import socket
@@ -19,7 +20,8 @@ SECRET = "a-signature-nobody-may-see"
 @dataclass(frozen=True)
 class Fault:
     """What goes wrong with one request, once. after: bytes of the body that are still sent."""
-    kind: str                   # status | cut | reset | stall | slow | wrong | no_ranges
+
+    kind: str  # status | cut | reset | stall | slow | wrong | no_ranges
     after: int = 0
     status: int = 503
     headers: dict = field(default_factory=dict)
@@ -27,6 +29,7 @@ class Fault:
 
 class Hub(ThreadingHTTPServer):
     """files: name -> bytes. faults["HEAD" | "GET", name]: a list, one is used up by each such request."""
+
     daemon_threads = True
     block_on_close = False
 
@@ -34,8 +37,8 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files, self.hashes = files, hashes
         self.faults: dict[tuple[str, str], list[Fault]] = {}
-        self.asked: list[tuple[str, str, int]] = []             # method, file, first byte
-        self.tokens: list[tuple[str, str | None]] = []          # host that was asked, Authorization
+        self.asked: list[tuple[str, str, int]] = []  # method, file, first byte
+        self.tokens: list[tuple[str, str | None]] = []  # host that was asked, Authorization
         self.at_once = self.most_at_once = 0
         self.lock, self.closing = threading.Lock(), threading.Event()
 
@@ -56,7 +59,7 @@ class Hub(ThreadingHTTPServer):
         return [name for method, name, _ in self.asked if method == "GET"]
 
     def handle_error(self, request, client_address):
-        pass                                                    # a client that goes away is part of the tests
+        pass  # a client that goes away is part of the tests
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -73,7 +76,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, method: str) -> None:
         hub, host = self.server, self.headers["Host"].split(":")[0]
-        resolve = re.fullmatch(r"/datasets/kjj0/(fineweb10+B-gpt2)/resolve/(main|[0-9a-f]{40})/([\w.]+)", self.path)
+        resolve = re.fullmatch(
+            r"/datasets/kjj0/(fineweb10+B-gpt2)/resolve/(main|[0-9a-f]{40})/([\w.]+)", self.path
+        )
         signed = re.fullmatch(rf"/signed/([\w.]+)\?Signature={SECRET}", self.path)
         hub.tokens.append((host, self.headers["Authorization"]))
         if not (resolve or signed):
@@ -104,8 +109,12 @@ class Handler(BaseHTTPRequestHandler):
     def facts(self, name: str) -> dict[str, str]:
         content = self.server.files[name]
         etag = hashlib.sha256(content).hexdigest() if self.server.hashes else f"{len(content):x}-plain"
-        return {"Location": f"http://localhost:{self.server.server_port}/signed/{name}?Signature={SECRET}",
-                "X-Repo-Commit": COMMIT, "X-Linked-Size": str(len(content)), "X-Linked-ETag": f'"{etag}"'}
+        return {
+            "Location": f"http://localhost:{self.server.server_port}/signed/{name}?Signature={SECRET}",
+            "X-Repo-Commit": COMMIT,
+            "X-Linked-Size": str(len(content)),
+            "X-Linked-ETag": f'"{etag}"',
+        }
 
     def short(self, status: int, headers: dict[str, str]) -> None:
         self.send_response(status)
@@ -116,7 +125,7 @@ class Handler(BaseHTTPRequestHandler):
     def body(self, name: str, first: int, fault: Fault) -> None:
         content = self.server.files[name]
         if fault.kind == "wrong":
-            content = content[:fault.after] + bytes(255 - b for b in content[fault.after:])
+            content = content[: fault.after] + bytes(255 - b for b in content[fault.after :])
         if fault.kind == "no_ranges":
             first = 0
         self.send_response(206 if first else 200)
@@ -127,17 +136,17 @@ class Handler(BaseHTTPRequestHandler):
         if fault.kind not in ("cut", "reset", "stall", "slow"):
             self.wfile.write(content[first:])
             return
-        self.wfile.write(content[first:first + fault.after])
+        self.wfile.write(content[first : first + fault.after])
         if fault.kind == "slow":
             for at in range(first + fault.after, len(content), 2**16):
                 if self.server.closing.wait(0.02):
                     break
-                self.wfile.write(content[at:at + 2**16])
+                self.wfile.write(content[at : at + 2**16])
             return
-        time.sleep(0.05)                                        # what was sent arrives first
+        time.sleep(0.05)  # what was sent arrives first
         if fault.kind == "stall":
             self.server.closing.wait(30)
-        if fault.kind == "reset":                               # the other side reads "connection reset"
+        if fault.kind == "reset":  # the other side reads "connection reset"
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close_connection = True
         self.connection.shutdown(socket.SHUT_RDWR) if fault.kind == "cut" else self.connection.close()

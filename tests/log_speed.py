@@ -4,6 +4,7 @@
 
 Half of a log is source, the rest events: a line a step, a validation every 125. Writing them is not timed.
 """
+
 import argparse
 import random
 import subprocess
@@ -14,8 +15,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
+
 def write_log(path: Path, size: int, rng: random.Random, damaged: bool) -> None:
-    source = (ROOT / "train_gpt.py").read_text()[:size // 2]
+    source = (ROOT / "train_gpt.py").read_text()[: size // 2]
     steps = size // 2 // 60
     lines = [source, "=" * 100, "hardware: made up", "=" * 100]
     for step in range(1, steps + 1):
@@ -28,8 +30,11 @@ def write_log(path: Path, size: int, rng: random.Random, damaged: bool) -> None:
         data[rng.randrange(len(data))] = rng.randrange(256)
     path.write_bytes(data)
 
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--logs", type=int, default=1500)
     parser.add_argument("--kilobytes", type=int, default=100)
     args = parser.parse_args()
@@ -44,7 +49,10 @@ def main() -> None:
         seconds = time.perf_counter() - began
     if done.returncode:
         sys.exit(done.stderr)
-    print(f"{args.logs} logs, {megabytes:.0f} MB: {seconds:.1f} s, {len(done.stdout.splitlines()) - 2} runs listed")
+    print(
+        f"{args.logs} logs, {megabytes:.0f} MB: {seconds:.1f} s, {len(done.stdout.splitlines()) - 2} runs listed"
+    )
+
 
 if __name__ == "__main__":
     main()

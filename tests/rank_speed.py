@@ -6,6 +6,7 @@ All take the same eight micro-batches a step; one process uses as many threads a
 the numbers of processes, so that what else the machine does meets all of them; medians. The first run may compile (outside
 the clock).
 """
+
 import argparse
 import os
 import re
@@ -18,19 +19,29 @@ from pathlib import Path
 FILE = Path(__file__).resolve().parent.parent / "train_gpt.py"
 PROCESSES = (1, 2, 4, 8)
 
+
 def milliseconds_a_step(processes: int, flags: list[str]) -> tuple[float, str]:
     """Of one run, and the log's line on its hardware."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        if processes > 1
+        else []
+    )
     env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, *launcher, str(FILE), *flags, "--log_dir", folder]
         result = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
     if result.returncode:
         sys.exit(result.returncode)
-    return float(re.findall(r"step_avg:([\d.]+)ms", result.stdout)[-1]), re.search(r"hardware: .*; (.*)", result.stdout)[1]
+    return float(re.findall(r"step_avg:([\d.]+)ms", result.stdout)[-1]), re.search(
+        r"hardware: .*; (.*)", result.stdout
+    )[1]
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=3)
     args, flags = parser.parse_known_args()
     flags = ["--preset", "cpu", "--micro_batches", "8", *(flags or ["--num_steps", "6", "--val_every", "0"])]
@@ -44,7 +55,10 @@ def main() -> None:
     alone = statistics.median(times[1])
     for processes, values in times.items():
         median = statistics.median(values)
-        print(f"{threads[processes]:>32} {median:>10.1f} {min(values):>9.1f} {max(values):>9.1f} {alone / median:>14.2f}")
+        print(
+            f"{threads[processes]:>32} {median:>10.1f} {min(values):>9.1f} {max(values):>9.1f} {alone / median:>14.2f}"
+        )
+
 
 if __name__ == "__main__":
     main()

@@ -6,6 +6,7 @@ One Adam step, on the gradients of two steps' tokens: the embedded corpus re-enc
 training, each stage from the corpus's start. dense: the reduce-scatter of the whole table in bfloat16. sparse: of rows that
 other ranks own, the index (int64) and the values (bfloat16).
 """
+
 import argparse
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from data.shards import write_shard  # noqa: E402
 SHORT = tg.PRESETS["short"]
 TABLE_ROWS = SHORT.bigram_rows * SHORT.vocab_rows
 
+
 def gpt2_tokens() -> np.ndarray:
     """The corpus, training and validation text, in GPT-2's tokens, (n,)."""
     corpus.main([])
@@ -33,21 +35,29 @@ def gpt2_tokens() -> np.ndarray:
     for name in (corpus.TRAIN, corpus.VAL):
         tokens = tg.read_shard(corpus.OUT / name, corpus.VOCAB_SIZE, corpus.BOS_ID)
         documents = np.split(tokens, np.flatnonzero(tokens == corpus.BOS_ID)[1:])
-        texts += [b"".join(words[token] for token in document[1:].tolist()).decode() for document in documents]
+        texts += [
+            b"".join(words[token] for token in document[1:].tolist()).decode() for document in documents
+        ]
     vocab = corpus.gpt2_vocab(Path(tempfile.gettempdir(), "gpt2_vocab"))
     encoded = bpe.encoding(bpe.load_vocab(vocab), SHORT.bos_id).encode_ordinary_batch(texts)
     return np.concatenate([[SHORT.bos_id, *document] for document in encoded])
+
 
 def rows_by_rank(loader: tg.Loader, stage: tg.Stage, ranks: int) -> list[np.ndarray]:
     """The table's rows that each rank's tokens of two steps touch."""
     touched = [[] for _ in range(ranks)]
     for _ in range(2):
         for n, (tokens, _) in enumerate(loader.step(stage)):
-            touched[n % ranks].append(tg.bigram_rows(tokens, tg.documents(tokens, SHORT.bos_id)[0], TABLE_ROWS))
+            touched[n % ranks].append(
+                tg.bigram_rows(tokens, tg.documents(tokens, SHORT.bos_id)[0], TABLE_ROWS)
+            )
     return [torch.cat(rows).unique().numpy() for rows in touched]
 
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ranks", type=int, default=8)
     ranks = parser.parse_args().ranks
     share, row_bytes = -(-TABLE_ROWS // ranks), 2 * SHORT.model_dim
@@ -55,9 +65,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         tokens = gpt2_tokens()
         write_shard(Path(folder, "gpt2_train_000000.bin"), tokens)
-        print(f"{len(tokens):,} tokens; a table of {TABLE_ROWS:,} rows x {SHORT.model_dim}; {ranks} ranks; an Adam step:")
-        print(f"{'tokens a step':>13} {'rows a rank touches':>20} {'dense, MB a rank':>17} {'sparse, MB a rank':>18} "
-              f"{'most':>6} {'dense / sparse':>15}")
+        print(
+            f"{len(tokens):,} tokens; a table of {TABLE_ROWS:,} rows x {SHORT.model_dim}; {ranks} ranks; an Adam step:"
+        )
+        print(
+            f"{'tokens a step':>13} {'rows a rank touches':>20} {'dense, MB a rank':>17} {'sparse, MB a rank':>18} "
+            f"{'most':>6} {'dense / sparse':>15}"
+        )
         for batch_tokens in sorted({stage.batch_tokens for stage in SHORT.stages}):
             stage = next(stage for stage in SHORT.stages if stage.batch_tokens == batch_tokens)
             try:
@@ -66,8 +80,11 @@ def main() -> None:
                 print(f"{batch_tokens:>13,} two steps need more tokens than there are")
                 continue
             sent = [int((rows // share != rank).sum()) * (8 + row_bytes) for rank, rows in enumerate(touched)]
-            print(f"{batch_tokens:>13,} {np.mean([len(rows) for rows in touched]):>20,.0f} {dense / 1e6:>17.1f} "
-                  f"{np.mean(sent) / 1e6:>18.1f} {max(sent) / 1e6:>6.1f} {dense / np.mean(sent):>15.1f}")
+            print(
+                f"{batch_tokens:>13,} {np.mean([len(rows) for rows in touched]):>20,.0f} {dense / 1e6:>17.1f} "
+                f"{np.mean(sent) / 1e6:>18.1f} {max(sent) / 1e6:>6.1f} {dense / np.mean(sent):>15.1f}"
+            )
+
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,5 @@
 """Attention's kernels: values and gradients in the interpreter, against float64 and the reference; what they compile to."""
+
 from pathlib import Path
 
 import interpreter
@@ -8,15 +9,18 @@ import torch
 
 import train_gpt as tg
 
+
 def intervals(T: int, reach: int, starts: tuple[int, ...]) -> torch.Tensor:
     """lo (T,) of documents that begin at starts, and a window of reach tokens."""
     doc_start = torch.zeros(T, dtype=torch.int64)
     doc_start[list(starts)] = torch.tensor(starts)
     return torch.maximum(doc_start.cummax(0).values, torch.arange(T) - reach + 1)
 
+
 def visible(lo: torch.Tensor) -> torch.Tensor:
     key = torch.arange(len(lo))
     return (key >= lo[:, None]) & (key <= key[:, None])
+
 
 if not interpreter.ACTIVE:
     import aot
@@ -34,12 +38,21 @@ if not interpreter.ACTIVE:
                 tg.attention_backward(do, q, k, v, lo, scale, *tg.attention_forward(q, k, v, lo, scale))
         return launches
 
-    SHAPES = {"width 128": [(49152, 6, 128), (98304, 3, 128), (49152, 8, 128)],    # short, its paired heads, medium
-              "width 64": [(49152, 12, 64)]}
+    SHAPES = {
+        "width 128": [(49152, 6, 128), (98304, 3, 128), (49152, 8, 128)],  # short, its paired heads, medium
+        "width 64": [(49152, 12, 64)],
+    }
 
-    @pytest.mark.parametrize("shapes, registers, shared", [("width 128", (144, 160, 240), (131128, 163896, 164904)),
-                                                           ("width 64", (112, 120, 180), (65592, 81976, 82984))])
-    def test_kernels_on_hopper_use_its_matrix_and_copy_units_and_stay_within_budget(shapes, registers, shared):
+    @pytest.mark.parametrize(
+        "shapes, registers, shared",
+        [
+            ("width 128", (144, 160, 240), (131128, 163896, 164904)),
+            ("width 64", (112, 120, 180), (65592, 81976, 82984)),
+        ],
+    )
+    def test_kernels_on_hopper_use_its_matrix_and_copy_units_and_stay_within_budget(
+        shapes, registers, shared
+    ):
         launches = compiled(90, *SHAPES[shapes])
         kernels = [f"attention_{name}_kernel" for name in ("forward", "dq", "dkv")]
         assert [kernel.name for kernel in launches] == kernels * len(SHAPES[shapes])
@@ -55,18 +68,25 @@ if not interpreter.ACTIVE:
     @pytest.mark.parametrize("cc", [80, 89, 120])
     def test_kernels_fit_older_and_smaller_gpus(cc):
         for kernel in compiled(cc, (12288, 6, 128)):
-            assert kernel.fits and kernel.spill_st == kernel.spill_ld == kernel.counts["atom"] == 0, aot.row(kernel)
+            assert kernel.fits and kernel.spill_st == kernel.spill_ld == kernel.counts["atom"] == 0, aot.row(
+                kernel
+            )
             assert kernel.counts["mma"] > 0 and (cc == 120) == (kernel.counts["tma_ld"] > 0), aot.row(kernel)
             assert kernel.counts["cpasync"] > 8 or cc == 120, "tiles are not loaded ahead: " + aot.row(kernel)
 
 else:
     import sanitizer
+
     sanitizer.apply()
 
     # T, H, d, reach, starts. With a reach of 66 the first query of a block is the only one in it that sees a block of keys.
-    CASES = {"documents and a window": (336, 1, 128, 100, (0, 130, 131, 300)), "everything": (272, 1, 64, 272, (0,)),
-             "a padded width": (208, 2, 96, 66, (0, 5, 17)), "less than a block": (16, 1, 64, 8, (0, 3)),
-             "documents of one token": (144, 1, 128, 64, tuple(range(144)))}
+    CASES = {
+        "documents and a window": (336, 1, 128, 100, (0, 130, 131, 300)),
+        "everything": (272, 1, 64, 272, (0,)),
+        "a padded width": (208, 2, 96, 66, (0, 5, 17)),
+        "less than a block": (16, 1, 64, 8, (0, 3)),
+        "documents of one token": (144, 1, 128, 64, tuple(range(144))),
+    }
 
     def inputs(T: int, H: int, d: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """q, k, v (T, 3, H, d), one projection, and the output's gradient (T, H, d)."""
@@ -99,7 +119,7 @@ else:
         exact = with_grads(lambda q, k, v: in_float64(q, k, v, lo, scale.double()), x.double(), do.double())
         for name, a, b, truth in zip(("o", "dq", "dk", "dv"), got, plain, exact):
             assert a.dtype == dtype
-            if len(starts) == T and name in ("dq", "dk"):               # a softmax of one score passes no gradient
+            if len(starts) == T and name in ("dq", "dk"):  # a softmax of one score passes no gradient
                 assert a.abs().max() < 1e-4, (name, a.abs().max())
             elif dtype == torch.bfloat16:
                 ours, theirs = error(a, truth), error(b, truth)
@@ -110,9 +130,11 @@ else:
     def test_layouts_of_inputs_and_gradient_and_kinds_of_scale_and_lo():
         (x, _), lo = inputs(80, 2, 64, torch.bfloat16), intervals(160, 48, (0, 50))
         paired = torch.stack([tg.pair(t) for t in x.unbind(1)], dim=1)  # (160, 3, 1, 64)
-        ones = torch.ones(()).bfloat16().expand(160, 1, 64)             # the gradient of a sum
+        ones = torch.ones(()).bfloat16().expand(160, 1, 64)  # the gradient of a sum
+
         def run(scale, lo, given, do):
             return with_grads(lambda q, k, v: tg.attention_triton(q, k, v, lo, 48, scale), given, do)
+
         plain = run(torch.tensor(0.12), lo, paired, ones.contiguous())
         by_column = paired.permute(3, 1, 2, 0).contiguous().permute(3, 1, 2, 0)
         for other in ((0.12, lo.int(), paired, ones), (torch.tensor(0.12), lo, by_column, ones)):
@@ -125,7 +147,9 @@ else:
         products, multiply = [], builder.create_dot
         monkeypatch.setattr(tg, "target", lambda: capability)
         monkeypatch.setattr(builder, "create_dot", lambda *args: products.append(1) or multiply(*args))
-        with_grads(lambda q, k, v: tg.attention_triton(q, k, v, lo, reach, 0.12), *inputs(T, 1, 16, torch.float32))
+        with_grads(
+            lambda q, k, v: tg.attention_triton(q, k, v, lo, reach, 0.12), *inputs(T, 1, 16, torch.float32)
+        )
         needed = 0
         for table, each in ((tg.ATTENTION_FORWARD, 2), (tg.ATTENTION_DQ, 3), (tg.ATTENTION_DKV, 4)):
             BM, BN, *_ = tg.fitting(table)
@@ -136,10 +160,15 @@ else:
         """Fake tensors, the autograd formula, and a graph without breaks that gives the same."""
         (x, do), lo, scale = inputs(48, 2, 16, torch.bfloat16), intervals(48, 20, (0, 30)), torch.tensor(0.12)
         leaves = [t.clone().requires_grad_() for t in x.unbind(1)]
-        torch.library.opcheck(tg.attention_op, (*leaves, lo.int(), scale),
-                              test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+        torch.library.opcheck(
+            tg.attention_op,
+            (*leaves, lo.int(), scale),
+            test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+        )
+
         def attend(q, k, v):
             return 2 * tg.attention_triton(q, tg.norm(k), v, lo, 20, scale)
+
         whole = torch.compile(attend, fullgraph=True, dynamic=False, backend="aot_eager")
         for a, b in zip(with_grads(whole, x, do), with_grads(attend, x, do)):
             assert torch.equal(a, b)

@@ -1,4 +1,5 @@
 """Checkpoints and faults: a run that was stopped and resumed ends as one that was not; what lies on disk is always whole."""
+
 import os
 import re
 import resource
@@ -26,8 +27,10 @@ STEPS, SAVE_POINTS, WINDOW_GROWS, UNTIED = 13, [2, 4, 6, 8, 10, 12, 13], 6, 10
 BASE = dict(num_steps=STEPS, val_every=4, micro_batches=2, final_long_window=96)
 DTYPES = ["float32", "bfloat16"]
 
+
 class Killed(BaseException):
     """Stands for SIGKILL within one process: nothing in the program catches it."""
+
 
 class RecordedRun(tg.Run):
     """Remembers every loss, to the last bit; dies when it is about to do the step number dies_at (from 0)."""
@@ -45,12 +48,14 @@ class RecordedRun(tg.Run):
             raise Killed
         return super().train_step(step, windows)
 
+
 @pytest.fixture(autouse=True, scope="module")
 def no_measuring():
     """What this machine's matrix products reach is measured at every start, for seconds; here it does not matter."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tg, "matrix_ceiling", lambda *_: 1e9)
         yield
+
 
 @pytest.fixture(scope="module")
 def tiny_data(tmp_path_factory) -> Path:
@@ -61,23 +66,36 @@ def tiny_data(tmp_path_factory) -> Path:
     write_shard(folder / "x_val_000000.bin", made_up_text(4_000, seed=9))
     return folder
 
+
 def state_of(run) -> tuple[dict, tuple]:
     """All that a run's future depends on: tensors, and the rest."""
     tensors = {name: t.clone() for name, t in run.model.state_dict().items()}
-    tensors |= {f"{name} {key}": t.clone() for name, state in run.optimizer.state.items() for key, t in state.items()}
-    return tensors, (run.steps_done, run.tokens_seen, run.flops, run.optimizer.tied, run.loader.file, run.loader.document,
-                     run.average)
+    tensors |= {
+        f"{name} {key}": t.clone() for name, state in run.optimizer.state.items() for key, t in state.items()
+    }
+    return tensors, (
+        run.steps_done,
+        run.tokens_seen,
+        run.flops,
+        run.optimizer.tied,
+        run.loader.file,
+        run.loader.document,
+        run.average,
+    )
+
 
 def assert_same_state(a: tuple[dict, tuple], b: tuple[dict, tuple]) -> None:
     assert a[1] == b[1] and a[0].keys() == b[0].keys()
     different = [name for name in a[0] if not torch.equal(a[0][name], b[0][name])]
     assert not different
 
+
 def events_of(folder: Path) -> list[str]:
     """The lines of the one log in a folder, behind its header."""
     [path] = folder.glob("*.txt")
     source, header, events = path.read_text().split("\n" + tg.Log.END + "\n")
     return events.splitlines()
+
 
 def losses_by_step(events: list[str]) -> dict[str, set[str]]:
     """{"7 train_loss": its values}; more than one value: a repeated step came out differently."""
@@ -87,6 +105,7 @@ def losses_by_step(events: list[str]) -> dict[str, set[str]]:
             found.setdefault(f"{match[1]} {match[2]}", set()).add(match[3])
     return found
 
+
 @pytest.fixture(scope="module", params=DTYPES)
 def undisturbed(request, tiny_data, tmp_path_factory):
     """One whole run, with a copy of each of its checkpoints."""
@@ -94,13 +113,17 @@ def undisturbed(request, tiny_data, tmp_path_factory):
     cfg = tiny(data_dir=str(tiny_data), log_dir=str(folder), dtype=request.param, save_every=2, **BASE)
     save = tg.save_checkpoint
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tg, "save_checkpoint", lambda path, content: (save(path, content), shutil.copy(path, kept)))
+        patch.setattr(
+            tg, "save_checkpoint", lambda path, content: (save(path, content), shutil.copy(path, kept))
+        )
         run = RecordedRun(cfg)
         run.loop()
     checkpoints = {int(path.stem[-6:]): path for path in sorted(kept.glob("*.pt"))}
     assert list(checkpoints) == SAVE_POINTS
-    return SimpleNamespace(cfg=cfg, losses=run.losses, state=state_of(run), checkpoints=checkpoints,
-                           events=events_of(folder))
+    return SimpleNamespace(
+        cfg=cfg, losses=run.losses, state=state_of(run), checkpoints=checkpoints, events=events_of(folder)
+    )
+
 
 def resumable(undisturbed, folder: Path, step: int, **changes) -> tg.Config:
     """A folder with one checkpoint, and the configuration that goes on from it."""
@@ -108,30 +131,50 @@ def resumable(undisturbed, folder: Path, step: int, **changes) -> tg.Config:
     shutil.copy(undisturbed.checkpoints[step], folder)
     return replace(undisturbed.cfg, log_dir=str(folder), resume=True, **changes)
 
+
 # ---- it ends as if nothing had happened
+
 
 def test_the_save_points_lie_where_it_is_difficult(undisturbed):
     schedule = tg.Schedule(undisturbed.cfg)
     saved = {step: torch.load(path) for step, path in undisturbed.checkpoints.items()}
     assert schedule.windows(WINDOW_GROWS - 1) != schedule.windows(WINDOW_GROWS) != schedule.windows(STEPS)
-    assert [int(saved[step]["model"]["long_window"]) for step in (WINDOW_GROWS, WINDOW_GROWS + 2, STEPS)] == [48, 64, 64]
+    assert [int(saved[step]["model"]["long_window"]) for step in (WINDOW_GROWS, WINDOW_GROWS + 2, STEPS)] == [
+        48,
+        64,
+        64,
+    ]
     assert [saved[step]["tied"] for step in (UNTIED - 2, UNTIED)] == [True, False]
     files = [saved[step]["loader"][0] for step in SAVE_POINTS]
     assert len(set(files)) >= 3 and files == sorted(files)
+
 
 @pytest.mark.parametrize("step", SAVE_POINTS)
 def test_resumed_at_any_save_point_it_ends_bit_for_bit_alike(step, undisturbed, tmp_path):
     run = RecordedRun(resumable(undisturbed, tmp_path, step))
     assert run.steps_done == step
     run.loop()
-    assert run.losses == [entry for entry in undisturbed.losses if entry[1] >= step + (entry[0] == "training")]
+    assert run.losses == [
+        entry for entry in undisturbed.losses if entry[1] >= step + (entry[0] == "training")
+    ]
     assert_same_state(run_state := state_of(run), undisturbed.state)
     assert run_state[1][0] == STEPS
 
+
 def test_a_start_from_counts_and_rows_that_wait_survive_an_interruption(tiny_data, tmp_path):
     """The start is made once; a row's second moment fades over the steps before and after the interruption alike."""
-    cfg = tiny(data_dir=str(tiny_data), save_every=2, dtype="bfloat16", adam_every=1, num_steps=6, val_every=0, spectral=10.0,
-               untie_share=0.0, embed_std=0.1, bigram_momentum=0.0)
+    cfg = tiny(
+        data_dir=str(tiny_data),
+        save_every=2,
+        dtype="bfloat16",
+        adam_every=1,
+        num_steps=6,
+        val_every=0,
+        spectral=10.0,
+        untie_share=0.0,
+        embed_std=0.1,
+        bigram_momentum=0.0,
+    )
     whole = RecordedRun(replace(cfg, log_dir=str(tmp_path / "whole"), save_every=0))
     whole.loop()
     cut = replace(cfg, log_dir=str(tmp_path / "cut"), resume=True)
@@ -142,8 +185,11 @@ def test_a_start_from_counts_and_rows_that_wait_survive_an_interruption(tiny_dat
     resumed.loop()
     assert_same_state(state_of(resumed), state_of(whole))
 
+
 def test_killed_twice_and_resumed_it_is_one_run_with_one_log(undisturbed, tmp_path):
-    cfg = replace(undisturbed.cfg, log_dir=str(tmp_path), resume=True)      # the first time there is nothing to go on from
+    cfg = replace(
+        undisturbed.cfg, log_dir=str(tmp_path), resume=True
+    )  # the first time there is nothing to go on from
     for dies_at in (5, 11):
         with pytest.raises(Killed):
             RecordedRun(cfg, dies_at).loop()
@@ -153,10 +199,15 @@ def test_killed_twice_and_resumed_it_is_one_run_with_one_log(undisturbed, tmp_pa
     events = events_of(tmp_path)
     assert [line for line in events if line.startswith("resume")] == [
         f"resume: no checkpoint in {tmp_path}, starting at step 0",
-        "resumed: from step 4 with 1 process(es)", "resumed: from step 10 with 1 process(es)"]
+        "resumed: from step 4 with 1 process(es)",
+        "resumed: from step 10 with 1 process(es)",
+    ]
     assert losses_by_step(events) == losses_by_step(undisturbed.events)
-    assert all(len(values) == 1 for values in losses_by_step(events).values()), "a step done twice came out differently"
-    assert len(events) > len(undisturbed.events)                            # both tries of a repeated step are in the log
+    assert all(len(values) == 1 for values in losses_by_step(events).values()), (
+        "a step done twice came out differently"
+    )
+    assert len(events) > len(undisturbed.events)  # both tries of a repeated step are in the log
+
 
 def test_the_clock_goes_on_where_it_stood(undisturbed, tmp_path):
     saved = torch.load(undisturbed.checkpoints[8])
@@ -166,40 +217,75 @@ def test_the_clock_goes_on_where_it_stood(undisturbed, tmp_path):
     times = [int(time) for time in re.findall(r"train_time:(\d+)ms", "\n".join(events_of(tmp_path)))]
     assert times == sorted(times) and times[0] >= int(1e3 * saved["clock"])
 
+
 def test_what_may_differ_changes_nothing(undisturbed, tiny_data, tmp_path):
     """Other folders, other intervals, a warm-up on dummy tokens: the same end."""
-    assert tg.MAY_DIFFER < {field.name for field in fields(tg.Config)}
-    cfg = resumable(undisturbed, tmp_path / "elsewhere", 6, save_every=5, val_every=3, rank_timeout=7.0, warmup=True,
-                    save_on_stop=True, data_dir=str(shutil.copytree(tiny_data, tmp_path / "data")))
+    assert {field.name for field in fields(tg.Config)} > tg.MAY_DIFFER
+    cfg = resumable(
+        undisturbed,
+        tmp_path / "elsewhere",
+        6,
+        save_every=5,
+        val_every=3,
+        rank_timeout=7.0,
+        warmup=True,
+        save_on_stop=True,
+        data_dir=str(shutil.copytree(tiny_data, tmp_path / "data")),
+    )
     run = RecordedRun(cfg)
     run.warm_up()
     run.loop()
     assert_same_state(state_of(run), undisturbed.state)
     assert run.losses[-1] == undisturbed.losses[-1]
 
+
 def without_training(monkeypatch):
     """Steps that cost nothing and learn nothing, for tests of when something is saved."""
+
     def step(run, number, windows):
         run.steps_done = number + 1
         return torch.tensor([1.0, 0.0])
+
     monkeypatch.setattr(tg.Run, "train_step", step)
     monkeypatch.setattr(tg.Run, "validate", lambda *_: 1.0)
 
-@pytest.mark.parametrize("save_every, num_steps, adam_every, expected", [
-    (1, 7, 2, [2, 4, 6, 7]), (2, 8, 2, [2, 4, 6, 8]), (3, 13, 2, [4, 6, 10, 12, 13]), (4, 9, 2, [4, 8, 9]), (5, 12, 2, [6, 10, 12]),
-    (100, 6, 2, [6]), (0, 6, 2, []), (3, 7, 1, [3, 6, 7]), (4, 13, 3, [6, 9, 12, 13])])
-def test_it_saves_where_no_gradient_waits_and_once_at_the_end(save_every, num_steps, adam_every, expected, tiny_data, tmp_path,
-                                                              monkeypatch):
+
+@pytest.mark.parametrize(
+    "save_every, num_steps, adam_every, expected",
+    [
+        (1, 7, 2, [2, 4, 6, 7]),
+        (2, 8, 2, [2, 4, 6, 8]),
+        (3, 13, 2, [4, 6, 10, 12, 13]),
+        (4, 9, 2, [4, 8, 9]),
+        (5, 12, 2, [6, 10, 12]),
+        (100, 6, 2, [6]),
+        (0, 6, 2, []),
+        (3, 7, 1, [3, 6, 7]),
+        (4, 13, 3, [6, 9, 12, 13]),
+    ],
+)
+def test_it_saves_where_no_gradient_waits_and_once_at_the_end(
+    save_every, num_steps, adam_every, expected, tiny_data, tmp_path, monkeypatch
+):
     """Between Adam's turns the sum so far would be lost. The end is saved once, even if it is due anyway."""
     saved = []
     monkeypatch.setattr(tg, "save_checkpoint", lambda path, content: saved.append(content["step"]))
     without_training(monkeypatch)
-    run = RecordedRun(tiny(data_dir=str(tiny_data), log_dir=str(tmp_path), num_steps=num_steps, save_every=save_every,
-                           adam_every=adam_every))
+    run = RecordedRun(
+        tiny(
+            data_dir=str(tiny_data),
+            log_dir=str(tmp_path),
+            num_steps=num_steps,
+            save_every=save_every,
+            adam_every=adam_every,
+        )
+    )
     run.loop()
     assert saved == expected
 
+
 # ---- other numbers of processes
+
 
 def program(given: dict, environment: dict, output: str) -> None:
     """The program on a tiny configuration, in a process of its own. What is no field of Config: the three lines below."""
@@ -211,18 +297,34 @@ def program(given: dict, environment: dict, output: str) -> None:
     train_step, restore = tg.Run.train_step, tg.Run.restore
     tg.Run.train_step = lambda *args: (time.sleep(pause), train_step(*args))[1]
     if save_again:
-        tg.Run.restore = lambda run, saved: (restore(run, saved), run.clock.start(), run.save(), run.clock.stop())
-    tg.KEPT_CHECKPOINTS, tg.matrix_ceiling, tg.parse_config = keep, lambda *_: 1e9, lambda argv: (tiny(**given), {})
+        tg.Run.restore = lambda run, saved: (
+            restore(run, saved),
+            run.clock.start(),
+            run.save(),
+            run.clock.stop(),
+        )
+    tg.KEPT_CHECKPOINTS, tg.matrix_ceiling, tg.parse_config = (
+        keep,
+        lambda *_: 1e9,
+        lambda argv: (tiny(**given), {}),
+    )
     tg.main()
 
-FORKS = get_context("forkserver")       # processes of it have torch already, and start in no time
+
+FORKS = get_context("forkserver")  # processes of it have torch already, and start in no time
 FORKS.set_forkserver_preload(["torch._dynamo", "numpy", "pytest"])
+
 
 def start(folder: Path, *given: dict) -> list:
     """A group of processes, one for each dict, as torchrun would have started them; their output goes to the folder."""
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
-    group = {"WORLD_SIZE": len(given), "LOCAL_WORLD_SIZE": len(given), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    group = {
+        "WORLD_SIZE": len(given),
+        "LOCAL_WORLD_SIZE": len(given),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": port,
+    }
     processes = []
     for rank, configuration in enumerate(given):
         environment = {name: str(value) for name, value in (group | {"RANK": rank}).items()}
@@ -231,38 +333,50 @@ def start(folder: Path, *given: dict) -> list:
         processes[-1].start()
     return processes
 
+
 def finish(folder: Path, processes: list, timeout: float = 60) -> list[tuple[int, str, str]]:
     """[(exit code, stdout, stderr)] of each; they have so many seconds."""
     deadline = time.monotonic() + timeout
     for process in processes:
         process.join(max(0, deadline - time.monotonic()))
-    for process in processes:                                               # none, if all is well
+    for process in processes:  # none, if all is well
         process.kill()
         process.join()
-    return [(process.exitcode, *((folder / f"process{rank}.{end}").read_text() for end in ("out", "err")))
-            for rank, process in enumerate(processes)]
+    return [
+        (process.exitcode, *((folder / f"process{rank}.{end}").read_text() for end in ("out", "err")))
+        for rank, process in enumerate(processes)
+    ]
+
 
 def same_bits(a: dict, b: dict) -> bool:
     same = lambda x, y: same_bits(x, y) if isinstance(x, dict) else torch.equal(x, y)  # noqa: E731
     return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
 
+
 def assert_close_ends(a: dict, b: dict) -> None:
     """Two runs' checkpoints of the same step: other orders of summation, no other tokens."""
     assert all(a[name] == b[name] for name in ("step", "tied", "loader", "tokens_seen"))
     for name, p in a["model"].items():
-        distance = (p.float() - b["model"][name].float()).norm() / b["model"][name].float().norm().clamp_min(1e-3)
+        distance = (p.float() - b["model"][name].float()).norm() / b["model"][name].float().norm().clamp_min(
+            1e-3
+        )
         assert distance < 0.02, (name, distance)
+
 
 @pytest.mark.parametrize("step", [6])
 def test_resumed_by_two_processes_it_ends_as_with_one(step, undisturbed, tmp_path):
     """Their shares of the state come out of the whole one, and the whole one out of their shares, to the last bit."""
     cfg = resumable(undisturbed, tmp_path, step)
-    given = dict(data_dir=cfg.data_dir, log_dir=cfg.log_dir, dtype=cfg.dtype, resume=True, save_every=2, **BASE)
+    given = dict(
+        data_dir=cfg.data_dir, log_dir=cfg.log_dir, dtype=cfg.dtype, resume=True, save_every=2, **BASE
+    )
     results = finish(tmp_path, start(tmp_path, *[given | dict(keep=99, save_again=True)] * 2))
     assert [code for code, *_ in results] == [0, 0], results
     saved = {int(path.stem[-6:]): torch.load(path) for path in tmp_path.glob("*.pt")}
     before = torch.load(undisturbed.checkpoints[step])
-    assert same_bits(saved[step]["model"], before["model"]) and same_bits(saved[step]["optimizer"], before["optimizer"])
+    assert same_bits(saved[step]["model"], before["model"]) and same_bits(
+        saved[step]["optimizer"], before["optimizer"]
+    )
     assert_close_ends(saved[STEPS], torch.load(undisturbed.checkpoints[STEPS]))
     # and back: one process goes on from what two saved, before and after the untie step
     for back in (UNTIED - 2, UNTIED):
@@ -275,6 +389,7 @@ def test_resumed_by_two_processes_it_ends_as_with_one(step, undisturbed, tmp_pat
         assert [entry[:2] for entry in run.losses] == [entry[:2] for entry in expected]
         assert [entry[2] for entry in run.losses] == pytest.approx([entry[2] for entry in expected], abs=2e-3)
 
+
 def test_processes_that_find_different_checkpoints_say_so(tiny_data, tmp_path):
     """Several nodes whose log folders are not the same: going on would mix two runs."""
     save_at(a_run(tiny_data, tmp_path / "node0"), 6)
@@ -284,10 +399,13 @@ def test_processes_that_find_different_checkpoints_say_so(tiny_data, tmp_path):
         assert code == 2 and "different checkpoints" in err, err
     assert not (tmp_path / "node1").exists()
 
+
 # ---- what lies on disk
+
 
 def a_run(tiny_data, tmp_path, **changes) -> RecordedRun:
     return RecordedRun(tiny(data_dir=str(tiny_data), log_dir=str(tmp_path), **BASE | changes))
+
 
 def save_at(run: tg.Run, step: int) -> Path:
     run.steps_done = step
@@ -296,28 +414,32 @@ def save_at(run: tg.Run, step: int) -> Path:
     run.clock.stop()
     return Path(run.cfg.log_dir) / f"{run.log.run_id}.step{step:06d}.pt"
 
+
 def test_two_are_kept_and_a_reader_never_sees_a_half_one(tiny_data, tmp_path):
     run, over, loaded, broken = a_run(tiny_data, tmp_path), threading.Event(), [], []
+
     def read():
         while not over.is_set():
             for path in tmp_path.glob("*.pt"):
                 try:
                     loaded.append(torch.load(path)["step"])
-                except FileNotFoundError:                                   # rotated away meanwhile
+                except FileNotFoundError:  # rotated away meanwhile
                     pass
                 except Exception as error:  # noqa: BLE001
                     broken.append((path.name, error))
+
     reader = threading.Thread(target=read)
     reader.start()
     try:
         for step in range(2, 42, 2):
             save_at(run, step)
             kept = sorted(int(path.stem[-6:]) for path in tmp_path.glob("*.pt"))
-            assert kept == [step - 2, step][2 - min(step // 2, 2):]
+            assert kept == [step - 2, step][2 - min(step // 2, 2) :]
     finally:
         over.set()
         reader.join()
     assert not broken and len(set(loaded)) > 5
+
 
 def test_what_a_killed_process_left_half_written_is_ignored_and_cleared_away(tiny_data, tmp_path):
     run = a_run(tiny_data, tmp_path)
@@ -328,18 +450,20 @@ def test_what_a_killed_process_left_half_written_is_ignored_and_cleared_away(tin
     save_at(run, 8)
     assert not left.exists()
 
+
 DAMAGE = {
     "empty": lambda whole: b"",
-    "a tenth": lambda whole: whole[:len(whole) // 10],
+    "a tenth": lambda whole: whole[: len(whole) // 10],
     "a byte short": lambda whole: whole[:-1],
     "garbage": lambda whole: os.urandom(5000),
-    "a hole": lambda whole: whole[:len(whole) // 2] + bytes(4096) + whole[len(whole) // 2 + 4096:],
+    "a hole": lambda whole: whole[: len(whole) // 2] + bytes(4096) + whole[len(whole) // 2 + 4096 :],
 }
+
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_newest_file_is_skipped_with_a_word(damage, tiny_data, tmp_path, capsys):
     run = a_run(tiny_data, tmp_path)
-    for state in run.optimizer.state.values():                              # zeros would not mind the hole
+    for state in run.optimizer.state.values():  # zeros would not mind the hole
         state["momentum"].normal_()
         state["second"].normal_()
     older, newest = save_at(run, 4), save_at(run, 6)
@@ -348,14 +472,16 @@ def test_a_damaged_newest_file_is_skipped_with_a_word(damage, tiny_data, tmp_pat
     assert tg.newest_checkpoint(run.cfg)["step"] == 4
     assert re.search(rf"resume: {newest} is not whole \(\w+\)", capsys.readouterr().err)
     older.write_bytes(b"")
-    resumed = RecordedRun(replace(run.cfg, resume=True))                    # no whole one: from the start, with a word
+    resumed = RecordedRun(replace(run.cfg, resume=True))  # no whole one: from the start, with a word
     assert resumed.steps_done == 0 and f"resume: no checkpoint in {tmp_path}" in capsys.readouterr().out
+
 
 def test_a_file_that_is_no_checkpoint_of_ours_is_skipped(tiny_data, tmp_path, capsys):
     run = a_run(tiny_data, tmp_path)
     save_at(run, 4)
     torch.save({"weights": torch.ones(3)}, tmp_path / "other.step000009.pt")
     assert tg.newest_checkpoint(run.cfg)["step"] == 4 and "other.step000009.pt" in capsys.readouterr().err
+
 
 def test_after_going_back_the_new_ones_are_kept_and_not_the_damaged(tiny_data, tmp_path):
     """Rotation by step would throw away what has just been saved, as it stands at a lower step than the damaged ones."""
@@ -365,12 +491,16 @@ def test_after_going_back_the_new_ones_are_kept_and_not_the_damaged(tiny_data, t
     assert save_at(run, 2).exists() and save_at(run, 4).exists()
     assert tg.newest_checkpoint(run.cfg)["step"] == 4
 
+
 class Trap:
     """What a pickle can do to who loads it."""
+
     def __init__(self, path):
         self.path = path
+
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
+
 
 def test_a_checkpoint_with_code_in_it_is_not_run(tiny_data, tmp_path, capsys):
     run = a_run(tiny_data, tmp_path)
@@ -381,16 +511,33 @@ def test_a_checkpoint_with_code_in_it_is_not_run(tiny_data, tmp_path, capsys):
     torch.load(path, weights_only=False)
     assert (tmp_path / "sprung").exists(), "the trap itself does not work"
 
+
 def test_no_secret_of_the_environment_is_kept(tiny_data, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     save_at(a_run(tiny_data, tmp_path), 4)
-    assert len(list(tmp_path.iterdir())) == 2 and not any(b"hf_secret" in path.read_bytes() for path in tmp_path.iterdir())
+    assert len(list(tmp_path.iterdir())) == 2 and not any(
+        b"hf_secret" in path.read_bytes() for path in tmp_path.iterdir()
+    )
+
 
 # ---- another configuration
 
-@pytest.mark.parametrize("name, value", [("muon_lr", 0.5), ("num_steps", 14), ("seed", 1), ("skips", "......"),
-                                         ("key_offset", False), ("dtype", "bfloat16"), ("micro_batches", 4)])
-def test_a_checkpoint_of_another_configuration_is_refused_by_name(name, value, tiny_data, tmp_path, monkeypatch, capsys):
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("muon_lr", 0.5),
+        ("num_steps", 14),
+        ("seed", 1),
+        ("skips", "......"),
+        ("key_offset", False),
+        ("dtype", "bfloat16"),
+        ("micro_batches", 4),
+    ],
+)
+def test_a_checkpoint_of_another_configuration_is_refused_by_name(
+    name, value, tiny_data, tmp_path, monkeypatch, capsys
+):
     run = a_run(tiny_data, tmp_path)
     save_at(run, 4)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
@@ -402,7 +549,8 @@ def test_a_checkpoint_of_another_configuration_is_refused_by_name(name, value, t
     error = capsys.readouterr().err
     assert end.value.code == 2 and len(error.splitlines()) == 1
     assert f"--{name} was {getattr(run.cfg, name)}, is {value}" in error and error.count(" was ") == 1
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before       # not even a line in the log
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before  # not even a line in the log
+
 
 def test_what_auto_came_to_on_the_machine_that_saved_counts(tiny_data, tmp_path, monkeypatch):
     """Else weights would lose their low bits, or gain some, on a machine of another kind."""
@@ -415,45 +563,64 @@ def test_what_auto_came_to_on_the_machine_that_saved_counts(tiny_data, tmp_path,
     with pytest.raises(tg.UserError, match="--dtype was bfloat16, is float32"):
         tg.newest_checkpoint(run.cfg)
 
+
 # ---- a full disk
+
 
 def test_a_checkpoint_that_does_not_fit_leaves_the_last_good_one(undisturbed, tmp_path, monkeypatch):
     """A limit on the size of files stands for the full disk: writing fails half-way, as there."""
+
     class Run(RecordedRun):
         def train_step(self, step, windows):
             if step == 5:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
             return super().train_step(step, windows)
+
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     run = Run(replace(undisturbed.cfg, log_dir=str(tmp_path)))
     try:
         run.loop()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert_same_state(state_of(run), undisturbed.state)                     # the run went on
-    assert sorted(int(path.stem[-6:]) for path in tmp_path.glob("*.pt")) == [2, 4] and not list(tmp_path.glob(".*"))
+    assert_same_state(state_of(run), undisturbed.state)  # the run went on
+    assert sorted(int(path.stem[-6:]) for path in tmp_path.glob("*.pt")) == [2, 4] and not list(
+        tmp_path.glob(".*")
+    )
     assert tg.newest_checkpoint(run.cfg)["step"] == 4
     failures = [line for line in events_of(tmp_path) if "NOT saved" in line]
-    assert [re.match(r"checkpoint: NOT saved at step (\d+), the last good one stays", line)[1] for line in failures] == [
-        "6", "8", "10", "12", "13"]
+    assert [
+        re.match(r"checkpoint: NOT saved at step (\d+), the last good one stays", line)[1]
+        for line in failures
+    ] == ["6", "8", "10", "12", "13"]
     assert all(line.endswith("File too large)") for line in failures), failures
+
 
 def test_a_disk_that_is_really_full(tiny_data, tmp_path):
     """A file system of 12 MiB of its own: two checkpoints of 4.6 MiB fit, the third does not."""
-    if not shutil.which("unshare") or run_command(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", tmp_path]).returncode:
+    if (
+        not shutil.which("unshare")
+        or run_command(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", tmp_path]).returncode
+    ):
         pytest.skip("no mounting here")
     disk, out = tmp_path / "disk", tmp_path / "out"
     disk.mkdir()
     given = dict(data_dir=str(tiny_data), log_dir=str(disk), save_every=2) | BASE
-    code = (f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); from test_checkpoints import program; "
-            f"program({given}, {{}}, {str(tmp_path / 'process')!r})")
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); from test_checkpoints import program; "
+        f"program({given}, {{}}, {str(tmp_path / 'process')!r})"
+    )
     script = f'mount -t tmpfs -o size=12m tmpfs {disk} && {sys.executable} -c "$0"; code=$?; cp -r {disk} {out}; exit $code'
     result = run_command(["unshare", "-rm", "sh", "-c", script, code])
     assert result.returncode == 0, result.stderr
     events = events_of(out)
     assert re.match(rf"step:{STEPS}/{STEPS} val_loss:", events[-1])
-    assert sum("NOT saved at step" in line and "No space left on device" in line for line in events) == 5, events
-    assert sorted(torch.load(path)["step"] for path in out.glob("*.pt")) == [2, 4] and not list(out.glob(".*"))
+    assert sum("NOT saved at step" in line and "No space left on device" in line for line in events) == 5, (
+        events
+    )
+    assert sorted(torch.load(path)["step"] for path in out.glob("*.pt")) == [2, 4] and not list(
+        out.glob(".*")
+    )
+
 
 def test_a_log_that_cannot_be_written_does_not_end_the_run(tiny_data, tmp_path, capsys):
     run = a_run(tiny_data, tmp_path, num_steps=2)
@@ -461,7 +628,11 @@ def test_a_log_that_cannot_be_written_does_not_end_the_run(tiny_data, tmp_path, 
     run.log.file = open("/dev/full", "a", buffering=1)
     run.loop()
     output = capsys.readouterr()
-    assert "step:2/2 val_loss:" in output.out and "log: a line could not be written (No space left on device)" in output.err
+    assert (
+        "step:2/2 val_loss:" in output.out
+        and "log: a line could not be written (No space left on device)" in output.err
+    )
+
 
 # ---- signals
 
@@ -473,6 +644,7 @@ SIGNALS = {  # name: (signals to each process, --save_on_stop, exit codes)
     "two processes, ctrl-c": ([signal.SIGINT, signal.SIGINT], False, [130, 130]),
     "two processes, one is told, saved": ([signal.SIGTERM, None], True, [143, 130]),
 }
+
 
 @pytest.fixture(scope="module")
 def signalled(tiny_data, tmp_path_factory):
@@ -496,6 +668,7 @@ def signalled(tiny_data, tmp_path_factory):
         time.sleep(0.02)
     return ended
 
+
 @pytest.mark.parametrize("name", SIGNALS)
 def test_a_signal_ends_the_run_with_a_whole_log(name, signalled):
     (folder, results, seconds), (signals, _, codes) = signalled[name], SIGNALS[name]
@@ -503,9 +676,12 @@ def test_a_signal_ends_the_run_with_a_whole_log(name, signalled):
     assert not any("Traceback" in err for *_, err in results), results
     assert seconds < 10
     events = events_of(folder)
-    word = re.match(rf"interrupted: (\d+) of {STEPS} steps done, train_time:\d+ms \({signals[0].name}\)", events[-1])
+    word = re.match(
+        rf"interrupted: (\d+) of {STEPS} steps done, train_time:\d+ms \({signals[0].name}\)", events[-1]
+    )
     assert word and results[0][1].splitlines()[-1] == events[-1], events
     assert 3 <= int(word[1]) < STEPS, "the signal came too late for this test"
+
 
 @pytest.mark.parametrize("name", [name for name, (_, save, _) in SIGNALS.items() if save])
 def test_a_signal_saves_if_asked_to_and_the_resumed_run_ends_alike(name, signalled, tiny_data, tmp_path):
@@ -522,9 +698,11 @@ def test_a_signal_saves_if_asked_to_and_the_resumed_run_ends_alike(name, signall
         assert_same_state(state_of(resumed), state_of(whole))
     assert resumed.losses[-1][2] == pytest.approx(whole.losses[-1][2], abs=0 if len(results) == 1 else 2e-3)
 
+
 @pytest.mark.parametrize("name", [name for name, (_, save, _) in SIGNALS.items() if not save])
 def test_without_the_flag_a_signal_saves_nothing(name, signalled):
     assert not list(signalled[name][0].glob("*.pt"))
+
 
 def test_a_signal_while_nothing_new_is_there_to_save_ends_the_run_at_once(tiny_data, tmp_path):
     """In the warm-up, which may take minutes, a supervisor would kill what does not leave."""
@@ -532,36 +710,48 @@ def test_a_signal_while_nothing_new_is_there_to_save_ends_the_run_at_once(tiny_d
     with pytest.raises(tg.Stopped, match="SIGTERM"):
         run.hear(signal.SIGTERM, None)
     run.steps_done = 1
-    run.hear(signal.SIGTERM, None)                                          # remembered
-    run.hear(signal.SIGTERM, None)                                          # torchrun's, behind the terminal's: one wish
+    run.hear(signal.SIGTERM, None)  # remembered
+    run.hear(signal.SIGTERM, None)  # torchrun's, behind the terminal's: one wish
     run.last_signal = run.last_signal[0], run.last_signal[1] - 3
-    with pytest.raises(tg.Stopped):                                         # later: somebody does not want to wait
+    with pytest.raises(tg.Stopped):  # later: somebody does not want to wait
         run.hear(signal.SIGINT, None)
     run.leaving, run.steps_done = True, run.began_at
     try:
         run.hear(signal.SIGINT, None)
-    except tg.Stopped:                                                      # pytest would take it for a Ctrl-C of its own
+    except tg.Stopped:  # pytest would take it for a Ctrl-C of its own
         pytest.fail("on its way out already, the log was being ended")
+
 
 # ---- processes that die
 
 NAN = tg.RunFailed("the training loss is nan")
 
-@pytest.mark.parametrize("error, heard, line", [
-    (tg.Stopped("SIGINT"), "SIGINT", "interrupted: 0 of 13 steps done, train_time:0ms (SIGINT)"),
-    (RuntimeError("connection closed"), "SIGTERM", "interrupted: 0 of 13 steps done, train_time:0ms (SIGTERM)"),
-    (RuntimeError("connection closed"), None, "failed: connection closed"),
-    (NAN, "SIGTERM", "failed: the training loss is nan"),
-])
+
+@pytest.mark.parametrize(
+    "error, heard, line",
+    [
+        (tg.Stopped("SIGINT"), "SIGINT", "interrupted: 0 of 13 steps done, train_time:0ms (SIGINT)"),
+        (
+            RuntimeError("connection closed"),
+            "SIGTERM",
+            "interrupted: 0 of 13 steps done, train_time:0ms (SIGTERM)",
+        ),
+        (RuntimeError("connection closed"), None, "failed: connection closed"),
+        (NAN, "SIGTERM", "failed: the training loss is nan"),
+    ],
+)
 def test_what_ended_a_run_is_told_apart(error, heard, line, tiny_data, tmp_path, monkeypatch):
     """A process among four. torchrun sends SIGTERM also when another has died; and who hears it first leaves first."""
+
     class Run(RecordedRun):
         def __init__(self, cfg, overrides):
             super().__init__(cfg)
             self.ranks = tg.Ranks(0, 4, self.ranks.device)
+
         def loop(self):
             self.last_signal = heard and (heard, time.monotonic())
             raise error
+
     waited = []
     monkeypatch.setattr(time, "sleep", waited.append)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
@@ -571,20 +761,25 @@ def test_what_ended_a_run_is_told_apart(error, heard, line, tiny_data, tmp_path,
     with pytest.raises(tg.Stopped if stopped else (tg.RunFailed, RuntimeError)) as raised:
         tg.train(tiny(data_dir=str(tiny_data), log_dir=str(tmp_path), **BASE), {})
     assert events_of(tmp_path)[-1].startswith(line)
-    assert bool(waited) == isinstance(error, RuntimeError)                      # a lost connection: torchrun names the dead
-    assert not stopped or str(raised.value) == heard                            # its exit code depends on it
+    assert bool(waited) == isinstance(error, RuntimeError)  # a lost connection: torchrun names the dead
+    assert not stopped or str(raised.value) == heard  # its exit code depends on it
+
 
 # ---- losses that go wrong
+
 
 def disturb(run: tg.Run, step: int, change) -> None:
     """Calls change(model) before a step."""
     inner = run.train_step
+
     def train_step(number, windows):
         if number == step:
             with torch.no_grad():
                 change(run.model)
         return inner(number, windows)
+
     run.train_step = train_step
+
 
 @pytest.mark.parametrize("name", ["mlp", "value_embed_0", "resid_scale"])
 def test_a_loss_that_is_not_a_number_is_named_with_step_and_group(name, tiny_data, tmp_path):
@@ -593,23 +788,32 @@ def test_a_loss_that_is_not_a_number_is_named_with_step_and_group(name, tiny_dat
     with pytest.raises(tg.RunFailed, match=rf"the training loss is nan at step 5 \(.*\b{name}\b"):
         run.loop()
 
+
 def test_a_spike_is_named_with_step_and_group_and_the_run_goes_on(tiny_data, tmp_path):
     run = a_run(tiny_data, tmp_path)
     disturb(run, 6, lambda model: model.lm_head.mul_(-5))
     run.loop()
     events = events_of(tmp_path)
     spikes = [line for line in events if line.startswith("spike:")]
-    assert re.match(r"spike: train_loss \d+\.\d+ at step 7, \d\.\d+ before; grown most since the last validation: lm_head, "
-                    r"from norm \S+ to \S+", spikes[0]), spikes
+    assert re.match(
+        r"spike: train_loss \d+\.\d+ at step 7, \d\.\d+ before; grown most since the last validation: lm_head, "
+        r"from norm \S+ to \S+",
+        spikes[0],
+    ), spikes
     assert events[events.index(spikes[0]) - 1].startswith("step:7/"), "there was one before"
+
 
 def test_a_quiet_run_has_no_spikes(undisturbed):
     assert not any(line.startswith("spike:") for line in undisturbed.events)
 
+
 # ---- the fault program
+
 
 def test_two_runs_are_killed_at_a_random_moment_and_resumed(corpus_dir):
     """One process, then one of two; tests/faults.py is the whole of it."""
-    result = run_command([sys.executable, ROOT / "tests" / "faults.py", "--kills", 2, "--ranks", "1,2", "--steps", 2])
+    result = run_command(
+        [sys.executable, ROOT / "tests" / "faults.py", "--kills", 2, "--ranks", "1,2", "--steps", 2]
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "2 of 2 killed runs ended bit for bit" in result.stdout

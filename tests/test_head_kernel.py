@@ -1,4 +1,5 @@
 """The fused head: loss and gradients in the interpreter, against the reference and float64, and what it compiles to."""
+
 from pathlib import Path
 
 import interpreter
@@ -10,13 +11,16 @@ import train_gpt as tg
 
 CAP, OFF = (23.0, 5.0, 7.5), (0.0, 5.0, 7.5)
 
+
 def head_chunk_bf16(*args):
     """head_chunk_triton as a GPU without FP8 computes it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tg, "target", lambda: 80)
         return tg.head_chunk_triton(*args)
 
+
 PIECES = {"bf16": head_chunk_bf16, "fp8": tg.head_chunk_triton}
+
 
 def inputs(T: int, V: int, n: int, spread: float = 2.0, D: int = 64) -> list[torch.Tensor]:
     """x (T, D) of rows with mean square 1, head (D, V), bfloat16; likely targets (T,), weights (n,). spread: of logits."""
@@ -26,6 +30,7 @@ def inputs(T: int, V: int, n: int, spread: float = 2.0, D: int = 64) -> list[tor
     targets = torch.multinomial((x.float() @ head.float()).softmax(1), 1, generator=rng)[:, 0]
     return [x, head, targets, torch.tensor([1.0, 0.5, 0.25][:n])]
 
+
 def chunk_inputs(*args, **named) -> list[torch.Tensor]:
     """inputs(), targets and weights as a chunk gets them, (T, n)."""
     x, head, targets, weights = inputs(*args, **named)
@@ -33,14 +38,17 @@ def chunk_inputs(*args, **named) -> list[torch.Tensor]:
     place = torch.arange(T)[:, None] + torch.arange(n)
     return [x, head, targets[place.clamp_max(T - 1)], torch.where(place < T, weights / T, 0)]
 
+
 def error(a: torch.Tensor, b: torch.Tensor) -> float:
     assert a.shape == b.shape, (a.shape, b.shape)
     return float((a.detach().double() - b.detach().double()).norm() / b.detach().double().norm())
+
 
 def with_grads(operator, x: torch.Tensor, head: torch.Tensor, *rest) -> tuple[torch.Tensor, ...]:
     x, head = x.clone().requires_grad_(), head.clone().requires_grad_()
     loss = operator(x, head, *rest)
     return (loss, *torch.autograd.grad(loss, (x, head), torch.tensor(3.0)))
+
 
 if not interpreter.ACTIVE:
     import aot
@@ -49,7 +57,9 @@ if not interpreter.ACTIVE:
         interpreter.interpreted(Path(__file__))
 
     @pytest.mark.parametrize("cc", [80, 89, 90, 120])
-    @pytest.mark.parametrize("n, cap, with_grad, registers", [(3, CAP, True, 48), (1, CAP, False, 40), (2, OFF, True, 60)])
+    @pytest.mark.parametrize(
+        "n, cap, with_grad, registers", [(3, CAP, True, 48), (1, CAP, False, 40), (2, OFF, True, 60)]
+    )
     def test_compiled_kernel_stays_within_its_budget(cc, n, cap, with_grad, registers):
         """registers: of a thread on sm_90, by Triton 3.9. The width of x changes nothing here."""
         z = torch.empty(2, 50304, dtype=torch.bfloat16)
@@ -63,13 +73,16 @@ if not interpreter.ACTIVE:
 
 else:
     import sanitizer
+
     sanitizer.apply()
 
     @pytest.mark.parametrize("piece, tolerance", [("bf16", 5e-3), ("fp8", 3e-2)])
     @pytest.mark.parametrize("cap", [CAP, OFF, (80.0, 5.0, 30.0)])
-    @pytest.mark.parametrize("n, V", [(1, 4096), (2, 4096 + 272), (3, 208)])  # a block, one and a part, a part
+    @pytest.mark.parametrize(
+        "n, V", [(1, 4096), (2, 4096 + 272), (3, 208)]
+    )  # a block, one and a part, a part
     def test_loss_and_gradients_are_the_reference(monkeypatch, piece, tolerance, cap, n, V):
-        monkeypatch.setitem(tg.HEAD_CHUNK, "cpu", 8)            # the last of the three has rows with a weight of zero
+        monkeypatch.setitem(tg.HEAD_CHUNK, "cpu", 8)  # the last of the three has rows with a weight of zero
         x, head, targets, weights = inputs(18, V, n)
         got = with_grads(lambda *args: tg.head_loss(*args, PIECES[piece]), x, head, targets, weights, cap)
         plain = with_grads(reference.head_loss, x.float(), head.float(), targets, weights, cap)

@@ -1,4 +1,5 @@
 """Embedding and head that start from counts, and the table of which only touched rows move."""
+
 import sys
 
 import numpy as np
@@ -13,20 +14,27 @@ CPU = torch.device("cpu")
 
 # ---- spectral_start
 
+
 def sized(vocab: int, dim: int, smoothing: float) -> tg.Config:
     return tiny(vocab_size=vocab, model_dim=dim, spectral=smoothing, embed_std=1.0)
+
 
 def markov(count: int, vocab: int, seed: int) -> np.ndarray:
     """Each token follows from the one before, by a table of few likely successors."""
     rng = np.random.default_rng(seed)
-    successors, tokens = np.random.default_rng(0).integers(0, vocab, (vocab, 3)), np.zeros(count, dtype=np.int64)
+    successors, tokens = (
+        np.random.default_rng(0).integers(0, vocab, (vocab, 3)),
+        np.zeros(count, dtype=np.int64),
+    )
     for i in range(1, count):
         tokens[i] = successors[tokens[i - 1], rng.integers(3)] if rng.random() < 0.9 else rng.integers(vocab)
     return tokens
 
+
 def bigram_loss(embed: torch.Tensor, head: torch.Tensor, tokens: np.ndarray) -> float:
     tokens = torch.from_numpy(tokens)
     return float(F.cross_entropy(embed[tokens[:-1]] @ head, tokens[1:]))
+
 
 def test_it_starts_as_a_bigram_model_of_text_that_it_has_not_seen():
     vocab, seen, unseen = 128, markov(40_000, 128, seed=1), markov(5_000, 128, seed=2)
@@ -35,16 +43,25 @@ def test_it_starts_as_a_bigram_model_of_text_that_it_has_not_seen():
     best = float(-np.log(counts / counts.sum(1, keepdims=True))[unseen[:-1], unseen[1:]].mean())
     embed, head = tg.spectral_start(sized(vocab, 48, 5.0), seen, CPU)
     assert embed.shape == (vocab, 48) and head.shape == (48, vocab)
-    torch.testing.assert_close(embed.square().mean(1), torch.ones(vocab), atol=1e-3, rtol=0)    # normed, as the model reads it
-    loss, shuffled = bigram_loss(embed, head, unseen), bigram_loss(embed, head, np.random.default_rng(0).permutation(unseen))
+    torch.testing.assert_close(
+        embed.square().mean(1), torch.ones(vocab), atol=1e-3, rtol=0
+    )  # normed, as the model reads it
+    loss, shuffled = (
+        bigram_loss(embed, head, unseen),
+        bigram_loss(embed, head, np.random.default_rng(0).permutation(unseen)),
+    )
     assert best < loss < best + 0.6 and loss < np.log(vocab) - 1 < shuffled, (best, loss, shuffled)
+
 
 def test_large_vocabularies_go_through_sparse_matrices_and_give_the_same():
     tokens = markov(20_000, 128, seed=3)
     dense = tg.spectral_start(sized(128, 32, 50.0), tokens, CPU)
-    wide = tg.spectral_start(sized(2**13 + 64, 32, 50.0), tokens, CPU)             # the same text, most of the vocabulary unused
+    wide = tg.spectral_start(
+        sized(2**13 + 64, 32, 50.0), tokens, CPU
+    )  # the same text, most of the vocabulary unused
     assert all(torch.isfinite(t).all() for t in wide)
     assert bigram_loss(*wide, tokens) == pytest.approx(bigram_loss(*dense, tokens), abs=0.15)
+
 
 def test_similar_tokens_start_near_each_other():
     """Tokens 2k and 2k + 1 are drawn at random for one another: what stands around them is the same."""
@@ -53,9 +70,11 @@ def test_similar_tokens_start_near_each_other():
     near = (embed @ embed.T / 24).fill_diagonal_(-1)
     assert (near.argmax(1) == torch.arange(128) ^ 1).float().mean() > 0.95
 
+
 def tiny_run(tiny_data, log_dir, **changes) -> tg.Run:
     sizes = dict(spectral=10.0, untie_share=0.0, embed_std=0.1, data_dir=str(tiny_data), log_dir=str(log_dir))
     return tg.Run(tiny(**sizes | changes), {})
+
 
 def test_a_run_starts_from_its_first_shard_and_the_time_counts(tiny_data, tmp_path):
     run = tiny_run(tiny_data, tmp_path)
@@ -66,11 +85,14 @@ def test_a_run_starts_from_its_first_shard_and_the_time_counts(tiny_data, tmp_pa
     assert run.clock.seconds() > 0 and run.clock.started is None
     assert tiny_run(tiny_data, tmp_path, spectral=0.0).clock.seconds() == 0
 
+
 def test_it_needs_an_embedding_of_its_own():
     result = run_command([sys.executable, ROOT / "train_gpt.py", "--preset", "cpu", "--untie_share", 0.5])
     assert_user_error(result, "--spectral 50.0", "--untie_share 0")
 
+
 # ---- rows that no token touched
+
 
 @pytest.mark.parametrize("sparse", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -88,7 +110,9 @@ def test_rows_move_as_in_adam_over_the_whole_table(dtype, sparse):
         for step in range(30):
             rows = torch.randint(len(model.bigram_embed), (40,), generator=rng)
             values = torch.randn(40, cfg.model_dim, generator=rng).to(dtype)
-            grad = torch.sparse_coo_tensor(rows[None], values, model.bigram_embed.shape, check_invariants=False).coalesce()
+            grad = torch.sparse_coo_tensor(
+                rows[None], values, model.bigram_embed.shape, check_invariants=False
+            ).coalesce()
             optimizer.adam_steps.fill_(step + 1)
             optimizer.lr_mul.fill_(1.0)
             with torch.no_grad():
@@ -96,6 +120,7 @@ def test_rows_move_as_in_adam_over_the_whole_table(dtype, sparse):
         results.append(model.bigram_embed.detach().float())
     torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
     assert (results[0] != 0).any(1).sum() > 300
+
 
 def test_a_model_that_moves_rows_learns_and_gives_its_table_a_sparse_gradient():
     cfg = tiny(bigram_momentum=0.0, adam_every=1)

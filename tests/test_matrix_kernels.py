@@ -1,5 +1,6 @@
 """The MLP, Muon's symmetric product and the embedding's transposes as kernels: in the interpreter against reference and
 float64, with every access checked, and what they compile to for the presets' sizes."""
+
 from functools import partial
 from pathlib import Path
 
@@ -11,12 +12,15 @@ import train_gpt as tg
 
 BF16, F32 = torch.bfloat16, torch.float32
 
+
 def random(*shape: int, dtype: torch.dtype = F32, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype)
+
 
 def error(a: torch.Tensor, b: torch.Tensor) -> float:
     assert a.shape == b.shape, (a.shape, b.shape)
     return float((a.detach().double() - b.detach().double()).norm() / b.detach().double().norm())
+
 
 if not interpreter.ACTIVE:
     import aot
@@ -30,12 +34,15 @@ if not interpreter.ACTIVE:
         (kernel,) = launches
         assert kernel.fits and kernel.spill_st == kernel.spill_ld == 0, aot.row(kernel)
         assert kernel.counts["atom"] == 0, "the result depends on the order of programs"
-        assert not kernel.warnings, aot.row(kernel)             # ptxas says here that it had to serialize wgmma
+        assert not kernel.warnings, aot.row(kernel)  # ptxas says here that it had to serialize wgmma
         return kernel
 
     def mlp_inputs(T: int, D: int, backward: bool) -> list[torch.Tensor | None]:
-        return [torch.empty(T, D, dtype=BF16), torch.empty(4 * D, D, dtype=BF16),
-                torch.empty(T, 4 * D, dtype=BF16) if backward else None]
+        return [
+            torch.empty(T, D, dtype=BF16),
+            torch.empty(4 * D, D, dtype=BF16),
+            torch.empty(T, 4 * D, dtype=BF16) if backward else None,
+        ]
 
     def bank(preset: str, name: str) -> torch.Tensor:
         """What polar_express multiplies: a bank's matrices, the shorter side first."""
@@ -70,7 +77,9 @@ if not interpreter.ACTIVE:
         """Zero spills, tensor cores, and as much shared memory as there is: 163 KB on sm_80, 99 KB on sm_89 and sm_120."""
         for backward in (False, True):
             kernel = compiled(cc, tg.relu2_product, *mlp_inputs(4096, 768, backward))
-            assert kernel.counts["mma"] and (kernel.counts["cpasync"] or kernel.counts["tma_ld"]), aot.row(kernel)
+            assert kernel.counts["mma"] and (kernel.counts["cpasync"] or kernel.counts["tma_ld"]), aot.row(
+                kernel
+            )
         for x, *scales in ((bank("one-gpu", "mlp"),), (bank("one-gpu", "qkvo"), -2.5, 0.5)):
             assert compiled(cc, tg.symmetric_product_triton, x, *scales).counts["mma"]
 
@@ -78,16 +87,19 @@ if not interpreter.ACTIVE:
     @pytest.mark.parametrize("dtype", [BF16, F32])
     def test_transposes_move_16_bytes_at_a_time(cc, dtype):
         table, head = torch.empty(50304, 768, dtype=dtype), torch.empty(768, 50304, dtype=dtype)
-        values = 64 * 64 // (4 * 32)                            # of each thread
+        values = 64 * 64 // (4 * 32)  # of each thread
         for dst, src, add in ((head, table, True), (table, head, False)):
             kernel, loads = compiled(cc, tg.transposed_triton_, dst, src, add), 1 + add
             assert kernel.counts["ldg128"] == loads * values * dtype.itemsize // 16, aot.row(kernel)
-            assert kernel.kernel.asm["ptx"].count("st.global.v4.b32") == values * dtype.itemsize // 16, aot.row(kernel)
+            assert kernel.kernel.asm["ptx"].count("st.global.v4.b32") == values * dtype.itemsize // 16, (
+                aot.row(kernel)
+            )
             assert kernel.smem >= 64 * 64 * dtype.itemsize, "not through shared memory"
             assert kernel.ctas_per_sm >= 5, aot.row(kernel)
 
 else:
     import sanitizer
+
     sanitizer.apply()
 
     def with_grads(operator, dtype: torch.dtype, *inputs: torch.Tensor) -> list[torch.Tensor]:
@@ -101,23 +113,33 @@ else:
 
     def mlp_inputs(T: int, D: int) -> list[torch.Tensor]:
         """x, up, down, dy, with values that bfloat16 has"""
-        x, up, down, dy = random(T, D), random(4 * D, D, seed=1), random(4 * D, D, seed=2), random(T, D, seed=3)
+        x, up, down, dy = (
+            random(T, D),
+            random(4 * D, D, seed=1),
+            random(4 * D, D, seed=2),
+            random(T, D, seed=3),
+        )
         return [t.to(BF16).float() for t in (x, up * D**-0.5, down * D**-0.5, dy)]
 
     @pytest.mark.parametrize("dtype, tolerance", [(BF16, 5e-3), (F32, 1e-6)])
-    @pytest.mark.parametrize("T, D", [(140, 72), (128, 64), (1, 8)])     # parts of blocks, whole blocks, little
+    @pytest.mark.parametrize("T, D", [(140, 72), (128, 64), (1, 8)])  # parts of blocks, whole blocks, little
     @pytest.mark.parametrize("capability", [80, 90, 120])
     def test_mlp_and_its_gradients_are_the_reference(monkeypatch, dtype, tolerance, T, D, capability):
         monkeypatch.setattr(tg, "target", lambda: capability)
         inputs = mlp_inputs(T, D)
-        for name, a, b in zip(("y", "dx", "dup", "ddown"), with_grads(fused_mlp, dtype, *inputs),
-                              with_grads(plain_mlp, F32, *inputs)):
+        for name, a, b in zip(
+            ("y", "dx", "dup", "ddown"),
+            with_grads(fused_mlp, dtype, *inputs),
+            with_grads(plain_mlp, F32, *inputs),
+        ):
             assert a.dtype == dtype and error(a, b) < tolerance, (name, error(a, b))
 
     def test_mlp_error_against_float64_is_at_most_that_of_plain_bfloat16():
         inputs = mlp_inputs(384, 128)
         exact, plain = with_grads(plain_mlp, torch.float64, *inputs), with_grads(plain_mlp, BF16, *inputs)
-        for name, a, b, truth in zip(("y", "dx", "dup", "ddown"), with_grads(fused_mlp, BF16, *inputs), plain, exact):
+        for name, a, b, truth in zip(
+            ("y", "dx", "dup", "ddown"), with_grads(fused_mlp, BF16, *inputs), plain, exact
+        ):
             assert error(a, truth) <= error(b, truth), (name, error(a, truth), error(b, truth))
 
     @pytest.mark.parametrize("programs", [1, 3])
@@ -134,7 +156,7 @@ else:
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
             y = fused_mlp(x, up, down)
         assert sorted(t.shape for t in kept) == [(40, 16), (40, 64), (64, 16), (64, 16)]
-        y.sum().backward()                                          # a gradient without strides
+        y.sum().backward()  # a gradient without strides
         plain = with_grads(plain_mlp, F32, *(t.detach() for t in (x, up, down, torch.ones(40, 16))))
         for t, grad in zip((x, up, down), plain[1:]):
             assert error(t.grad, grad) < 5e-3
@@ -144,13 +166,20 @@ else:
     @pytest.mark.parametrize("dtype, tolerance", [(BF16, 5e-3), (F32, 1e-6)])
     @pytest.mark.parametrize("shape", SHAPES)
     @pytest.mark.parametrize("capability", [80, 90])
-    def test_symmetric_product_is_the_reference_for_any_strides(monkeypatch, dtype, tolerance, shape, capability):
+    def test_symmetric_product_is_the_reference_for_any_strides(
+        monkeypatch, dtype, tolerance, shape, capability
+    ):
         monkeypatch.setattr(tg, "target", lambda: capability)
         n, rows, columns = SHAPES[shape]
         x = random(n, rows, columns, dtype=dtype)
         padded = random(2 * n, rows + 8, 2 * columns + 8, dtype=dtype)
-        views = {"plain": x, "turned": x.mT.contiguous().mT, "inside": padded[::2, 8:, 8:8 + columns],
-                 "turned inside": padded[::2, 8:, 8:8 + columns].mT, "scattered": padded[:n, 8:, 8::2]}
+        views = {
+            "plain": x,
+            "turned": x.mT.contiguous().mT,
+            "inside": padded[::2, 8:, 8 : 8 + columns],
+            "turned inside": padded[::2, 8:, 8 : 8 + columns].mT,
+            "scattered": padded[:n, 8:, 8::2],
+        }
         for name, view in views.items():
             product = tg.symmetric_product_triton(view)
             assert product.dtype == dtype and torch.equal(product, product.mT), name
@@ -161,7 +190,9 @@ else:
     def test_symmetric_product_with_both_terms(dtype, tolerance, turned):
         x = tg.symmetric_product(random(3, 200, 72) / 72).to(dtype)
         product = tg.symmetric_product_triton(x.mT if turned else x, -2.4, 0.7)
-        assert error(product, tg.symmetric_product(x.float(), -2.4, 0.7)) < tolerance and torch.equal(product, product.mT)
+        assert error(product, tg.symmetric_product(x.float(), -2.4, 0.7)) < tolerance and torch.equal(
+            product, product.mT
+        )
 
     def test_symmetric_product_error_against_float64_is_at_most_that_of_plain_bfloat16():
         x = random(2, 136, 264, dtype=BF16)
@@ -169,13 +200,15 @@ else:
         for args in ((x, 1.5, 0.0), (gram, -2.4, 0.7)):
             truth = tg.symmetric_product(args[0].double(), *args[1:])
             fused, (x, alpha, beta) = tg.symmetric_product_triton(*args), args
-            plain = alpha * (x @ x.mT) + beta * x if beta else alpha * (x @ x.mT)       # each operation rounds
+            plain = alpha * (x @ x.mT) + beta * x if beta else alpha * (x @ x.mT)  # each operation rounds
             assert error(fused, truth) <= error(plain, truth), args[1:]
 
     @pytest.mark.parametrize("shape", [(2, 72, 200), (2, 200, 72)])
     def test_polar_express_with_the_kernel(monkeypatch, shape):
         """As with products that round once; the plain version's, which round twice in bfloat16, are 5 % away."""
-        rounded_once = lambda x, alpha=1.0, beta=0.0: tg.symmetric_product(x.double(), alpha, beta).to(x.dtype)  # noqa: E731
+        rounded_once = lambda x, alpha=1.0, beta=0.0: tg.symmetric_product(x.double(), alpha, beta).to(
+            x.dtype
+        )  # noqa: E731
         monkeypatch.setitem(tg.IN_USE, "symmetric_product", rounded_once)
         expected = tg.polar_express(random(*shape))
         monkeypatch.setitem(tg.IN_USE, "symmetric_product", tg.symmetric_product_triton)
@@ -184,7 +217,10 @@ else:
     @pytest.mark.parametrize("dst_dtype, src_dtype", [(BF16, BF16), (F32, F32), (F32, BF16), (BF16, F32)])
     @pytest.mark.parametrize("rows, columns", [(64, 128), (72, 203), (1, 3)])
     def test_transposes_change_what_they_should_and_nothing_else(dst_dtype, src_dtype, rows, columns):
-        whole, src = random(rows + 2, columns + 5, dtype=dst_dtype), random(columns, rows + 3, dtype=src_dtype)[:, 2:-1]
+        whole, src = (
+            random(rows + 2, columns + 5, dtype=dst_dtype),
+            random(columns, rows + 3, dtype=src_dtype)[:, 2:-1],
+        )
         for add in (True, False):
             changed, expected = whole.clone(), whole.clone()
             expected[1:-1, 3:-2] = (add * whole[1:-1, 3:-2].float() + src.T.float()).to(dst_dtype)
@@ -192,8 +228,11 @@ else:
             assert torch.equal(changed, expected), add
 
     def test_transposes_refuse_other_shapes_and_strides():
-        for dst, src in ((torch.zeros(8, 16), torch.zeros(8, 16)), (torch.zeros(8, 16), torch.zeros(8, 16).T),
-                         (torch.zeros(8, 32)[:, ::2], torch.zeros(16, 8))):
+        for dst, src in (
+            (torch.zeros(8, 16), torch.zeros(8, 16)),
+            (torch.zeros(8, 16), torch.zeros(8, 16).T),
+            (torch.zeros(8, 32)[:, ::2], torch.zeros(16, 8)),
+        ):
             with pytest.raises(AssertionError, match="torch.Size"):
                 tg.transposed_triton_(dst, src, True)
 
@@ -206,7 +245,10 @@ else:
         torch.library.opcheck(tg.relu2_product, (dy, down, hidden), test_utils=checks)
         torch.library.opcheck(tg.symmetric_product_triton, (up[None].mT, 1.0, 0.0), test_utils=checks)
         whole = torch.compile(dynamic=False, fullgraph=True, backend="aot_eager")
-        eager, compiled = with_grads(fused_mlp, BF16, x, up, down, dy), with_grads(whole(fused_mlp), BF16, x, up, down, dy)
+        eager, compiled = (
+            with_grads(fused_mlp, BF16, x, up, down, dy),
+            with_grads(whole(fused_mlp), BF16, x, up, down, dy),
+        )
         for a, b in zip(eager, compiled):
             assert torch.equal(a, b)
         gram, up = whole(lambda g: tg.symmetric_product_triton(g.mT, 0.5, 0.0)), up.detach()

@@ -1,4 +1,5 @@
 """The model against its description: operators, reach, documents, declarations, switches, formulas, sizes of presets."""
+
 import math
 import zlib
 from dataclasses import replace
@@ -13,18 +14,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt as tg
 
-BOS = 255                   # of tiny()
+BOS = 255  # of tiny()
 WINDOWS = (16, 48)
-CAP = (23.0, 5.0, 7.5)      # logits 23 sigmoid((z + 5) / 7.5)
+CAP = (23.0, 5.0, 7.5)  # logits 23 sigmoid((z + 5) / 7.5)
+
 
 def randomise(model: tg.GPT, keep: tuple[str, ...] = (), std: float = 0.2) -> tg.GPT:
     """Opens the paths that begin closed by a zero. Each parameter draws by its name: in like models it is the same."""
     for name, p in model.named_parameters():
         if name not in keep:
             rng = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-            small = 0.25 if name == "mlp" else 1.0      # three factors of it in a product: it would drown the rest
+            small = (
+                0.25 if name == "mlp" else 1.0
+            )  # three factors of it in a product: it would drown the rest
             p.data.copy_(torch.randn(p.shape, generator=rng) * std * small)
     return model
+
 
 def text(T: int, starts: tuple[int, ...] = (0,), seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Random tokens and targets (T,) in tiny()'s vocabulary, documents begin at the given places."""
@@ -32,17 +37,22 @@ def text(T: int, starts: tuple[int, ...] = (0,), seed: int = 0) -> tuple[torch.T
     ids[list(starts)] = BOS
     return ids[:-1], ids[1:]
 
+
 @pytest.fixture
 def stream(monkeypatch):
     """model, tokens -> the normed stream (T, D) that the head gets: the whole model but its loss."""
+
     def run(model: tg.GPT, tokens: torch.Tensor, windows: tuple[int, int] = WINDOWS) -> torch.Tensor:
         with monkeypatch.context() as patch:
             patch.setattr(tg, "head_loss", lambda x, *rest: x)
             return model(tokens, tokens, torch.ones(1), windows)
+
     return run
+
 
 class Biggest(TorchDispatchMode):
     """Counts the elements of the largest tensor that any operation returns."""
+
     elements = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -52,6 +62,7 @@ class Biggest(TorchDispatchMode):
                 self.elements = max(self.elements, t.numel())
         return result
 
+
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float, name: str = "") -> None:
     """The largest error, as a share of the largest value."""
     assert a.shape == b.shape, (name, a.shape, b.shape)
@@ -59,27 +70,37 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float, name: str = "") ->
     error = float((a - b).abs().max() / (b.abs().max() + 1e-30))
     assert error <= tolerance, (name, error)
 
+
 # =====================================================================================================================
 # Operators
 # =====================================================================================================================
 
-def attention_inputs(T: int, reach: int, dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+
+def attention_inputs(
+    T: int, reach: int, dtype: torch.dtype
+) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
     """[q, k, v], lo with documents and windows up to reach, a weight for each output."""
     rng = torch.Generator().manual_seed(1000 * T + reach)
     q, k, v, w = (torch.randn(T, 2, 8, generator=rng).to(dtype) for _ in range(4))
     place = torch.arange(T)
     doc_start = torch.where((torch.rand(T, generator=rng) < 0.01) | (place == 0), place, 0).cummax(0).values
-    window = torch.where(torch.rand(T, generator=rng) < 0.5, reach, torch.randint(1, reach + 1, (T,), generator=rng))
+    window = torch.where(
+        torch.rand(T, generator=rng) < 0.5, reach, torch.randint(1, reach + 1, (T,), generator=rng)
+    )
     return [t.requires_grad_() for t in (q, k, v)], torch.maximum(doc_start, place - window + 1), w
+
 
 def values_and_grads(function, inputs: list[torch.Tensor], w: torch.Tensor) -> list[torch.Tensor]:
     y = function(*inputs)
     return [y.detach(), *torch.autograd.grad((y * w).sum(), inputs)]
 
+
 def attention_by_loops(q, k, v, lo, scale):
     def one(i: int, h: int):
-        return (scale * (k[lo[i]:i + 1, h] @ q[i, h])).softmax(dim=0) @ v[lo[i]:i + 1, h]
+        return (scale * (k[lo[i] : i + 1, h] @ q[i, h])).softmax(dim=0) @ v[lo[i] : i + 1, h]
+
     return torch.stack([torch.stack([one(i, h) for h in range(q.size(1))]) for i in range(len(q))])
+
 
 @pytest.mark.parametrize("T", [1, 5, 128, 300])
 @pytest.mark.parametrize("reach", [1, 2, 127, 128, 129, 200, 1000])
@@ -90,20 +111,26 @@ def test_attention_in_blocks_is_the_reference(T, reach):
         plain = values_and_grads(lambda q, k, v: reference.attention(q, k, v, lo, 0.5), inputs, w)
         for name, a, b in zip(("y", "dq", "dk", "dv"), fast, plain):
             assert a.dtype == dtype
-            if name in ("dq", "dk") and min(T, reach) == 1:     # one visible key: nothing but rounding
+            if name in ("dq", "dk") and min(T, reach) == 1:  # one visible key: nothing but rounding
                 assert max(a.abs().max(), b.abs().max()) < 0.1
             else:
                 close(a, b, tolerance, name)
+
 
 @pytest.mark.parametrize("reach", [2, 129, 1000])
 @pytest.mark.parametrize("plainest", [True, False])
 def test_attention_and_its_gradients_in_float64(reach, plainest):
     inputs, lo, w = attention_inputs(150, reach, torch.float64)
-    operator = reference.attention if plainest else lambda q, k, v, lo, scale: tg.attention(q, k, v, lo, reach, scale)
+    operator = (
+        reference.attention
+        if plainest
+        else lambda q, k, v, lo, scale: tg.attention(q, k, v, lo, reach, scale)
+    )
     got = values_and_grads(lambda q, k, v: operator(q, k, v, lo, 0.5), inputs, w)
     plain = values_and_grads(lambda q, k, v: attention_by_loops(q, k, v, lo, 0.5), inputs, w)
     for name, a, b in zip(("y", "dq", "dk", "dv"), got, plain):
-        close(a, b, 2e-6, name)                     # softmax is taken in float32 on purpose
+        close(a, b, 2e-6, name)  # softmax is taken in float32 on purpose
+
 
 def attention_cost(T: int, reach: int) -> tuple[int, int]:
     """FLOPs and largest tensor of attention with one head of 8 dimensions, forward and backward."""
@@ -113,14 +140,16 @@ def attention_cost(T: int, reach: int) -> tuple[int, int]:
         tg.attention(q, k, v, lo, reach, 0.1).sum().backward()
     return flops.get_total_flops(), biggest.elements
 
+
 def test_cost_of_attention_grows_with_tokens_times_reach():
     flops, elements = {}, {}
     for T, reach in ((4096, 128), (4096, 256), (8192, 128)):
         flops[T, reach], elements[T, reach] = attention_cost(T, reach)
         assert elements[T, reach] <= T * (reach + 256), "more than a query's reach and two blocks"
-        assert flops[T, reach] <= 6 * 2 * 8 * T * (reach + 256)         # 2 products forward, 4 backward
+        assert flops[T, reach] <= 6 * 2 * 8 * T * (reach + 256)  # 2 products forward, 4 backward
     assert flops[8192, 128] == 2 * flops[4096, 128] and elements[8192, 128] == 2 * elements[4096, 128]
     assert 1.2 < flops[4096, 256] / flops[4096, 128] < 2.2, "reach changes nothing"
+
 
 def test_model_gives_attention_the_window_as_its_reach():
     T, heads = 2048, 4
@@ -129,10 +158,14 @@ def test_model_gives_attention_the_window_as_its_reach():
         model(*text(T), torch.ones(1), (128, 128)).backward()
     assert biggest.elements <= heads * T * 256, "more than 128 tokens and a block for each head and token"
 
+
 def head_inputs(T: int, dtype: torch.dtype = torch.float32) -> tuple[list[torch.Tensor], torch.Tensor]:
     rng = torch.Generator().manual_seed(T)
     x, head = torch.randn(T, 16, generator=rng), torch.randn(16, 40, generator=rng)
-    return [x.to(dtype).requires_grad_(), head.to(dtype).requires_grad_()], torch.randint(40, (T,), generator=rng)
+    return [x.to(dtype).requires_grad_(), head.to(dtype).requires_grad_()], torch.randint(
+        40, (T,), generator=rng
+    )
+
 
 @pytest.mark.parametrize("weights", [(1.0,), (1.0, 0.5), (1.0, 0.5, 0.25), (0.0, 0.0, 1.0)])
 @pytest.mark.parametrize("cap", [CAP, (0.0, 5.0, 7.5)])
@@ -143,13 +176,16 @@ def test_head_loss_in_chunks_is_the_reference(monkeypatch, T, cap, weights):
     for dtype, tolerance in ((torch.float32, 3e-6), (torch.bfloat16, 3e-2)):
         inputs, targets = head_inputs(T, dtype)
         fast = values_and_grads(lambda x, head: tg.head_loss(x, head, targets, weights, cap), inputs, grad)
-        plain = values_and_grads(lambda x, head: reference.head_loss(x, head, targets, weights, cap), inputs, grad)
+        plain = values_and_grads(
+            lambda x, head: reference.head_loss(x, head, targets, weights, cap), inputs, grad
+        )
         for name, a, b in zip(("loss", "dx", "dhead"), fast, plain):
             close(a, b, tolerance, name)
             assert a.dtype == b.dtype, name
         with torch.no_grad():
             quiet = tg.head_loss(*inputs, targets, weights, cap)
         assert torch.equal(quiet, fast[0]) and not quiet.requires_grad
+
 
 @pytest.mark.parametrize("operator", [tg.head_loss, reference.head_loss])
 @pytest.mark.parametrize("capped", [True, False])
@@ -164,10 +200,12 @@ def test_head_loss_by_hand(operator, capped):
     loss = operator(torch.eye(3), torch.tensor(z).float(), torch.tensor(targets), torch.tensor(weights), cap)
     assert loss.item() == pytest.approx(expected, rel=1e-6)
 
+
 def test_cap_at_known_values():
     """Of two logits the loss tells the difference: 23 sigmoid(5 / 7.5) = 15.1973965, 23 sigmoid(3.5 / 7.5) = 14.1356735."""
     loss = tg.head_loss(torch.ones(1, 1), torch.tensor([[0.0, -1.5]]), torch.tensor([0]), torch.ones(1), CAP)
     assert loss.item() == pytest.approx(math.log1p(math.exp(14.1356735 - 15.1973965)), rel=1e-5)
+
 
 def test_head_loss_holds_the_logits_of_a_chunk_and_computes_gradients_only_when_asked(monkeypatch):
     monkeypatch.setitem(tg.HEAD_CHUNK, "cpu", 16)
@@ -176,9 +214,10 @@ def test_head_loss_holds_the_logits_of_a_chunk_and_computes_gradients_only_when_
         tg.head_loss(*inputs, targets, torch.ones(1), CAP).backward()
     with FlopCounterMode(display=False) as quiet, torch.no_grad():
         tg.head_loss(*inputs, targets, torch.ones(1), CAP)
-    assert biggest.elements <= 160 * 16                     # x itself; the logits of all 160 tokens would be 160 * 40
+    assert biggest.elements <= 160 * 16  # x itself; the logits of all 160 tokens would be 160 * 40
     product = 2 * 160 * 16 * 40
     assert (training.get_total_flops(), quiet.get_total_flops()) == (3 * product, product)
+
 
 @pytest.mark.parametrize("activation", ["relu2", "gelu"])
 def test_mlp_by_hand(activation):
@@ -186,10 +225,11 @@ def test_mlp_by_hand(activation):
     x, up, down = rng.normal(size=(7, 6)), rng.normal(size=(24, 6)), rng.normal(size=(24, 6))
     hidden = x @ up.T
     if activation == "relu2":
-        hidden = np.maximum(hidden, 0)**2
+        hidden = np.maximum(hidden, 0) ** 2
     else:
         hidden = hidden * (1 + np.vectorize(math.erf)(hidden / 2**0.5)) / 2
     close(tg.mlp(*map(torch.tensor, (x, up, down)), activation), torch.tensor(hidden @ down), 1e-12)
+
 
 @pytest.mark.parametrize("alpha, beta", [(1.0, 0.0), (2.0, 0.0), (-0.5, 3.0)])
 def test_symmetric_product_by_hand(alpha, beta):
@@ -199,6 +239,7 @@ def test_symmetric_product_by_hand(alpha, beta):
     close(tg.symmetric_product(torch.tensor(x), alpha, beta), torch.tensor(np.array(expected)), 1e-12)
     wide = torch.tensor(np.random.default_rng(1).normal(size=(2, 3, 8)))
     close(tg.symmetric_product(wide, alpha), alpha * torch.einsum("nij,nkj->nik", wide, wide), 1e-12)
+
 
 # =====================================================================================================================
 # Causality and reach, through the gradient
@@ -211,17 +252,39 @@ def test_symmetric_product_by_hand(alpha, beta):
 # its window only, values are not offset: 6.
 REACHES = {
     "everything on": ({}, (3, 7), 21, 20, 19, 6),
-    "even windows": ({}, (4, 8), 27, 26, 24, 7),                                  # 2 + 3 + 8 + 3 + 2 + 8; 3 + 8 + 3 + 2 + 8
-    "smallest windows": ({}, (1, 2), 5, 4, 4, 1),                                 # 0 + 0 + 2 + 0 + 0 + 2
+    "even windows": ({}, (4, 8), 27, 26, 24, 7),  # 2 + 3 + 8 + 3 + 2 + 8; 3 + 8 + 3 + 2 + 8
+    "smallest windows": ({}, (1, 2), 5, 4, 4, 1),  # 0 + 0 + 2 + 0 + 0 + 2
     "no smear": ({"smear_chunk": ""}, (3, 7), 20, 20, 19, 6),
-    "no key offset": ({"key_offset": False}, (3, 7), 19, 18, 17, 6),              # each long layer 6
-    "keys that only turn": ({"rotary_share": 1.0}, (3, 7), 19, 18, 17, 6),        # nothing stationary to offset
+    "no key offset": ({"key_offset": False}, (3, 7), 19, 18, 17, 6),  # each long layer 6
+    "keys that only turn": ({"rotary_share": 1.0}, (3, 7), 19, 18, 17, 6),  # nothing stationary to offset
     "keys that never turn": ({"rotary_share": 0.0}, (3, 7), 21, 20, 19, 6),
-    "no paired heads": ({"paired_heads": "......"}, (3, 7), 23, 22, 20, 6),       # 2 + 2 + 7 + 2 + 2 + 7; 2 + 7 + 2 + 2 + 7
-    "long paired heads": ({"paired_heads": "p.p.p."}, (3, 7), 18, 17, 16, 6),     # 3 + 1 instead of 6 + 1 in layer 2
+    "no paired heads": (
+        {"paired_heads": "......"},
+        (3, 7),
+        23,
+        22,
+        20,
+        6,
+    ),  # 2 + 2 + 7 + 2 + 2 + 7; 2 + 7 + 2 + 2 + 7
+    "long paired heads": (
+        {"paired_heads": "p.p.p."},
+        (3, 7),
+        18,
+        17,
+        16,
+        6,
+    ),  # 3 + 1 instead of 6 + 1 in layer 2
     "a layer without": ({"windows": "ss-ssl", "value_embeds": ".0..13"}, (3, 7), 14, 13, 12, 6),
-    "one layer": (dict(windows="l", paired_heads=".", value_embeds="0", skips=".", backout="."), (3, 7), 8, 7, 6, 6),
+    "one layer": (
+        dict(windows="l", paired_heads=".", value_embeds="0", skips=".", backout="."),
+        (3, 7),
+        8,
+        7,
+        6,
+        6,
+    ),
 }
+
 
 @pytest.mark.parametrize("case", REACHES)
 def test_a_position_sees_exactly_its_reach(stream, case):
@@ -236,11 +299,17 @@ def test_a_position_sees_exactly_its_reach(stream, case):
     output = stream(model, tokens, windows)[at]
     (output * torch.randn(64, generator=torch.Generator().manual_seed(3))).sum().backward()
     tables = sorted(set(cfg.value_embeds) - {"."})
-    for name, back in (("embed", by_token), ("input_embed_0", by_input), ("bigram_embed", by_input),
-                       (f"value_embed_{tables[0]}", by_first_value), (f"value_embed_{tables[-1]}", by_last_value)):
+    for name, back in (
+        ("embed", by_token),
+        ("input_embed_0", by_input),
+        ("bigram_embed", by_input),
+        (f"value_embed_{tables[0]}", by_first_value),
+        (f"value_embed_{tables[-1]}", by_last_value),
+    ):
         grad = model.get_parameter(name).grad[rows if name == "bigram_embed" else tokens]
         seen = grad.abs().sum(dim=1).nonzero().flatten().tolist()
         assert seen == list(range(at - back, at + 1)), (name, back)
+
 
 def test_a_token_changes_nothing_before_it(stream):
     model = randomise(tg.GPT(tiny(bigram_signs=16)))
@@ -252,6 +321,7 @@ def test_a_token_changes_nothing_before_it(stream):
         differs = (stream(model, changed) != outputs).any(dim=1)
         assert not differs[:s].any() and differs[s], s
 
+
 def test_a_prefix_alone_gives_the_same(stream):
     model = randomise(tg.GPT(tiny(bigram_signs=16)))
     tokens, _ = text(200, (0, 90))
@@ -259,28 +329,34 @@ def test_a_prefix_alone_gives_the_same(stream):
     for n in (1, 2, 60, 129):
         close(stream(model, tokens[:n]), whole[:n], 1e-5)
 
+
 # =====================================================================================================================
 # Documents
 # =====================================================================================================================
+
 
 def test_documents_begin_at_their_token_and_at_the_sequence():
     first, start = tg.documents(torch.tensor([7, 8, BOS, 9, BOS, BOS, 3]), BOS)
     assert first.tolist() == [True, False, True, False, True, True, False]
     assert start.tolist() == [0, 0, 2, 2, 4, 5, 5]
 
+
 @pytest.mark.parametrize("windows", [(16, 48), (1000, 1000)])
-@pytest.mark.parametrize("changes", [{}, {"paired_heads": "pppppp"}, {"rotary_share": 0.0, "value_embeds": "010101"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"paired_heads": "pppppp"}, {"rotary_share": 0.0, "value_embeds": "010101"}]
+)
 def test_documents_do_not_leak(stream, windows, changes):
     """Not through attention nor through what looks one token back: smear, keys, bigrams and their signs."""
     model = randomise(tg.GPT(tiny(bigram_signs=16, **changes)))
     tokens, _ = text(200, (0, 90, 150))
     for begin, end in ((0, 90), (90, 150), (150, 200)):
         changed = tokens.clone()
-        changed[begin + 1:end] = (tokens[begin + 1:end] + 1 + torch.arange(end - begin - 1) % 200) % BOS
+        changed[begin + 1 : end] = (tokens[begin + 1 : end] + 1 + torch.arange(end - begin - 1) % 200) % BOS
         if begin == 0:
-            changed[0] = 17         # the stream need not begin with a document's first token
+            changed[0] = 17  # the stream need not begin with a document's first token
         differs = (stream(model, changed, windows) != stream(model, tokens, windows)).any(dim=1)
-        assert differs[begin + 1:end].all() and not differs[:begin].any() and not differs[end:].any()
+        assert differs[begin + 1 : end].all() and not differs[:begin].any() and not differs[end:].any()
+
 
 def test_packed_documents_are_each_as_alone(stream):
     model = randomise(tg.GPT(tiny(bigram_signs=16)))
@@ -293,12 +369,16 @@ def test_packed_documents_are_each_as_alone(stream):
         alone += (end - begin) / 200 * one.item()
     assert loss.item() == pytest.approx(alone, rel=1e-5)
 
+
 # =====================================================================================================================
 # Declarations
 # =====================================================================================================================
 
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("changes", [{}, dict(bigram_signs=16, extra_inputs=2, value_embeds="012.01"), dict(qk_norm=False)])
+@pytest.mark.parametrize(
+    "changes", [{}, dict(bigram_signs=16, extra_inputs=2, value_embeds="012.01"), dict(qk_norm=False)]
+)
 def test_every_parameter_is_declared_and_gets_a_gradient(dtype, changes):
     model = randomise(tg.GPT(tiny(**changes), dtype))
     model(*text(200, (0, 90)), torch.tensor([1.0, 0.5]), WINDOWS).backward()
@@ -307,18 +387,22 @@ def test_every_parameter_is_declared_and_gets_a_gradient(dtype, changes):
         assert p.grad.isfinite().all() and p.grad.any(), name
         if "embed" in name or name == "lm_head":
             assert p.dtype == dtype, name
-        else:                                       # a bank: its rows are layers'
+        else:  # a bank: its rows are layers'
             assert p.grad.flatten(1).any(dim=1).all() if p.dim() > 1 else p.grad.all(), name
             assert p.dtype == (dtype if model.specs[name].optimizer == "muon" else torch.float32), name
 
+
 def test_bfloat16_computes_about_the_same():
-    exact, coarse = (randomise(tg.GPT(tiny(bigram_signs=16), dtype)) for dtype in (torch.float32, torch.bfloat16))
+    exact, coarse = (
+        randomise(tg.GPT(tiny(bigram_signs=16), dtype)) for dtype in (torch.float32, torch.bfloat16)
+    )
     for p, q in zip(exact.parameters(), coarse.parameters()):
         p.data.copy_(q.data)
     batch = (*text(200, (0, 90)), torch.tensor([1.0, 0.5]), WINDOWS)
     losses = [model(*batch) for model in (exact, coarse)]
     assert losses[1].dtype == torch.float32
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=3e-3)
+
 
 def test_one_step_down_the_gradient_lowers_the_loss_as_it_says():
     """The whole backward pass at once, the loss's own gradient with it."""
@@ -332,131 +416,191 @@ def test_one_step_down_the_gradient_lowers_the_loss_as_it_says():
             p -= 1e-3 / slope * p.grad
         assert (loss - model(*batch)).item() == pytest.approx(1e-3, rel=0.1)
 
+
 def test_how_each_parameter_is_optimized():
     """The tables of model.md, section 3."""
     model = tg.GPT(tiny())
-    adam = {"embed": (0.5, 0.95, 1, 150), "lm_head": (0.5, 0.95, 1, 150), "bigram_embed": (0.75, 0.95, 75, 5),
-            "x0_scale": (0.65, 0.95, 5, 0), "attn_gate": (0.9, 0.99, 1, 1), "ve_gate": (0.9, 0.99, 1, 1),
-            "smear_gate": (0.9, 0.99, 0.01, 0), "skip_gate": (0.9, 0.99, 0.05, 0)}
+    adam = {
+        "embed": (0.5, 0.95, 1, 150),
+        "lm_head": (0.5, 0.95, 1, 150),
+        "bigram_embed": (0.75, 0.95, 75, 5),
+        "x0_scale": (0.65, 0.95, 5, 0),
+        "attn_gate": (0.9, 0.99, 1, 1),
+        "ve_gate": (0.9, 0.99, 1, 1),
+        "smear_gate": (0.9, 0.99, 0.01, 0),
+        "skip_gate": (0.9, 0.99, 0.05, 0),
+    }
     adam |= {f"value_embed_{k}": (0.75, 0.95, 75, 5) for k in "0123"}
-    adam |= {f"{name}_scale": (0.9, 0.99, 5, 0) for name in ("smear", "skip", "qkv", "o", "resid", "bigram", "backout")}
-    got = {name: (*spec.betas, spec.lr, spec.wd) for name, spec in model.specs.items() if spec.optimizer == "adam"}
-    del got["input_embed_0"], got["input_scale"]        # not in that table
+    adam |= {
+        f"{name}_scale": (0.9, 0.99, 5, 0)
+        for name in ("smear", "skip", "qkv", "o", "resid", "bigram", "backout")
+    }
+    got = {
+        name: (*spec.betas, spec.lr, spec.wd)
+        for name, spec in model.specs.items()
+        if spec.optimizer == "adam"
+    }
+    del got["input_embed_0"], got["input_scale"]  # not in that table
     assert got == adam
-    matrices = {name: (spec.lr, spec.wd, spec.second_lr) for name, spec in model.specs.items() if spec.optimizer == "muon"}
+    matrices = {
+        name: (spec.lr, spec.wd, spec.second_lr)
+        for name, spec in model.specs.items()
+        if spec.optimizer == "muon"
+    }
     assert matrices == {"qkvo": (1, 1, 1), "mlp": (1, 1, 2)}
+
 
 def test_initial_values():
     """The figures in model.md's brackets."""
     model = tg.GPT(tiny(bigram_signs=64, extra_inputs=2))
     p = dict(model.named_parameters())
-    constants = {"resid_scale": 1.1, "x0_scale": 0, "input_scale": 0, "bigram_scale": 0.1, "skip_scale": -1.5,
-                 "qkv_scale": 0.5, "o_scale": 1.0, "smear_scale": 0, "backout_scale": 0.5, "smear_gate": 0, "skip_gate": 0,
-                 "attn_gate": 0, "ve_gate": 0, "bigram_embed": 0}
-    normals = {"embed": 0.005, "input_embed_0": 0.005, "input_embed_1": 0.005} | {f"value_embed_{k}": 0.01 for k in "0123"}
+    constants = {
+        "resid_scale": 1.1,
+        "x0_scale": 0,
+        "input_scale": 0,
+        "bigram_scale": 0.1,
+        "skip_scale": -1.5,
+        "qkv_scale": 0.5,
+        "o_scale": 1.0,
+        "smear_scale": 0,
+        "backout_scale": 0.5,
+        "smear_gate": 0,
+        "skip_gate": 0,
+        "attn_gate": 0,
+        "ve_gate": 0,
+        "bigram_embed": 0,
+    }
+    normals = {"embed": 0.005, "input_embed_0": 0.005, "input_embed_1": 0.005} | {
+        f"value_embed_{k}": 0.01 for k in "0123"
+    }
     for name, value in constants.items():
         assert torch.equal(p[name], torch.full_like(p[name], value)), name
     for name, std in normals.items():
-        assert p[name].std().item() == pytest.approx(std, rel=0.03) and abs(p[name].mean().item()) < std / 30, name
-        assert p[name].abs().max().item() > 3 * std, name                       # not uniform
+        assert (
+            p[name].std().item() == pytest.approx(std, rel=0.03) and abs(p[name].mean().item()) < std / 30
+        ), name
+        assert p[name].abs().max().item() > 3 * std, name  # not uniform
     for name, bank in (("qkvo", p["qkvo"]), ("mlp", p["mlp"][:, 0])):
         std = 0.5 / 64**0.5
         assert bank.std().item() == pytest.approx(std, rel=0.02), name
-        assert 0.99 < bank.abs().max().item() / (3**0.5 * std) < 1.000001, name           # uniform: ends at sqrt(3) std
+        assert 0.99 < bank.abs().max().item() / (3**0.5 * std) < 1.000001, (
+            name
+        )  # uniform: ends at sqrt(3) std
     assert not p["mlp"][:, 1].any()
     assert torch.equal(p["lm_head"], p["embed"].T)
     assert not torch.equal(p["input_embed_0"], p["input_embed_1"])
-    assert set(model.bigram_sign.unique().tolist()) == {-1.0, 1.0} and abs(model.bigram_sign.mean().item()) < 0.05
+    assert (
+        set(model.bigram_sign.unique().tolist()) == {-1.0, 1.0}
+        and abs(model.bigram_sign.mean().item()) < 0.05
+    )
     assert set(p) == set(constants) | set(normals) | {"lm_head", "qkvo", "mlp"}
+
 
 # =====================================================================================================================
 # Switches
 # =====================================================================================================================
 
+
 def case(gone: str = "", new: str = "", reshaped: str = "", restarted: str = "", **changes):
     """Names of parameters that the changes take away, bring, give another shape, give other initial values."""
     names = dict(gone=gone, new=new, reshaped=reshaped, restarted=restarted)
-    return pytest.param(changes, {key: set(value.split()) for key, value in names.items()},
-                        id=" ".join(f"{key}={value}" for key, value in changes.items()))
+    return pytest.param(
+        changes,
+        {key: set(value.split()) for key, value in names.items()},
+        id=" ".join(f"{key}={value}" for key, value in changes.items()),
+    )
+
 
 TABLES = "value_embed_0 value_embed_1 value_embed_2 value_embed_3"
 ATTENTION = "qkvo qkv_scale o_scale attn_gate"
 
-@pytest.mark.parametrize("changes, expected", [
-    case(smear_chunk="", gone="smear_gate smear_scale"),
-    case(smear_chunk="12:24"),
-    case(smear_chunk="0:6", reshaped="smear_gate"),
-    case(skip_chunk="", gone="skip_gate"),
-    case(skip_chunk="12:24"),
-    case(attn_chunk="", gone="attn_gate"),
-    case(attn_chunk="0:12"),
-    case(ve_chunk="", gone="ve_gate"),
-    case(ve_chunk="0:6"),
-    case(ve_chunk="18:30", ve_own_dims=0),
-    case(ve_own_dims=0, reshaped="ve_gate"),
-    case(bigram_rows=0, gone="bigram_embed bigram_scale"),
-    case(bigram_rows=2, reshaped="bigram_embed"),
-    case(bigram_signs=64),
-    case(extra_inputs=0, gone="input_embed_0 input_scale"),
-    case(extra_inputs=2, new="input_embed_1", reshaped="input_scale"),
-    case(key_offset=False),
-    case(qk_norm=False),
-    case(rotary_share=0.0),
-    case(rotary_share=1.0),
-    case(rotary_base=64.0),
-    case(yarn=False),
-    case(softmax_scale=0.3),
-    case(softcap=0.0),
-    case(softcap=30.0),
-    case(softcap_shift=0.0),
-    case(softcap_width=10.0),
-    case(activation="gelu"),
-    case(max_predict=1),
-    case(mlp_ratio=2, reshaped="mlp"),
-    case(paired_heads="......"),
-    case(paired_heads="pppppp"),
-    case(skips="......", gone="skip_scale skip_gate"),
-    case(skips=".a.a.."),
-    case(skips="ab.ba.", reshaped="skip_scale skip_gate"),
-    case(backout="......", gone="backout_scale"),
-    case(backout=".b...."),
-    case(value_embeds="......", gone=f"{TABLES} ve_gate"),
-    case(value_embeds=".01.01", gone="value_embed_2 value_embed_3"),
-    case(value_embeds=".01.32"),
-    case(value_embeds="x01.23", new="value_embed_x", reshaped="ve_gate"),
-    case(windows="sllssl"),
-    case(windows="ssssss"),
-    case(windows="-slssl", reshaped=ATTENTION),
-    case(windows="------", value_embeds="......", gone=f"{ATTENTION} {TABLES} ve_gate"),
-    case(seed=1, restarted=f"embed lm_head input_embed_0 {TABLES} qkvo mlp"),
-    case(embed_std=0.01, restarted="embed lm_head input_embed_0"),
-    case(value_embed_std=0.0, restarted=TABLES),
-    case(matrix_std=0.25, restarted="qkvo mlp"),
-    case(resid_scale=1.0, restarted="resid_scale"),
-])
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        case(smear_chunk="", gone="smear_gate smear_scale"),
+        case(smear_chunk="12:24"),
+        case(smear_chunk="0:6", reshaped="smear_gate"),
+        case(skip_chunk="", gone="skip_gate"),
+        case(skip_chunk="12:24"),
+        case(attn_chunk="", gone="attn_gate"),
+        case(attn_chunk="0:12"),
+        case(ve_chunk="", gone="ve_gate"),
+        case(ve_chunk="0:6"),
+        case(ve_chunk="18:30", ve_own_dims=0),
+        case(ve_own_dims=0, reshaped="ve_gate"),
+        case(bigram_rows=0, gone="bigram_embed bigram_scale"),
+        case(bigram_rows=2, reshaped="bigram_embed"),
+        case(bigram_signs=64),
+        case(extra_inputs=0, gone="input_embed_0 input_scale"),
+        case(extra_inputs=2, new="input_embed_1", reshaped="input_scale"),
+        case(key_offset=False),
+        case(qk_norm=False),
+        case(rotary_share=0.0),
+        case(rotary_share=1.0),
+        case(rotary_base=64.0),
+        case(yarn=False),
+        case(softmax_scale=0.3),
+        case(softcap=0.0),
+        case(softcap=30.0),
+        case(softcap_shift=0.0),
+        case(softcap_width=10.0),
+        case(activation="gelu"),
+        case(max_predict=1),
+        case(mlp_ratio=2, reshaped="mlp"),
+        case(paired_heads="......"),
+        case(paired_heads="pppppp"),
+        case(skips="......", gone="skip_scale skip_gate"),
+        case(skips=".a.a.."),
+        case(skips="ab.ba.", reshaped="skip_scale skip_gate"),
+        case(backout="......", gone="backout_scale"),
+        case(backout=".b...."),
+        case(value_embeds="......", gone=f"{TABLES} ve_gate"),
+        case(value_embeds=".01.01", gone="value_embed_2 value_embed_3"),
+        case(value_embeds=".01.32"),
+        case(value_embeds="x01.23", new="value_embed_x", reshaped="ve_gate"),
+        case(windows="sllssl"),
+        case(windows="ssssss"),
+        case(windows="-slssl", reshaped=ATTENTION),
+        case(windows="------", value_embeds="......", gone=f"{ATTENTION} {TABLES} ve_gate"),
+        case(seed=1, restarted=f"embed lm_head input_embed_0 {TABLES} qkvo mlp"),
+        case(embed_std=0.01, restarted="embed lm_head input_embed_0"),
+        case(value_embed_std=0.0, restarted=TABLES),
+        case(matrix_std=0.25, restarted="qkvo mlp"),
+        case(resid_scale=1.0, restarted="resid_scale"),
+    ],
+)
 def test_a_switch_changes_what_it_should_and_nothing_else(changes, expected):
     models, losses = [], []
-    for cfg in (tiny(softmax_scale=1.0), tiny(**dict(softmax_scale=1.0) | changes)):       # sharp: where it looks matters
+    for cfg in (
+        tiny(softmax_scale=1.0),
+        tiny(**dict(softmax_scale=1.0) | changes),
+    ):  # sharp: where it looks matters
         tg.check_config(cfg)
         model = tg.GPT(cfg)
         models.append({name: p.detach().clone() for name, p in model.named_parameters()})
         model.set_long_window(64)
         weights = torch.tensor(tg.Schedule(cfg).predict(0))
-        randomise(model)            # three texts: the mean loss of one may stay the same by chance
-        losses.append(np.array([model(*text(150, (0, 60), seed), weights, WINDOWS).item() for seed in range(3)]))
+        randomise(model)  # three texts: the mean loss of one may stay the same by chance
+        losses.append(
+            np.array([model(*text(150, (0, 60), seed), weights, WINDOWS).item() for seed in range(3)])
+        )
     base, changed = models
     assert set(base) - set(changed) == expected["gone"]
     assert set(changed) - set(base) == expected["new"]
     common = set(base) & set(changed)
     reshaped = {name for name in common if base[name].shape != changed[name].shape}
     assert reshaped == expected["reshaped"]
-    assert {name for name in common - reshaped if not torch.equal(base[name], changed[name])} == expected["restarted"]
+    assert {name for name in common - reshaped if not torch.equal(base[name], changed[name])} == expected[
+        "restarted"
+    ]
     assert np.isfinite(losses[1]).all()
     difference = np.abs(losses[1] - losses[0]).max()
-    if expected["restarted"]:       # these initial values are overwritten above
+    if expected["restarted"]:  # these initial values are overwritten above
         assert difference == 0
     else:
         assert difference > 2e-5, "no more than rounding"
+
 
 def test_reshaped_banks_lose_only_the_rows_of_the_layers_that_went():
     """With the smaller bank's rows copied over, a layer less in the table is that layer less in the sum."""
@@ -465,17 +609,21 @@ def test_reshaped_banks_lose_only_the_rows_of_the_layers_that_went():
         for name in ("qkvo", "qkv_scale", "o_scale", "attn_gate"):
             less.get_parameter(name).copy_(whole.get_parameter(name)[:5])
         less.ve_gate.copy_(whole.ve_gate[:3])
-        whole.o_scale[5] = 0            # the last layer attends, but nothing comes of it
+        whole.o_scale[5] = 0  # the last layer attends, but nothing comes of it
     batch = (*text(150, (0, 60)), torch.ones(1), WINDOWS)
     assert whole(*batch).item() == pytest.approx(less(*batch).item(), rel=1e-6)
 
-@pytest.mark.parametrize("chunk, names, changes", [
-    ("smear_chunk", ("smear_scale", "smear_gate"), {}),
-    ("skip_chunk", ("skip_gate",), {}),
-    ("ve_chunk", ("ve_gate",), {}),
-    ("ve_chunk", ("ve_gate",), {"ve_chunk": "18:30", "ve_own_dims": 0}),
-    ("attn_chunk", ("attn_gate",), {}),
-])
+
+@pytest.mark.parametrize(
+    "chunk, names, changes",
+    [
+        ("smear_chunk", ("smear_scale", "smear_gate"), {}),
+        ("skip_chunk", ("skip_gate",), {}),
+        ("ve_chunk", ("ve_gate",), {}),
+        ("ve_chunk", ("ve_gate",), {"ve_chunk": "18:30", "ve_own_dims": 0}),
+        ("attn_chunk", ("attn_gate",), {}),
+    ],
+)
 def test_a_gate_at_its_start_is_a_constant_whatever_the_input(stream, chunk, names, changes):
     """0 for the smear, 1 for skip and value embeddings, 1/2 for attention."""
     gated, plain = tg.GPT(tiny(**changes)), tg.GPT(tiny(**changes | {chunk: ""}))
@@ -486,18 +634,31 @@ def test_a_gate_at_its_start_is_a_constant_whatever_the_input(stream, chunk, nam
     tokens, _ = text(150, (0, 60))
     close(stream(gated, tokens), stream(plain, tokens), 1e-6)
 
+
 def test_skip_brings_sigmoid_of_minus_three_halves_at_its_start():
     rng = torch.Generator().manual_seed(0)
     x, saved, x0 = (10 * torch.randn(9, 24, generator=rng) for _ in range(3))
     for w, dims in ((torch.zeros(1, 12), slice(6, 18)), (None, None)):
         close(tg.skip(x, saved, x0, torch.tensor(-1.5), w, dims), x + 0.182425524 * saved, 1e-6)
 
+
 # The seeds' layouts, and how many tables each has.
-@pytest.mark.parametrize("layout, tables", [
-    ("...........", 0), (".12.....012", 3), ("012.....012", 3), (".01.....345", 5), (".01.....234", 5), ("00.......11", 2),
-    ("012345.6789", 10)])
+@pytest.mark.parametrize(
+    "layout, tables",
+    [
+        ("...........", 0),
+        (".12.....012", 3),
+        ("012.....012", 3),
+        (".01.....345", 5),
+        (".01.....234", 5),
+        ("00.......11", 2),
+        ("012345.6789", 10),
+    ],
+)
 def test_value_embeddings_have_a_table_for_each_character(layout, tables):
-    cfg = tiny(windows="ssslss-sssl", paired_heads="." * 11, skips="." * 11, backout="." * 11, value_embeds=layout)
+    cfg = tiny(
+        windows="ssslss-sssl", paired_heads="." * 11, skips="." * 11, backout="." * 11, value_embeds=layout
+    )
     model = randomise(tg.GPT(cfg))
     assert sum(name.startswith("value_embed") for name in model.specs) == tables
     assert ("ve_gate" in model.specs) == (tables > 0)
@@ -506,8 +667,11 @@ def test_value_embeddings_have_a_table_for_each_character(layout, tables):
     model(*text(64), torch.ones(1), WINDOWS).backward()
     assert all(p.grad is not None for p in model.parameters())
 
+
 def test_a_shared_table_is_one_parameter_with_the_gradients_of_both_places():
-    eleven = dict(windows="ssslss-sssl", paired_heads="p.p..p...p.", skips="...a..a....", backout=".......b...")
+    eleven = dict(
+        windows="ssslss-sssl", paired_heads="p.p..p...p.", skips="...a..a....", backout=".......b..."
+    )
     shared = randomise(tg.GPT(tiny(value_embeds="012.....012", **eleven)))
     untied = randomise(tg.GPT(tiny(value_embeds="012.....345", **eleven)))
     batch = (*text(150, (0, 60)), torch.ones(1), WINDOWS)
@@ -523,6 +687,7 @@ def test_a_shared_table_is_one_parameter_with_the_gradients_of_both_places():
         assert first.any() and second.any()
         close(shared.get_parameter(f"value_embed_{a}").grad, first + second, 1e-5)
 
+
 @pytest.mark.parametrize("chunk", ["smear", "skip", "attn", "ve"])
 @pytest.mark.parametrize("own", [0, 6])
 def test_a_gate_reads_its_chunk(stream, chunk, own):
@@ -534,9 +699,10 @@ def test_a_gate_reads_its_chunk(stream, chunk, own):
         gate, all_ = narrow.get_parameter(f"{chunk}_gate").data, wide.get_parameter(f"{chunk}_gate").data
         gate *= 5
         all_[..., :64] = 0
-        all_[..., first:last] = gate[..., :last - first]
-        all_[..., 64:] = gate[..., last - first:]
+        all_[..., first:last] = gate[..., : last - first]
+        all_[..., 64:] = gate[..., last - first :]
         close(stream(wide, tokens), stream(narrow, tokens), 1e-5)
+
 
 def test_a_gate_has_no_gradient_outside_its_chunk():
     rng = torch.Generator().manual_seed(0)
@@ -546,19 +712,23 @@ def test_a_gate_has_no_gradient_outside_its_chunk():
     inside = torch.zeros(32, dtype=torch.bool)
     inside[dims] = True
     x, qkvo = torch.zeros(5, 32), torch.randn(4, 32, 32, generator=rng)
-    for y in (tg.put_back(x, heads, n, qkvo, torch.tensor(1.0), w[:, :7], dims),
-              tg.skip(x, other, n, torch.tensor(-1.5), w[:1, :7], dims),
-              tg.gated_value(n, heads, w[:, :7], dims, 0),
-              tg.gated_value(n, heads, w, dims, 6)):
-        grad, = torch.autograd.grad(y.square().sum(), n, retain_graph=True)
+    for y in (
+        tg.put_back(x, heads, n, qkvo, torch.tensor(1.0), w[:, :7], dims),
+        tg.skip(x, other, n, torch.tensor(-1.5), w[:1, :7], dims),
+        tg.gated_value(n, heads, w[:, :7], dims, 0),
+        tg.gated_value(n, heads, w, dims, 6),
+    ):
+        (grad,) = torch.autograd.grad(y.square().sum(), n, retain_graph=True)
         assert torch.equal(grad != 0, inside.expand(5, 32))
     # what the other heads' share says of head 0's value: the gate's own dimensions of it, and no more
-    grad, = torch.autograd.grad(tg.gated_value(n, heads, w, dims, 6)[:, 1:].square().sum(), other)
+    (grad,) = torch.autograd.grad(tg.gated_value(n, heads, w, dims, 6)[:, 1:].square().sum(), other)
     assert torch.equal((grad != 0)[:, :8], (torch.arange(8) < 6).expand(5, 8))
+
 
 # =====================================================================================================================
 # Formulas
 # =====================================================================================================================
+
 
 @pytest.mark.parametrize("vocab", [256, 50257, 65536])
 def test_bigram_hash_is_that_of_wrapping_32_bit_integers(vocab):
@@ -569,11 +739,14 @@ def test_bigram_hash_is_that_of_wrapping_32_bit_integers(vocab):
     with np.errstate(over="ignore"):
         now = np.int32(36313) * tokens.astype(np.int32)
         last = np.int32(27191) * np.roll(tokens, 1).astype(np.int32)
-    assert (vocab < 65536) == np.array_equal(now.astype(np.int64), 36313 * tokens), "only 65536 tokens make it wrap"
+    assert (vocab < 65536) == np.array_equal(now.astype(np.int64), 36313 * tokens), (
+        "only 65536 tokens make it wrap"
+    )
     expected = np.where(first, rows - 1, (now ^ last) % (rows - 1))
     got = tg.bigram_rows(torch.tensor(tokens), torch.tensor(first), rows).numpy()
     assert np.array_equal(got, expected) and got.min() >= 0
     assert (got[first] == rows - 1).all() and (got[~first] < rows - 1).all()
+
 
 def test_bigram_rows_get_the_sign_of_their_pair():
     model = randomise(tg.GPT(tiny(bigram_signs=24)))
@@ -582,12 +755,17 @@ def test_bigram_rows_get_the_sign_of_their_pair():
     got = model.bigram(tokens, first, model.bigram_embed)
     rows = tg.bigram_rows(tokens, first, 5 * 256)
     for t in range(100):
-        pair = int(tokens[t]) ^ (int(tokens[t - 1]) if t not in (0, 40) else 0)     # of a first token, nothing before it
+        pair = int(tokens[t]) ^ (
+            int(tokens[t - 1]) if t not in (0, 40) else 0
+        )  # of a first token, nothing before it
         assert torch.equal(got[t], model.bigram_embed[rows[t]] * model.bigram_sign[pair % 24]), t
     assert model.bigram_sign.shape == (24, 64)
-    assert torch.equal(model.bigram_sign, tg.GPT(tiny(bigram_signs=24, seed=5)).bigram_sign)    # not a matter of the seed
+    assert torch.equal(
+        model.bigram_sign, tg.GPT(tiny(bigram_signs=24, seed=5)).bigram_sign
+    )  # not a matter of the seed
     unsigned = randomise(tg.GPT(tiny()))
     assert torch.equal(unsigned.bigram(tokens, first, unsigned.bigram_embed), unsigned.bigram_embed[rows])
+
 
 @pytest.mark.parametrize("share, turning", [(0.5, 8), (1.0, 16), (0.25, 4), (0.0, 0)])
 def test_rotary_turns_adjacent_pairs(share, turning):
@@ -597,11 +775,14 @@ def test_rotary_turns_adjacent_pairs(share, turning):
     assert torch.equal(turned[..., turning:], x[..., turning:])
     if turning:
         z = torch.view_as_complex(x[..., :turning].double().unflatten(-1, (-1, 2)).contiguous())
-        freqs = [1024 ** (-j / (turning / 2 - 1)) for j in range(turning // 2)]     # from 1 to 1/1024 radians a token
-        angles = torch.outer(torch.arange(100.), torch.tensor(freqs, dtype=torch.float64))
+        freqs = [
+            1024 ** (-j / (turning / 2 - 1)) for j in range(turning // 2)
+        ]  # from 1 to 1/1024 radians a token
+        angles = torch.outer(torch.arange(100.0), torch.tensor(freqs, dtype=torch.float64))
         expected = torch.view_as_real(z * torch.polar(torch.ones(()).double(), angles)[:, None]).flatten(-2)
         close(turned[..., :turning], expected, 1e-5)
         assert not torch.allclose(turned[1:, :, :2], x[1:, :, :2])
+
 
 def test_rotary_knows_only_distances():
     model = tg.GPT(tiny())
@@ -613,12 +794,14 @@ def test_rotary_knows_only_distances():
         assert torch.allclose(line, line[0].expand_as(line), atol=1e-5)
     assert scores[0].std() > 0.1
 
+
 def test_yarn_by_hand():
     """384 -> 896 tokens: a/b = 3/7; a f / 2pi rotations, 32 and more: kept, 1 and fewer: stretched, between: on a line."""
     rotations = torch.tensor([61.0, 32.0, 16.5, 1.0, 0.06])
     freqs, scale = tg.yarn(2 * math.pi / 384 * rotations, 384, 896)
     close(freqs, 2 * math.pi / 384 * torch.tensor([61.0, 32.0, 16.5 * 5 / 7, 3 / 7, 0.06 * 3 / 7]), 1e-6)
-    assert scale == pytest.approx(1.16945957, rel=1e-8)                 # 0.2 ln(7/3) + 1, ln(7/3) = 0.84729786
+    assert scale == pytest.approx(1.16945957, rel=1e-8)  # 0.2 ln(7/3) + 1, ln(7/3) = 0.84729786
+
 
 def test_a_chain_of_long_windows():
     model = tg.GPT(tiny(stages=tg.SHORT.stages[:1], micro_batches=64, softmax_scale=0.1, head_dim=32))
@@ -632,11 +815,14 @@ def test_a_chain_of_long_windows():
             scale *= 0.2 * math.log(after / before) + 1
         close(model.rotary_freqs, torch.tensor(freqs), 1e-6)
         assert float(model.softmax_scale) == pytest.approx(scale, rel=1e-6)
-        angles = torch.outer(torch.arange(300.), torch.tensor(freqs))
+        angles = torch.outer(torch.arange(300.0), torch.tensor(freqs))
         torch.testing.assert_close(model.rotary_cos[:300], angles.cos(), atol=1e-4, rtol=0)
         torch.testing.assert_close(model.rotary_sin[:300], angles.sin(), atol=1e-4, rtol=0)
         assert int(model.long_window) == after
-    assert freqs[0] == 1 and freqs[-1] == pytest.approx(384 / 2560 / 1024)      # ends: never, and always, stretched
+    assert freqs[0] == 1 and freqs[-1] == pytest.approx(
+        384 / 2560 / 1024
+    )  # ends: never, and always, stretched
+
 
 def test_without_yarn_only_the_window_is_noted():
     model, still = tg.GPT(tiny(yarn=False)), tg.GPT(tiny())
@@ -644,6 +830,7 @@ def test_without_yarn_only_the_window_is_noted():
     assert int(model.long_window) == 64
     for name in ("rotary_freqs", "rotary_cos", "rotary_sin", "softmax_scale"):
         assert torch.equal(model.get_buffer(name), still.get_buffer(name)), name
+
 
 def test_smear_by_hand():
     rng = torch.Generator().manual_seed(0)
@@ -653,32 +840,53 @@ def test_smear_by_hand():
         y = x[t] + (0.7 / (1 + math.exp(-float(w[0] @ x[t, 5:12]))) * x[t - 1] if t not in (0, 3) else 0)
         close(got[t], y / y.square().mean().sqrt(), 1e-6)
 
+
 def test_paired_heads_are_interleaved_in_time():
     x = torch.arange(3 * 4 * 2).view(3, 4, 2)
     paired = tg.pair(x)
     assert paired.shape == (6, 2, 2)
     for t in range(3):
         for j in range(2):
-            assert torch.equal(paired[2 * t, j], x[t, 2 * j]) and torch.equal(paired[2 * t + 1, j], x[t, 2 * j + 1])
+            assert torch.equal(paired[2 * t, j], x[t, 2 * j]) and torch.equal(
+                paired[2 * t + 1, j], x[t, 2 * j + 1]
+            )
     assert torch.equal(tg.unpair(paired), x)
+
 
 # The whole model once more, as model.md says it: float64, T x T attention, a layer and a head at a time. The softmax is
 # sharper for the test's sake: at scale 0.1 little follows from where a head looks.
-PLAIN = dict(windows="sslss-sl", paired_heads="p..p..p.", value_embeds="01.2..01", skips="a.b..ab.", backout="....b...",
-             extra_inputs=2, bigram_rows=3, bigram_signs=24, smear_chunk="0:12", skip_chunk="10:22", attn_chunk="22:34",
-             ve_chunk="34:40", ve_own_dims=6, softmax_scale=1.0)
+PLAIN = dict(
+    windows="sslss-sl",
+    paired_heads="p..p..p.",
+    value_embeds="01.2..01",
+    skips="a.b..ab.",
+    backout="....b...",
+    extra_inputs=2,
+    bigram_rows=3,
+    bigram_signs=24,
+    smear_chunk="0:12",
+    skip_chunk="10:22",
+    attn_chunk="22:34",
+    ve_chunk="34:40",
+    ve_own_dims=6,
+    softmax_scale=1.0,
+)
 SKIP_FROM, BACKOUT = {5: 0, 6: 2}, 4
+
 
 def plain_attention(q, k, v, start, window, freqs, scale):
     """(T, d) each of one head, or of a pair interleaved in time -> (T, d)."""
     T, turning = len(q), 2 * len(freqs)
     turn = torch.polar(torch.ones(T, len(freqs)).double(), torch.outer(torch.arange(T).double(), freqs))
+
     def rotate(x):
         z = torch.complex(x[:, 0:turning:2], x[:, 1:turning:2]) * turn
         return torch.cat([torch.stack([z.real, z.imag], dim=2).reshape(T, turning), x[:, turning:]], dim=1)
+
     sees = torch.tensor([[max(start[i], i - window + 1) <= j <= i for j in range(T)] for i in range(T)])
     scores = (scale * rotate(q) @ rotate(k).T).masked_fill(~sees, -math.inf)
     return scores.softmax(dim=1) @ v
+
 
 def plain_loss(P, signs, tokens, targets, weights, windows, freqs, scale):
     n = lambda x: x / (x.square().mean(-1, keepdim=True) + 2**-23).sqrt()  # noqa: E731, what torch adds in float32
@@ -687,7 +895,7 @@ def plain_loss(P, signs, tokens, targets, weights, windows, freqs, scale):
     start = [0] * T
     for t in range(1, T):
         start[t] = t if ids[t] == BOS else start[t - 1]
-    inner = [t for t in range(T) if start[t] < t]                               # has a token before it in its document
+    inner = [t for t in range(T) if start[t] < t]  # has a token before it in its document
 
     embedded = P["embed"][tokens]
     x = embedded.clone()
@@ -697,7 +905,9 @@ def plain_loss(P, signs, tokens, targets, weights, windows, freqs, scale):
     x = x0
     B, bigram = len(P["bigram_embed"]), []
     for t in range(T):
-        hashed = ((36313 * ids[t]) ^ (27191 * ids[t - 1])) % (B - 1) if start[t] < t else B - 1     # too small to wrap
+        hashed = (
+            ((36313 * ids[t]) ^ (27191 * ids[t - 1])) % (B - 1) if start[t] < t else B - 1
+        )  # too small to wrap
         bigram.append(P["bigram_embed"][hashed] * signs[(ids[t] ^ (ids[t - 1] if start[t] < t else 0)) % 24])
     bigram, extra = torch.stack(bigram), [n(P[f"input_embed_{k}"][tokens]) for k in range(2)]
 
@@ -718,17 +928,17 @@ def plain_loss(P, signs, tokens, targets, weights, windows, freqs, scale):
                 z = torch.cat([m[:, 34:40], own[:, 0:6]], dim=1)
                 v = v + (2 * sigmoid(z @ P["ve_gate"][valued].T))[:, :, None] * own.view(T, H, d)
                 valued += 1
-            if long:                                                            # the key's stationary half, one token late
+            if long:  # the key's stationary half, one token late
                 late = k.clone()
                 for t in inner:
-                    late[t, :, d // 2:] = k[t - 1, :, d // 2:]
+                    late[t, :, d // 2 :] = k[t - 1, :, d // 2 :]
                 k = late
             window, y = windows[1 if long else 0], torch.zeros(T, H, d).double()
             if PLAIN["paired_heads"][i] == "p":
                 for j in range(0, H, 2):
-                    both = [t[:, j:j + 2].reshape(2 * T, d) for t in (q, k, v)]
+                    both = [t[:, j : j + 2].reshape(2 * T, d) for t in (q, k, v)]
                     begin = [2 * s for s in start for _ in range(2)]
-                    y[:, j:j + 2] = plain_attention(*both, begin, window, freqs, scale).view(T, 2, d)
+                    y[:, j : j + 2] = plain_attention(*both, begin, window, freqs, scale).view(T, 2, d)
             else:
                 for h in range(H):
                     y[:, h] = plain_attention(q[:, h], k[:, h], v[:, h], start, window, freqs, scale)
@@ -736,11 +946,12 @@ def plain_loss(P, signs, tokens, targets, weights, windows, freqs, scale):
             x = x + P["o_scale"][attending] * y.reshape(T, H * d) @ Wo
             attending += 1
         W1, W2 = P["mlp"][i]
-        x = x + (n(x) @ W1.T).clamp_min(0)**2 @ W2
+        x = x + (n(x) @ W1.T).clamp_min(0) ** 2 @ W2
         outputs.append(x)
     x = x - P["backout_scale"] * outputs[BACKOUT]
     log_p = (23 * sigmoid((n(x) @ P["lm_head"] + 5) / 7.5)).log_softmax(dim=1)
     return -sum(w * log_p[t, targets[t + k]] for k, w in enumerate(weights) for t in range(T - k)) / T
+
 
 @pytest.mark.parametrize("long_window", [48, 64])
 def test_the_whole_model_is_what_the_description_says(long_window):
@@ -748,7 +959,7 @@ def test_the_whole_model_is_what_the_description_says(long_window):
     model = randomise(tg.GPT(tiny(**PLAIN)), std=0.3)
     model.set_long_window(long_window)
     freqs, scale = torch.tensor([1024 ** (-j / 3) for j in range(4)]).double(), 1.0
-    if long_window == 64:                                                       # from 48, the first stage's
+    if long_window == 64:  # from 48, the first stage's
         ramp = ((48 * freqs / (2 * math.pi) - 1) / 31).clamp(0, 1)
         freqs, scale = freqs * (48 / 64 + ramp * (1 - 48 / 64)), 0.2 * math.log(64 / 48) + 1
     tokens, targets = text(90, (0, 70))
@@ -763,32 +974,35 @@ def test_the_whole_model_is_what_the_description_says(long_window):
         # q and k are normed, their share of this scale's gradient is 0, as the sum of large terms
         close(p.grad, P[name].grad, 1e-3 if name == "qkv_scale" else 3e-5, name)
 
+
 # =====================================================================================================================
 # Presets
 # =====================================================================================================================
+
 
 def on_meta(preset: str) -> tg.GPT:
     with torch.device("meta"):
         return tg.GPT(tg.PRESETS[preset])
 
+
 # Vocabulary 50257, in tables 393 * 128 = 50304 rows.
 SIZES = {
-    "short": {                          # 11 layers, 10 of them attend; 768 dimensions, 6 heads of 128
-        "embed": 38_633_472,            # 50304 * 768
+    "short": {  # 11 layers, 10 of them attend; 768 dimensions, 6 heads of 128
+        "embed": 38_633_472,  # 50304 * 768
         "lm_head": 38_633_472,
-        "value_embed_0": 38_633_472,    # 50304 * 6 * 128
+        "value_embed_0": 38_633_472,  # 50304 * 6 * 128
         "value_embed_1": 38_633_472,
         "value_embed_2": 38_633_472,
         "value_embed_3": 38_633_472,
         "value_embed_4": 38_633_472,
-        "bigram_embed": 193_167_360,    # 5 * 50304 * 768, B = 5 V
-        "qkvo": 23_592_960,             # 10 * 4 * 768 * 768
-        "mlp": 51_904_512,              # 11 * 2 * 3072 * 768
-        "attn_gate": 720,               # 10 * 6 * 12
-        "ve_gate": 360,                 # 5 * 6 * (6 + 6)
+        "bigram_embed": 193_167_360,  # 5 * 50304 * 768, B = 5 V
+        "qkvo": 23_592_960,  # 10 * 4 * 768 * 768
+        "mlp": 51_904_512,  # 11 * 2 * 3072 * 768
+        "attn_gate": 720,  # 10 * 6 * 12
+        "ve_gate": 360,  # 5 * 6 * (6 + 6)
         "smear_gate": 12,
         "smear_scale": 1,
-        "skip_gate": 12,                # one skip
+        "skip_gate": 12,  # one skip
         "skip_scale": 1,
         "qkv_scale": 10,
         "o_scale": 10,
@@ -797,27 +1011,27 @@ SIZES = {
         "bigram_scale": 11,
         "backout_scale": 1,
     },
-    "medium": {                         # 16 layers, 15 of them attend; 1024 dimensions, 8 heads of 128; one extra input
-        "embed": 51_511_296,            # 50304 * 1024
+    "medium": {  # 16 layers, 15 of them attend; 1024 dimensions, 8 heads of 128; one extra input
+        "embed": 51_511_296,  # 50304 * 1024
         "lm_head": 51_511_296,
         "input_embed_0": 51_511_296,
-        "value_embed_0": 51_511_296,    # 50304 * 8 * 128
+        "value_embed_0": 51_511_296,  # 50304 * 8 * 128
         "value_embed_1": 51_511_296,
         "value_embed_2": 51_511_296,
-        "bigram_embed": 257_556_480,    # 5 * 50304 * 1024
-        "qkvo": 62_914_560,             # 15 * 4 * 1024 * 1024
-        "mlp": 134_217_728,             # 16 * 2 * 4096 * 1024
-        "attn_gate": 1_440,             # 15 * 8 * 12
-        "ve_gate": 576,                 # 6 * 8 * (6 + 6)
+        "bigram_embed": 257_556_480,  # 5 * 50304 * 1024
+        "qkvo": 62_914_560,  # 15 * 4 * 1024 * 1024
+        "mlp": 134_217_728,  # 16 * 2 * 4096 * 1024
+        "attn_gate": 1_440,  # 15 * 8 * 12
+        "ve_gate": 576,  # 6 * 8 * (6 + 6)
         "smear_gate": 12,
         "smear_scale": 1,
-        "skip_gate": 36,                # 3 skips * 12
+        "skip_gate": 36,  # 3 skips * 12
         "skip_scale": 3,
         "qkv_scale": 15,
         "o_scale": 15,
         "resid_scale": 16,
         "x0_scale": 16,
-        "input_scale": 16,              # 16 * 1
+        "input_scale": 16,  # 16 * 1
         "bigram_scale": 16,
         "backout_scale": 1,
     },
@@ -826,6 +1040,7 @@ SIZES = {
 # medium: tables 6 * 51,511,296 + 257,556,480, matrices 62,914,560 + 134,217,728, the rest 2,163
 TOTALS = {"short": 539_100_296, "medium": 763_758_707}
 
+
 @pytest.mark.parametrize("preset", SIZES)
 def test_sizes_of_presets_by_name(preset):
     got = {name: p.numel() for name, p in on_meta(preset).named_parameters()}
@@ -833,16 +1048,45 @@ def test_sizes_of_presets_by_name(preset):
     assert not wrong and set(got) == set(SIZES[preset]), (wrong, set(got) ^ set(SIZES[preset]))
     assert sum(got.values()) == TOTALS[preset]
 
+
 # A layer of short: its MLP 2 * 3072 * 768 = 4,718,592, scales of stream, x0 and bigram 3; attention 4 * 768 * 768 =
 # 2,359,296, 2 scales, gates 6 * 12 = 72; a value embedding's gates 6 * 12 = 72 more; a skip 1 scale and 12 of a gate.
 # A layer of medium: MLP 2 * 4096 * 1024 = 8,388,608, 4 scales (one extra input); attention 4 * 1024 * 1024 = 4,194,304,
 # 2 scales, gates 8 * 12 = 96; a value embedding's gates 96 more; a skip 13 more.
 LAYER_SIZES = {
-    "short": [7_077_965, 7_078_037, 7_078_037, 7_077_965, 7_077_965, 7_077_965, 4_718_608, 7_077_965,
-              7_078_037, 7_078_037, 7_078_037],
-    "medium": [12_583_110, 12_583_110, 12_583_110, 12_583_014, 12_583_014, 12_583_014, 12_583_014, 8_388_612,
-               12_583_014, 12_583_027, 12_583_027, 12_583_027, 12_583_014, 12_583_110, 12_583_110, 12_583_110],
+    "short": [
+        7_077_965,
+        7_078_037,
+        7_078_037,
+        7_077_965,
+        7_077_965,
+        7_077_965,
+        4_718_608,
+        7_077_965,
+        7_078_037,
+        7_078_037,
+        7_078_037,
+    ],
+    "medium": [
+        12_583_110,
+        12_583_110,
+        12_583_110,
+        12_583_014,
+        12_583_014,
+        12_583_014,
+        12_583_014,
+        8_388_612,
+        12_583_014,
+        12_583_027,
+        12_583_027,
+        12_583_027,
+        12_583_014,
+        12_583_110,
+        12_583_110,
+        12_583_110,
+    ],
 }
+
 
 @pytest.mark.parametrize("preset", LAYER_SIZES)
 def test_sizes_of_presets_by_layer(preset):
@@ -862,13 +1106,17 @@ def test_sizes_of_presets_by_layer(preset):
         has += ["skip_gate", "skip_scale"] if row.skip_from is not None else []
         got.append(sum(p[name][0].numel() for name in has if name in p))
     assert got == LAYER_SIZES[preset]
-    apart = sum(size for name, size in SIZES[preset].items() if "embed" in name or name in ("lm_head", "smear_gate"))
-    assert sum(got) + apart + 2 == TOTALS[preset]               # 2: the scales of smear and backout
+    apart = sum(
+        size for name, size in SIZES[preset].items() if "embed" in name or name in ("lm_head", "smear_gate")
+    )
+    assert sum(got) + apart + 2 == TOTALS[preset]  # 2: the scales of smear and backout
+
 
 def test_shapes_of_banks_and_tables():
     shapes = {name: tuple(p.shape) for name, p in on_meta("short").named_parameters()}
     assert shapes["qkvo"] == (10, 4, 768, 768) and shapes["mlp"] == (11, 2, 3072, 768)
     assert shapes["embed"] == (50304, 768) and shapes["lm_head"] == (768, 50304)
+
 
 def places(preset: str) -> dict[str, list]:
     """What is where, by layer."""
@@ -882,18 +1130,29 @@ def places(preset: str) -> dict[str, list]:
         "backout": [i for i, row in rows if row.backout],
     }
 
+
 def test_topology_of_short():
-    assert places("short") == {"long": [3, 10], "none": [6], "paired": [0, 2, 5, 9], "skip": [(3, 6)], "backout": [7],
-                               "value": [(1, "0"), (2, "1"), (8, "2"), (9, "3"), (10, "4")]}
+    assert places("short") == {
+        "long": [3, 10],
+        "none": [6],
+        "paired": [0, 2, 5, 9],
+        "skip": [(3, 6)],
+        "backout": [7],
+        "value": [(1, "0"), (2, "1"), (8, "2"), (9, "3"), (10, "4")],
+    }
+
 
 def test_topology_of_medium():
     medium = places("medium")
-    assert medium["long"] == [3, 11, 15] and medium["none"] == [7]          # every fourth, but for layer 7, which has none
-    assert medium["paired"] == [] and medium["backout"] == [10]             # 2/3 of the depth
+    assert medium["long"] == [3, 11, 15] and medium["none"] == [
+        7
+    ]  # every fourth, but for layer 7, which has none
+    assert medium["paired"] == [] and medium["backout"] == [10]  # 2/3 of the depth
     assert medium["value"] == [(0, "0"), (1, "1"), (2, "2"), (13, "0"), (14, "1"), (15, "2")]
-    skips = medium["skip"]                                                  # U-Net: nested pairs around the middle
+    skips = medium["skip"]  # U-Net: nested pairs around the middle
     assert len(skips) > 1 and all(a < 8 <= b for a, b in skips)
     assert all(c < a and b < d for (a, b), (c, d) in zip(skips, skips[1:]))
+
 
 def test_numbers_of_presets():
     """Everything of model.md that is a number of the model and not of its layers."""
@@ -904,30 +1163,48 @@ def test_numbers_of_presets():
         assert cfg.key_offset and cfg.qk_norm and cfg.yarn and cfg.activation == "relu2"
         assert cfg.value_embed_std == 0.01 and cfg.embed_std == 0.005 and cfg.matrix_std == 0.5
 
-def plain_gpt2_loss(p: dict[str, torch.Tensor], tokens: torch.Tensor, targets: torch.Tensor, windows: str) -> torch.Tensor:
+
+def plain_gpt2_loss(
+    p: dict[str, torch.Tensor], tokens: torch.Tensor, targets: torch.Tensor, windows: str
+) -> torch.Tensor:
     """A pre-norm transformer with rotary attention and GELU, nothing else; heads of 64, its windows 16 and 48."""
     norm = lambda x: x * (x.square().mean(-1, keepdim=True) + 1e-7).rsqrt()
     place = torch.arange(len(tokens))
     start = torch.where(tokens == 4095, place, 0).cummax(0).values
-    turn = torch.polar(torch.ones(()).double(), place[:, None] * 1024 ** (-torch.arange(32).double() / 31))[:, None]
+    turn = torch.polar(torch.ones(()).double(), place[:, None] * 1024 ** (-torch.arange(32).double() / 31))[
+        :, None
+    ]
     rotated = lambda x: torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (32, 2))) * turn).flatten(-2)
     x = norm(p["embed"][tokens])
     for (wq, wk, wv, wo), (up, down), window in zip(p["qkvo"], p["mlp"], windows):
         q, k, v = ((norm(x) @ w.T / 2).unflatten(-1, (-1, 64)) for w in (wq, wk, wv))
-        seen = (place <= place[:, None]) & (place > place[:, None] - {"s": 16, "l": 48}[window]) & (place >= start[:, None])
+        seen = (
+            (place <= place[:, None])
+            & (place > place[:, None] - {"s": 16, "l": 48}[window])
+            & (place >= start[:, None])
+        )
         scores = torch.einsum("qhd,khd->hqk", rotated(q), rotated(k)) / 64**0.5
-        x = x + torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -math.inf).softmax(-1), v).flatten(1) @ wo
+        x = (
+            x
+            + torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -math.inf).softmax(-1), v).flatten(1)
+            @ wo
+        )
         x = x + torch.nn.functional.gelu(norm(x) @ up.T) @ down
     return torch.nn.functional.cross_entropy(norm(x) @ p["lm_head"], targets)
+
 
 def test_the_cpu_tracks_baseline_is_a_plain_gpt2():
     cfg = replace(tg.PRESETS["cpu-adamw"], dtype="float32", compile=False)
     model = tg.GPT(cfg)
     frozen = {name for name, spec in model.specs.items() if spec.lr == 0}
-    assert set(model.specs) - frozen == {"embed", "lm_head", "qkvo", "mlp"} and all(name.endswith("_scale") for name in frozen)
+    assert set(model.specs) - frozen == {"embed", "lm_head", "qkvo", "mlp"} and all(
+        name.endswith("_scale") for name in frozen
+    )
     assert all(spec.optimizer == "adam" for spec in model.specs.values())
-    randomise(model, keep=(*frozen, "embed", "lm_head"), std=0.1)       # its second matrices begin at 0
+    randomise(model, keep=(*frozen, "embed", "lm_head"), std=0.1)  # its second matrices begin at 0
     tokens, targets = text(150, seed=1)
     tokens[[0, 60]] = 4095
     p = {name: value.detach().double() for name, value in model.named_parameters()}
-    close(model(tokens, targets, torch.ones(1), WINDOWS), plain_gpt2_loss(p, tokens, targets, cfg.windows), 1e-5)
+    close(
+        model(tokens, targets, torch.ones(1), WINDOWS), plain_gpt2_loss(p, tokens, targets, cfg.windows), 1e-5
+    )

