@@ -16,7 +16,7 @@ Reading order                       to change...                                
 
 Ideas are credited where they live: "seed 000" .. "seed 004" are the reports this project grew from (README.md, Sources),
 numbers like 2505.16932 are arXiv ids."""
-import argparse, base64, ctypes, hashlib, json, math, os, platform
+import argparse, base64, copy, ctypes, hashlib, json, math, os, platform
 import re, resource, signal, sys, time, uuid, zipfile, zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -102,9 +102,9 @@ class Config:
     qk_norm: bool = True
     rotary_share: float = 0.5       # of each head's dimensions; the rest is stationary
     rotary_base: float = 1024.0
-    yarn: bool = True               # stretch rotary wavelengths when the long window changes, 2309.00071
+    yarn_limit: int = 1664          # tokens: rotary wavelengths stretch with the long window up to there; 0: never. 2309.00071
     softmax_scale: float = 0.1
-    final_long_window: int = 2560   # of the last validation, tokens
+    final_long_window: int = 2560   # of the last validation, tokens; rotary and softmax scale stay as they were trained
     activation: str = "relu2"       # "relu2" | "gelu"
     softcap: float = 23.0           # logits end in (0, softcap); 0: no cap
     softcap_shift: float = 5.0
@@ -113,7 +113,10 @@ class Config:
     embed_std: float = 0.005
     spectral: float = 0.0           # smoothing of the counts from which embed and lm_head start, tokens; 0: random
     value_embed_std: float = 0.01   # seed 000; 0 before
-    matrix_std: float = 0.5         # over sqrt(model_dim)
+    input_embed_std: float = 1.0    # of the further input embeddings
+    matrix_std: float = 0.5         # of the MLP's first matrix, over sqrt(model_dim); the second starts at 0
+    qkv_std: float = 0.5            # of q, k and v, over sqrt(model_dim)
+    o_std: float = 0.5              # of o, over sqrt(model_dim)
     resid_scale: float = 1.1        # of the stream, before every layer
     # optimization
     num_steps: int = 1547
@@ -131,8 +134,15 @@ class Config:
     adam_lr: float = 0.008
     adam_every: int = 2             # steps, whose gradients add up, between Adam's; Muon moves on each
     scalar_lr: float = 5.0          # times adam_lr: of the learned scalars; 0: they stay as they start
+    x0_lr: float = 5.0              # times adam_lr: of the scalars of x0 and of further input embeddings
+    skip_gate_lr: float = 0.05      # times adam_lr
+    embed_beta1: float = 0.5        # Adam's, of embed and lm_head
+    table_beta1: float = 0.75       # of value embeddings and further input embeddings
+    x0_beta1: float = 0.65          # of the scalars of x0 and of further input embeddings
+    gate_beta1: float = 0.9         # of gates
+    gate_beta2: float = 0.99
     adam_wd: float = 0.005
-    adam_eps: float = 1e-10
+    adam_eps: float = 1e-10         # beside gradients of the loss summed over an eighth of a step's tokens, LOSS_SHARES
     untie_share: float = 2/3        # of the schedule: embed and lm_head are one until then; 0: never tied, 1: always
     max_predict: int = 3            # next tokens that a stage may ask for; 1: no multi-token prediction
     # data and evaluation
@@ -141,12 +151,13 @@ class Config:
     batch_mul: float = 1.0          # times every stage's batch_tokens
     micro_batches: int = 8          # of a step, whatever the ranks: 1, 2, 4 and 8 of them compute the same thing
     val_tokens: int = 10485760      # fixed, or losses could not be compared
-    val_seq_len: int = 32768
+    val_seq_len: int = 262144       # a validation sequence; documents are cut at its ends
     val_every: int = 250            # steps; 0: only at the end
     # machine
     device: str = "cuda"            # "cuda" | "cpu"
     dtype: str = "auto"             # "bfloat16" | "float32"; auto: bfloat16 where the hardware multiplies it
     compile: bool = True
+    fp8_head: bool = True           # GPU: the head's logits are a product in FP8 while training
     reference: bool = False         # GPU: no kernels of this file, plain PyTorch in their place, as in float32
     graphs: bool = True             # GPU: replay each kind of step from CUDA graphs, captured in the warm-up
     warmup: bool = True             # compile and run each stage on dummy data before the clock starts
@@ -200,10 +211,11 @@ def check_config(cfg: Config) -> None:
     check("vocab_size model_dim head_dim mlp_ratio num_steps max_predict micro_batches val_tokens val_seq_len"
           " final_long_window epochs adam_every", lambda v: v >= 1, "must be at least 1")
     check("extra_inputs bigram_rows bigram_signs val_every save_every momentum_warmup momentum_cooldown embed_std"
-          " value_embed_std matrix_std muon_lr muon_wd adam_lr adam_wd adam_eps softcap scalar_lr spectral",
+          " value_embed_std input_embed_std matrix_std qkv_std o_std yarn_limit x0_lr skip_gate_lr muon_lr muon_wd adam_lr adam_wd adam_eps softcap scalar_lr spectral",
           lambda v: 0 <= v < math.inf, "must not be negative")
     check("softmax_scale softcap_width rotary_base rank_timeout", lambda v: 0 < v < math.inf, "must be above 0")
-    check("extension_share cooldown_share untie_share rotary_share momentum_min momentum_max muon_beta2 bigram_momentum",
+    check("extension_share cooldown_share untie_share rotary_share momentum_min momentum_max muon_beta2 bigram_momentum"
+          " embed_beta1 table_beta1 x0_beta1 gate_beta1 gate_beta2",
           lambda v: 0 <= v <= 1, "must lie between 0 and 1")
     for name, choices in (("device", "cuda cpu"), ("dtype", "auto bfloat16 float32"), ("activation", "relu2 gelu"),
                           ("matrix_optimizer", "normuon adamw")):
@@ -233,7 +245,7 @@ SHORT = Config(
     skips=        "...a..a....",
     backout=      ".......b...",
     stages=(
-        Stage(until=1/3, batch_tokens=131072, windows=(128, 384), max_doc_len=896, lr_mul=1.0,
+        Stage(until=1/3, batch_tokens=131072, windows=(128, 384), max_doc_len=2048, lr_mul=1.0,
               predict=((1.0, 1.0), (0.5, 0.5), (0.25, 0.0))),
         Stage(until=2/3, batch_tokens=262144, windows=(384, 896), max_doc_len=2048, lr_mul=1.52,     # (16/8)**0.6
               predict=((1.0, 1.0), (0.5, 0.0))),
@@ -249,13 +261,42 @@ CPU = replace(
     stages=(Stage(until=1.0, batch_tokens=4096, windows=(128, 512), max_doc_len=1024, lr_mul=1.0),),
     num_steps=490, adam_lr=0.012, muon_lr=0.035, adam_every=1, extension_share=0.0, momentum_warmup=245, softcap=0.0,
     momentum_cooldown=82, final_long_window=512, data_dir="data/corpus", micro_batches=1, val_tokens=163840,
-    val_seq_len=4096, val_every=245, device="cpu", embed_std=0.15, spectral=50.0, untie_share=0.0, bigram_rows=20,
+    val_seq_len=32768, val_every=245, device="cpu", embed_std=0.15, spectral=50.0, untie_share=0.0, bigram_rows=20,
     bigram_momentum=0.0, save_every=1000,                       # at the end: something to sample from
+)
+def medium_stages() -> tuple[Stage, ...]:
+    """Twelfths of 4,700 scheduled steps, each from the first step in it, and 40 steps at the final settings."""
+    ends = [math.ceil(4700 * twelfth / 12) / 4700 for twelfth in range(1, 13)]
+    tokens, lr_muls = [131072, 262144, 393216], [1.0, 1.52, 1.73]                      # and then 524288, 2.0
+    predict = [((1.0, 1.0), (0.5, 0.5), (0.25, 0.0)), ((1.0, 1.0), (0.5, 0.0))]        # and then the next token alone
+    stages = []
+    for i, blocks in enumerate((3, 7, 11, 13, 15, 17, 19, 21, 23, 23, 23, 23, 23)):
+        stages.append(Stage(
+            until=ends[i] if i < 12 else 2.0, batch_tokens=tokens[i] if i < 3 else 524288, max_doc_len=4096,
+            windows=(128 * min(11, blocks // 2), 128 * blocks), lr_mul=lr_muls[i] if i < 3 else 2.0,
+            predict=predict[i] if i < 2 else ((1.0, 1.0),)))
+    return tuple(stages)
+
+# The medium track's public record of 2025-12-31; what is left out of it, and why, is in docs/model.md.
+MEDIUM = replace(
+    SHORT, preset="medium", model_dim=1024, stages=medium_stages(), num_steps=4740, extension_share=40/4740,
+    #              0123456789abcdef
+    windows=      "lsss" "lsss" "sssl" "sssl",
+    paired_heads= "................",
+    value_embeds= "01234......01234",
+    skips=        "..c.b.a..abc....",
+    backout=      "...........b....",
+    extra_inputs=1, bigram_rows=0, smear_chunk="0:16", skip_chunk="0:16", attn_chunk="0:16", ve_chunk="0:16", ve_own_dims=0,
+    final_long_window=27 * 128, value_embed_std=0.0, qkv_std=1.0, o_std=0.0, resid_scale=1.05, cooldown_share=0.7,
+    muon_lr=0.015, adam_lr=0.004, adam_eps=1e-8, scalar_lr=10.0, skip_gate_lr=0.01, embed_beta1=0.8, table_beta1=0.8,
+    x0_beta1=0.8, gate_beta1=0.8, gate_beta2=0.95, untie_share=1/6, fp8_head=False,
 )
 PRESETS = {
     "short": SHORT,
-    "medium": replace(
-        SHORT, preset="medium", model_dim=1024, num_steps=6000, extra_inputs=1,
+    "medium": MEDIUM,
+    # The medium track as it stood in 2025, on which seeds 003 and 004 build.
+    "medium-2025": replace(
+        SHORT, preset="medium-2025", model_dim=1024, num_steps=6000, extra_inputs=1,
         #              0123456789abcdef
         windows=      "sssl" "sss-" "sssl" "sssl",
         paired_heads= "................",
@@ -264,7 +305,7 @@ PRESETS = {
         backout=      "..........b.....",
     ),
     # The short model on one GPU with 24 GB: the same steps in four times as many micro-batches.
-    "one-gpu": replace(SHORT, preset="one-gpu", micro_batches=32, val_seq_len=16384),
+    "one-gpu": replace(SHORT, preset="one-gpu", micro_batches=32),
     "cpu": CPU,
     # What the cpu track is measured against: a plain GPT-2 (with rotary) of its size, with the AdamW of llm.c and nanoGPT.
     "cpu-adamw": replace(
@@ -313,10 +354,10 @@ def normal(std: float) -> Callable:
 def constant(value: float) -> Callable:
     return lambda p, rng: p.fill_(value)
 
-def matrices(std: float, zero_second: bool = False) -> Callable:
-    """A uniform bank; zero_second: [:, 1] is zero, so that the MLP begins as nothing added."""
-    zeroed = slice(1, 2 if zero_second else 1)
-    return lambda p, rng: p.uniform_(-3**0.5 * std, 3**0.5 * std, generator=rng)[:, zeroed].zero_()
+def matrices(*stds: float) -> Callable:
+    """A uniform bank (n, len(stds), rows, columns): the standard deviation of each of a layer's matrices."""
+    bound = 3**0.5 * torch.tensor(stds).view(-1, 1, 1)
+    return lambda p, rng: p.uniform_(-1, 1, generator=rng).mul_(bound)
 
 SPECTRAL_NEIGHBOURS = ((1, 1.0), (2, 0.7), (-1, 0.7))           # how far behind a token, how much its neighbour there counts
 
@@ -324,10 +365,7 @@ class GPT(nn.Module):
     """tokens (T,), one packed stream of documents -> the mean loss. dtype: of matrices and tables; the rest is float32."""
     def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32, compiled: bool = False):
         super().__init__()
-        unit = partial(torch.compile, dynamic=False, fullgraph=True) if compiled else lambda f: f
-        for piece in (first_stream, norm, mix, skip, gated_value, project, attend, put_back, mlp_block):
-            setattr(self, piece.__name__, unit(piece))                  # layers are alike: a piece compiles once for all
-        self.head_chunk = unit(IN_USE["head_chunk"])
+        self.set_pieces(partial(torch.compile, dynamic=False, fullgraph=True) if compiled else lambda f: f)
         self.cfg, self.layers, self.dtype, self.specs = cfg, topology(cfg), dtype, {}
         self.value_tables = sorted({row.value_embed for row in self.layers} - {None})
         self.chunks = {name: chunk(cfg, f"{name}_chunk") for name in ("smear", "skip", "attn", "ve")}
@@ -339,18 +377,31 @@ class GPT(nn.Module):
         assert not undeclared, f"parameters without a declaration, or the reverse: {undeclared}"
         self.declare_buffers()
 
+    def set_pieces(self, unit: Callable) -> None:
+        """Layers are alike: a piece, wrapped by unit, compiles once for all."""
+        for piece in (first_stream, norm, mix, skip, gated_value, project, attend, put_back, mlp_block):
+            setattr(self, piece.__name__, unit(piece))
+        self.head_chunk = unit(IN_USE["head_chunk"])
+
+    def eager(self) -> "GPT":
+        """The same parameters and buffers, uncompiled: for a few passes of another length than training's."""
+        model = copy.copy(self)
+        model.set_pieces(lambda f: f)
+        return model
+
     def declare_tables(self) -> None:
         cfg = self.cfg
         V, D, H, d = cfg.vocab_rows, cfg.model_dim, cfg.num_heads, cfg.head_dim
         table = partial(self.param, optimizer="adam", sharded=True)
-        ends = dict(init=normal(cfg.embed_std), betas=(0.5, 0.95), wd=150.0)
+        ends = dict(init=normal(cfg.embed_std), betas=(cfg.embed_beta1, 0.95), wd=150.0)
         table("embed", (V, D), **ends)
         table("lm_head", (D, V), **ends)        # transposed, so that its gradient x.T @ dlogits needs no transpose
         self.lm_head.data.copy_(self.embed.T)   # tied until the untie step
         for k in range(cfg.extra_inputs):
-            table(f"input_embed_{k}", (V, D), **ends)
+            table(f"input_embed_{k}", (V, D), init=normal(cfg.input_embed_std), betas=(cfg.table_beta1, 0.95), lr=75.0, wd=5.0)
         for name in self.value_tables:
-            table(f"value_embed_{name}", (V, H * d), init=normal(cfg.value_embed_std), betas=(0.75, 0.95), lr=75.0, wd=5.0)
+            table(f"value_embed_{name}", (V, H * d), init=normal(cfg.value_embed_std), betas=(cfg.table_beta1, 0.95),
+                  lr=75.0, wd=5.0)
         table("bigram_embed", (cfg.bigram_rows * V, D), init=constant(0), lr=75.0, wd=5.0, betas=(cfg.bigram_momentum, 0.95))
 
     def declare_layers(self) -> None:
@@ -359,23 +410,25 @@ class GPT(nn.Module):
         attending, valued, skipping = sum(self.attending), sum(self.valued), sum(self.skipping)
         kind = {"optimizer": "muon", "wd": 1.0} if cfg.matrix_optimizer == "normuon" else {"optimizer": "adam", "wd": 150.0}
         bank = partial(self.param, sharded=True, **kind)
-        gate = partial(self.param, optimizer="adam", init=constant(0), dtype=torch.float32)
+        gate = partial(self.param, optimizer="adam", init=constant(0), dtype=torch.float32, betas=(cfg.gate_beta1, cfg.gate_beta2))
         scalar = partial(self.param, optimizer="adam", lr=cfg.scalar_lr, dtype=torch.float32)
         width = lambda name, own=0: chunks[name].stop - chunks[name].start + own if chunks[name] else 0  # noqa: E731
-        bank("qkvo", (attending, 4, H * d, D), init=matrices(cfg.matrix_std * D**-0.5))
-        bank("mlp", (L, 2, cfg.mlp_ratio * D, D), init=matrices(cfg.matrix_std * D**-0.5, zero_second=True), second_lr=2.0)
+        qkvo_std = [std * D**-0.5 for std in (cfg.qkv_std, cfg.qkv_std, cfg.qkv_std, cfg.o_std)]
+        bank("qkvo", (attending, 4, D, D), init=matrices(*qkvo_std))        # H d is D, and a row an output in all four
+        bank("mlp", (L, 2, cfg.mlp_ratio * D, D), init=matrices(cfg.matrix_std * D**-0.5, 0.0), second_lr=2.0)
         gate("attn_gate", (attending, H, width("attn")), wd=1.0)
         gate("ve_gate", (valued, H, width("ve", cfg.ve_own_dims)), wd=1.0)
         if chunks["smear"]:
             gate("smear_gate", (1, width("smear")), lr=0.01)
             scalar("smear_scale", (1,), init=constant(0))
-        gate("skip_gate", (skipping, 1, width("skip")), lr=0.05)
+        gate("skip_gate", (skipping, 1, width("skip")), lr=cfg.skip_gate_lr)
         scalar("skip_scale", (skipping,), init=constant(-1.5))
         scalar("qkv_scale", (attending,), init=constant(0.5))
         scalar("o_scale", (attending,), init=constant(1.0))
         scalar("resid_scale", (L,), init=constant(cfg.resid_scale))
-        scalar("x0_scale", (L,), init=constant(0), betas=(0.65, 0.95))
-        scalar("input_scale", (L, cfg.extra_inputs), init=constant(0), betas=(0.65, 0.95))
+        x0 = dict(init=constant(0), lr=cfg.x0_lr, betas=(cfg.x0_beta1, 0.95))
+        scalar("x0_scale", (L,), **x0)
+        scalar("input_scale", (L, cfg.extra_inputs), **x0)
         scalar("bigram_scale", (L if cfg.bigram_rows else 0,), init=constant(0.1))
         scalar("backout_scale", (cfg.backout.count("b"),), init=constant(0.5))
 
@@ -414,9 +467,10 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def set_long_window(self, window: int) -> None:
-        """YaRN (2309.00071): slow frequencies stretch with the long window, those that turn over 32 times in it stay."""
+        """A change of the long window in training. YaRN (2309.00071): slow frequencies stretch with it up to yarn_limit, those
+        that turn over 32 times in it stay. A window that only validation uses changes neither them nor the softmax scale."""
         before = int(self.long_window)
-        if self.cfg.yarn and window != before:
+        if window != before and window <= self.cfg.yarn_limit:
             freqs, scale = yarn(self.rotary_freqs, before, window)
             self.rotary_freqs.copy_(freqs)
             self.softmax_scale.mul_(scale)
@@ -426,7 +480,8 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor, weights: Tensor, windows: tuple[int, int], learn=True) -> Tensor:
         """tokens, targets (T,) ids; weights (n,) of the losses on the next n tokens; windows (short, long) -> mean loss."""
         cap = (self.cfg.softcap, self.cfg.softcap_shift, self.cfg.softcap_width)
-        return head_loss(self.hidden(tokens, windows), self.lm_head, targets, weights, cap, self.head_chunk, learn)
+        piece = partial(self.head_chunk, fp8=self.cfg.fp8_head)
+        return head_loss(self.hidden(tokens, windows), self.lm_head, targets, weights, cap, piece, learn)
 
     def hidden(self, tokens: Tensor, windows: tuple[int, int], past=None) -> Tensor:
         """tokens (T,) -> what the head reads, (T, D). past: what remembers the tokens before these (evals/model.py)."""
@@ -450,9 +505,9 @@ class GPT(nn.Module):
         scales = torch.cat([p[name].view(len(layers), -1) for name in mixed if name in p], dim=1)   # (L, 2 + added)
         outputs: list[Tensor] = []
         for i, row in enumerate(layers):
-            x = self.mix([x, x0, *added], scales[i])
-            if row.skip_from is not None:
+            if row.skip_from is not None:                                           # before the mix: resid_scale holds for it too
                 x = self.skip(x, outputs[row.skip_from], x0, skip_scale[i], skip_gate[i], self.chunks["skip"])
+            x = self.mix([x, x0, *added], scales[i])
             if row.window != "none":
                 n = self.norm(x)
                 q, k, v = self.project(n, qkvo[i], qkv_scale[i], cfg.head_dim, cfg.qk_norm)
@@ -508,7 +563,7 @@ def gated_value(n: Tensor, value: Tensor, w: Tensor | None, dims: slice | None, 
     return (2 * gate(z, w)).to(value.dtype)[..., None] * value
 
 def project(n: Tensor, qkvo: Tensor, scale: Tensor, head_dim: int, qk_norm: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """n (T, D) the normed stream, qkvo (4, H d, D) -> q, k, v (T, H, d)."""
+    """n (T, D) the normed stream, qkvo (4, D, D), of which each row is an output -> q, k, v (T, H, d)."""
     q, k, v = F.linear(n, scale * qkvo[:3].flatten(0, 1)).view(len(n), 3, -1, head_dim).unbind(1)
     return (norm(q), norm(k), v) if qk_norm else (q, k, v)
 
@@ -534,7 +589,7 @@ def put_back(x: Tensor, y: Tensor, n: Tensor, qkvo: Tensor, scale: Tensor, w: Te
     """x (T, D) plus the heads' outputs y (T, H, d), each gated by what the normed stream n says, through o."""
     if w is not None:
         y = y * gate(n[:, dims], w).to(y.dtype)[..., None]
-    return x + y.flatten(1) @ (scale * qkvo[3])
+    return x + F.linear(y.flatten(1), scale * qkvo[3])
 
 def mlp_block(x: Tensor, up: Tensor, down: Tensor, activation: str) -> Tensor:
     return x + IN_USE["mlp"](norm(x), up, down, activation)
@@ -807,7 +862,7 @@ def normuon_(p: Tensor, low: Tensor | None, g: Tensor, m: Tensor, second: Tensor
     """One NorMuon step (2510.05491) on matrices (units, rows, columns), in place; rates (units, 1, 1) multiply lr."""
     u = normuon_direction(g.float(), m, second, momentum, beta2)
     weight = exact(p, low)
-    kept = 1 - wd * lr**2 * rates * (u * weight > 0)            # decay, cautious (2411.16085): never against the update
+    kept = 1 - wd * lr**2 * rates * (u * weight >= 0)           # decay, cautious (2411.16085): never against the update
     store_exact_(p, low, kept.mul_(weight).sub_(u.mul_(lr * rates)))
 
 def normuon_direction(g: Tensor, m: Tensor, second: Tensor, momentum: Tensor | float, beta2: float) -> Tensor:
@@ -989,15 +1044,21 @@ class Schedule:
         return self.cfg.stages[self.stage_index(step)]
 
     def windows(self, step: int) -> tuple[int, int]:
-        """(short, long) in tokens; the last validation, after the last step, looks further."""
-        short, long = self.stage(step).windows
+        """(short, long) that a step trains with, tokens."""
+        return self.stage(step).windows
+
+    def val_windows(self, step: int) -> tuple[int, int]:
+        """(short, long) of a validation before a step; the last one, after all steps, looks further."""
+        short, long = self.windows(step)
         return (short, self.cfg.final_long_window) if step >= self.cfg.num_steps else (short, long)
 
     def lr_mul(self, step: int) -> float:
         """The stage's multiplier, then a line down to final_lr, and final_lr in the extension; no cooldown: no line."""
-        left = (1 - step / self.cfg.scheduled_steps) / self.cfg.cooldown_share if self.cfg.cooldown_share else 1.0
-        flat = min(1.0, max(0.0, left))
-        return flat * self.stage(step).lr_mul + (1 - flat) * self.cfg.final_lr
+        cfg, flat_steps = self.cfg, int(self.cfg.scheduled_steps * (1 - self.cfg.cooldown_share))
+        if step < flat_steps or not cfg.cooldown_share:
+            return self.stage(step).lr_mul
+        done = min(1.0, (step - flat_steps) / (cfg.scheduled_steps - flat_steps))
+        return (1 - done) * self.stage(step).lr_mul + done * cfg.final_lr
 
     def momentum(self, step: int) -> float:
         """Muon's: up over the first steps, down over the last."""
@@ -1286,7 +1347,7 @@ class HeadLoss(torch.autograd.Function):
         dx, dhead = ctx.saved_tensors
         return (grad * dx).to(dx.dtype), (grad * dhead).to(dhead.dtype), None, None, None, None, None
 
-def head_chunk(x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, cap: Cap, with_grad: bool):
+def head_chunk(x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, cap: Cap, with_grad: bool, fp8: bool = False):
     """x (c, D), targets and weights (c, n) -> loss, its gradient by x (c, D) and by head (D, V) in float32, or None."""
     loss, dz = chunk_loss((x @ head).float(), targets, weights, cap)
     dz = dz.to(x.dtype)
@@ -1363,9 +1424,9 @@ X_SCALE, HEAD_SCALE = 2**-2, 2**-8      # near the records' 100 / 448 and 1.6 / 
 def to_fp8(x: Tensor, scale: float) -> Tensor:
     return (x * (1 / scale)).to(torch.float8_e4m3fn)            # which saturates, at 448
 
-def head_chunk_triton(x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, cap: Cap, with_grad: bool):
-    """head_chunk without float32 logits in memory; in training they are a product in FP8, where the GPU has it."""
-    if with_grad and target() >= 89:
+def head_chunk_triton(x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, cap: Cap, with_grad: bool, fp8: bool = True):
+    """head_chunk without float32 logits in memory; with fp8 they are, in training, a product in FP8, where the GPU has it."""
+    if with_grad and fp8 and target() >= 89:
         scale = x.new_full((), (X_SCALE * HEAD_SCALE)**0.5, dtype=torch.float32)
         head8 = to_fp8(head.T, HEAD_SCALE).contiguous().T       # columns contiguous, as _scaled_mm wants its second factor
         z = torch._scaled_mm(to_fp8(x, X_SCALE), head8, scale, scale, out_dtype=x.dtype, use_fast_accum=True)
@@ -1439,7 +1500,7 @@ def choose_operators(cfg: Config, device: torch.device) -> str:
         (attention, attention_triton, [*random(3, T, 2, cfg.head_dim), torch.arange(T) // 99 * 99, T, torch.tensor(0.1)]),
         (mlp, mlp_triton, [random(T, D), *random(2, cfg.mlp_ratio * D, D) / D**0.5, cfg.activation]),
         (head_chunk, head_chunk_triton,
-         [random(T, D), random(D, cfg.vocab_rows) / D**0.5, targets, torch.full((T, 2), 1 / T), cap, True]),
+         [random(T, D), random(D, cfg.vocab_rows) / D**0.5, targets, torch.full((T, 2), 1 / T), cap, True, cfg.fp8_head]),
         (symmetric_product, symmetric_product_triton, [random(2, 2 * D, D).mT]),
         (transposed_, transposed_triton_, [random(D, T), random(T, D), True]),
     ) if device.type == "cuda" and not cfg.reference and pick_dtype(cfg) == torch.bfloat16 else ()
@@ -1667,6 +1728,8 @@ def facts_of(ranks: Ranks, model: GPT, failure: str | None, ceiling: float) -> d
         "matrix ceiling": f"{ceiling / 1e9:.0f} GFLOP/s measured, all processes together",
     }
 
+CHECKPOINT_FORMAT = 2   # 1, which said nothing of it: o transposed, skips after the mix, gradients of the mean loss
+LOSS_SHARES = 8         # gradients are those of the loss summed over this share of a step's tokens, whatever its micro-batches are
 Stopped = KeyboardInterrupt                                     # with the signal's name; `except Exception` lets it through
 KEPT_CHECKPOINTS, MAY_DIFFER = 2, set("data_dir log_dir rank_timeout save_every save_on_stop resume compile reference graphs"
                                       " warmup val_every plan".split())
@@ -1701,10 +1764,12 @@ def newest_checkpoint(cfg: Config) -> dict | None:
             if zipfile.ZipFile(path).testzip():                 # torch does not look at the checksums that it writes
                 raise zipfile.BadZipFile
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)    # runs no code
-            then, now = json.loads(content["config"]), settings(cfg)
+            then, now, written = json.loads(content["config"]), settings(cfg), content.get("format")
         except Exception as error:  # noqa: BLE001, half a file can fail in many ways
             print(f"resume: {path} is not whole ({type(error).__name__}), looking for an older one", file=sys.stderr)
             continue
+        need(written == CHECKPOINT_FORMAT, f"{path}: a checkpoint of an older train_gpt.py, whose model computes something else; "
+                                           "start anew under another --log_dir, or finish it with the train_gpt.py in its log")
         differing = [f"--{name} was {then.get(name)}, is {now.get(name)}" for name in sorted({*then, *now} - MAY_DIFFER)
                      if then.get(name) != now.get(name)]
         need(not differing, f"{path}: a checkpoint of another configuration ({'; '.join(differing)}); use its flags, "
@@ -1754,11 +1819,11 @@ class Run:
         lag = 1 if self.ranks.device.type == "cuda" else 0      # a GPU's loss is read a step late, so that it never waits
         self.clock.start()
         for step in range(self.steps_done, cfg.num_steps + 1):
-            last, windows = step == cfg.num_steps, self.schedule.windows(step)
+            last, windows = step == cfg.num_steps, self.schedule.val_windows(step)
             if last and cfg.save_every and self.saved_step != step:
                 self.report(unread, lag=0)                      # first: a loss that is not finite ends the run here
                 self.save()
-            if windows[1] != long_window:
+            if not last and windows[1] != long_window:
                 self.model.set_long_window(long_window := windows[1])
             if last or (cfg.val_every and step % cfg.val_every == 0):
                 self.report(unread, lag=0)
@@ -1819,9 +1884,9 @@ class Run:
         """Forward and backward of these micro-batches: gradients add up, the loss and the last dial go to self.result."""
         self.result.copy_(F.pad(self.dials[-1:], (1, 0)))
         for tokens, targets in batches:
-            loss = self.model(tokens, targets, self.dials[:-1], windows) / self.cfg.micro_batches
-            loss.backward()
-            self.result[0] += loss.detach()
+            loss = self.model(tokens, targets, self.dials[:-1], windows)
+            (len(tokens) / LOSS_SHARES * loss).backward()
+            self.result[0] += loss.detach() / self.cfg.micro_batches
 
     def save(self) -> None:
         """Everything a resumed run needs, the same whatever the number of ranks. All ranks call it; the clock stands."""
@@ -1831,7 +1896,7 @@ class Run:
                      for name, state in self.optimizer.state.items()}
         if self.log.file and not is_null(self.ranks.device):
             path = Path(self.cfg.log_dir) / f"{self.log.run_id}.step{self.steps_done:06d}.pt"
-            content = {"config": json.dumps(settings(self.cfg)), "run_id": self.log.run_id, "step": self.steps_done,
+            content = {"format": CHECKPOINT_FORMAT, "config": json.dumps(settings(self.cfg)), "run_id": self.log.run_id, "step": self.steps_done,
                        "model": self.model.state_dict(), "optimizer": optimizer, "tied": self.optimizer.tied,
                        "loader": self.position, "clock": self.clock.total, "tokens_seen": self.tokens_seen,
                        "flops": self.flops, "average": self.average, "rng": torch.get_rng_state()}
@@ -1875,11 +1940,12 @@ class Run:
             total += self.evaluate(*self.validation.sequence(n), windows)
         return self.finite(float(self.ranks.all_reduce(total)()) / self.validation.count, "validation", self.steps_done)
 
+    @torch.no_grad()
     def evaluate(self, tokens: Tensor, targets: Tensor, windows: tuple[int, int]) -> Tensor:
-        """One sequence's loss. On a CPU with what was compiled for training, since compiling takes longer than the rest."""
+        """One sequence's loss. On a CPU uncompiled: another length would compile for longer than all validation takes."""
         device = self.ranks.device
-        with torch.set_grad_enabled(device.type == "cpu"):
-            return self.model(tokens.to(device), targets.to(device), torch.ones(1, device=device), windows, False).detach()
+        model = self.model if device.type == "cuda" else self.model.eager()
+        return model(tokens.to(device), targets.to(device), torch.ones(1, device=device), windows, False)
 
     def warm_up(self) -> None:
         """Compiles and runs every stage on dummy tokens, both optimizers and validation; then all is as it was."""
@@ -1894,7 +1960,7 @@ class Run:
         for kind, batches in placed.items():
             self.compute(batches[:1], kind[1])
         validated = [*(steps[::cfg.val_every] if cfg.val_every else ()), cfg.num_steps]
-        for windows in sorted({self.schedule.windows(step) for step in validated}):
+        for windows in sorted({self.schedule.val_windows(step) for step in validated}) if device.type == "cuda" else ():
             self.evaluate(*dummy(cfg.val_seq_len), windows)
         for self.optimizer.tied in {tied, False}:
             for p in self.model.parameters():
