@@ -1,881 +1,1331 @@
-"""train_gpt.py -- train a small GPT on FineWeb to a fixed validation loss, as fast as the machine can. All of it is here.
+"""train_gpt.py: train a small GPT on FineWeb to a fixed validation loss, as fast as the machine can.
 
-    torchrun --standalone --nproc_per_node=8 train_gpt.py                    the record run: preset "short", no flags
-    torchrun --standalone --nproc_per_node=8 train_gpt.py --preset medium    the larger model, target 2.92
-    python train_gpt.py --preset one-gpu                                     one GPU with 24 GB
-    python train_gpt.py --preset cpu --num_steps 20                          no GPU; any scalar field of Config is a flag
+    torchrun --standalone --nproc_per_node=8 train_gpt.py                   the record run, preset short
+    torchrun --standalone --nproc_per_node=8 train_gpt.py --preset medium   the larger model, target 2.92
+    python train_gpt.py --preset one-gpu                                    one GPU with 24 GB
+    python train_gpt.py --preset cpu --num_steps 20                         no GPU; Config's fields are flags
 
-Reading order                       to change...                                    edit
-    1  Config                       a size, a layer's features, a schedule          PRESETS (or pass a flag)
-    2  Model                        the network                                     GPT.__init__ (declare), GPT.hidden (use)
-    3  Optimizer                    an update rule, how ranks share work            Optimizer, normuon_, adam_
-    4  Data                         nothing: the token stream is fixed              Loader
-    5  Schedule                     learning rate, momentum, windows over time      Schedule
-    6  Operators                    how a formula is computed                       the plain version, then the kernel
-    7  Run                          the log, the clock, the loop                    train
+Parts 1 to 6, read from top to bottom, are the whole system. The appendices are how it is made fast, and safe.
 
-Ideas are credited where they live: "seed 000" .. "seed 004" are the reports this project grew from (README.md, Sources),
-numbers like 2505.16932 are arXiv ids."""
-import argparse, base64, copy, ctypes, hashlib, json, math, os, platform
-import re, resource, signal, sys, time, uuid, zipfile, zlib
+    part                 to change ...                              edit
+    1  Config            a size, a layer's features, a schedule     Config, PRESETS (or pass a flag)
+    2  Model             the network                                parameter_table (a row), GPT (its use)
+    3  Optimizer         an update rule, what ranks share           normuon_, adam_, Optimizer
+    4  Data              nothing: the token stream is fixed         Loader
+    5  Schedule          learning rate, momentum, windows           Schedule
+    6  Trainer           the loop                                   Trainer.fit
+    A  Operators         how a formula is computed                  the reference, then the kernel
+    B  Ranks             how processes exchange what they have      DistEnv, SparseGradient
+    C  Log, checkpoints  what a run leaves behind                   Log, Progress, Checkpoints
+    D  GPU               graphs, copies, the choice of kernels      Gpu, CudaGraphs
+    E  CPU               what only a CPU needs                      Cpu, banded_attention
+
+Ideas are credited where they live: "seed 000" to "seed 004" are the reports that this project grew from, and
+numbers like 2505.16932 are arXiv ids. docs/model.md has the whole model in formulas.
+"""
+
+import os
+import signal
+
+if (
+    __name__ == "__main__"
+):  # the imports below take seconds; until there is something to save, a signal ends the run
+    for number, exit_code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        signal.signal(number, lambda *_, code=exit_code: os._exit(code))
+
+import argparse
+import contextlib
+import ctypes
+import fcntl
+import hashlib
+import json
+import math
+import platform
+import re
+import resource
+import sys
+import time
+import uuid
+import zipfile
+import zlib
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Callable, Iterator
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
 try:
     import triton
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:                     # no Triton for this system, so no GPU either: kernels are read, never run
-    triton, tl, TensorDescriptor = SimpleNamespace(jit=lambda f: f), SimpleNamespace(constexpr=None), None
+except ImportError:  # no Triton for this system, so no GPU either: kernels are read, never run
+    triton = SimpleNamespace(jit=lambda f: f)
+    tl = SimpleNamespace(constexpr=None)
+    TensorDescriptor = None
 
-SOURCE = Path(__file__).read_text()  # read before anything slow, so the log holds what really ran
+SOURCE = Path(__file__).read_text()  # read before anything slow, so that the log holds what really ran
+
 
 class UserError(Exception):
-    """Something a user can put right. The message is one line: the file, flag or value, and what to do. Exit code 2."""
+    """Something a user can put right, exit code 2. The message is one line: the file, flag or value, and what
+    to do.
+    """
+
 
 class RunFailed(Exception):
-    """A run that cannot go on, though nothing was asked for wrongly (a loss that is not finite). Exit code 1."""
+    """A run that cannot go on, though nothing was asked for wrongly: a loss that is not finite. Exit
+    code 1.
+    """
 
-def need(condition: bool, message: str) -> None:
+
+def need(condition: object, message: str) -> None:
     if not condition:
         raise UserError(message)
 
-# ===== 1. Config: what a run is. A record is a preset with no overrides. ============================================
+
+# ===== 1. Config: what a run is. A record is a preset with no overrides. =====
+
+
 @dataclass(frozen=True)
 class Layer:
     """One row of the topology table: what is special about this layer."""
-    window: str                     # "short" | "long" | "none": none = no attention here
-    paired: bool                    # heads 2j and 2j+1 see each other's keys
-    value_embed: str | None         # name of the table that is added to v
-    skip_from: int | None           # the earlier layer whose output comes in here
-    backout: bool                   # this layer's output is subtracted at the end
+
+    window: str  # "short" | "long" | "none": none = no attention here
+    paired: bool  # heads 2j and 2j+1 see each other's keys
+    value_embed: str | None  # name of the table that is added to v
+    skip_from: int | None  # the earlier layer whose output comes in here
+    skip_sender: bool  # a later layer takes this layer's output in
+    backout: bool  # this layer's output is subtracted at the end
+
+    @property
+    def attends(self) -> bool:
+        return self.window != "none"
+
 
 @dataclass(frozen=True)
 class Stage:
     """One row of the schedule table."""
-    until: float                    # ends at this share of the scheduled steps; the last row runs to the end
-    batch_tokens: int               # per optimizer step, all ranks and micro-batches together
-    windows: tuple[int, int]        # (short, long), tokens
-    max_doc_len: int                # documents are cut there, tokens
-    lr_mul: float                   # of the peak learning rate
-    predict: tuple[tuple[float, float], ...] = ((1.0, 1.0),)  # weight of the k-th next token: (at start, at end)
+
+    until: float  # ends at this share of the scheduled steps; the last row runs to the end
+    batch_tokens: int  # per optimizer step, all ranks and micro-batches together
+    windows: tuple[int, int]  # (short, long), tokens
+    max_doc_len: int  # documents are cut there, tokens
+    lr_mul: float  # of the peak learning rate
+    predict: tuple[tuple[float, float], ...] = ((1.0, 1.0),)  # weight of each next token: (at start, at end)
+
+
+# The February 2026 form of the 8xH100 short track; the last row is the extension after the scheduled steps.
+SHORT_STAGES = (
+    Stage(1 / 3, 131072, (128, 384), 2048, 1.00, predict=((1.0, 1.0), (0.5, 0.5), (0.25, 0.0))),
+    Stage(2 / 3, 262144, (384, 896), 2048, 1.52, predict=((1.0, 1.0), (0.5, 0.0))),  # 1.52 = (16 / 8)**0.6
+    Stage(1.0, 393216, (640, 1408), 2048, 1.73),  # 1.73 = (24 / 8)**0.5
+    Stage(2.0, 393216, (768, 1664), 2048, 1.73),
+)
+
+
+def flag(
+    default: Any, about: str, low: float | None = None, high: float | None = None, choices: str = ""
+) -> Any:
+    """A field of Config: its default, its line in --help, and its lowest and highest value, or its
+    choices.
+    """
+    return field(
+        default=default, metadata={"about": about, "low": low, "high": high, "choices": choices.split()}
+    )
+
 
 @dataclass(frozen=True)
 class Config:
-    preset: str
-    # topology: a character a layer. topology() reads these five as a table with a row a layer.
-    windows: str                    # s short, l long, - no attention (after =: --windows=-l)
-    paired_heads: str               # p paired, . not
-    value_embeds: str               # . none, else the name of the table; the same name twice shares it (U-Net)
-    skips: str                      # a letter's first place sends its output, its second receives it
-    backout: str                    # b: this output is subtracted at the end (nowhere: off)
-    stages: tuple[Stage, ...]
-    # sizes
-    vocab_size: int = 50257         # GPT-2's; tables have rows up to the next multiple of 128
-    bos_id: int = 50256             # begins every document
-    model_dim: int = 768
-    head_dim: int = 128
-    mlp_ratio: int = 4
-    extra_inputs: int = 0           # further input embeddings, seed 004
-    bigram_rows: int = 5            # rows of the bigram table, in vocabularies; 0: no table
-    bigram_momentum: float = 0.75   # beta1 of the bigram table's Adam; 0: a CPU moves only rows that a token touched
-    bigram_signs: int = 0           # rows of the sign table (8192 in later records); 0: no sign trick
-    # gates on chunks of the residual stream, seed 001
-    smear_chunk: str = "0:12"       # first:last dimensions that the smear gate reads; '': no smear
-    skip_chunk: str = "6:18"        # of the skip gate; '': the skip keeps its scalar
-    attn_chunk: str = "18:30"       # of the attention gate; '': y passes whole
-    ve_chunk: str = "18:24"         # of the value embedding's gate; '': it passes whole
-    ve_own_dims: int = 6            # dimensions of the value embedding itself that its gate reads too, seed 000
-    # attention and head
-    key_offset: bool = True         # long layers: the stationary half of k comes from the token before
-    qk_norm: bool = True
-    rotary_share: float = 0.5       # of each head's dimensions; the rest is stationary
-    rotary_base: float = 1024.0
-    yarn_limit: int = 1664          # tokens: rotary wavelengths stretch with the long window up to there; 0: never. 2309.00071
-    softmax_scale: float = 0.1
-    final_long_window: int = 2560   # of the last validation, tokens; rotary and softmax scale stay as they were trained
-    activation: str = "relu2"       # "relu2" | "gelu"
-    softcap: float = 23.0           # logits end in (0, softcap); 0: no cap
-    softcap_shift: float = 5.0
-    softcap_width: float = 7.5
-    # initial values
-    embed_std: float = 0.005
-    spectral: float = 0.0           # smoothing of the counts from which embed and lm_head start, tokens; 0: random
-    value_embed_std: float = 0.01   # seed 000; 0 before
-    input_embed_std: float = 1.0    # of the further input embeddings
-    matrix_std: float = 0.5         # of the MLP's first matrix, over sqrt(model_dim); the second starts at 0
-    qkv_std: float = 0.5            # of q, k and v, over sqrt(model_dim)
-    o_std: float = 0.5              # of o, over sqrt(model_dim)
-    resid_scale: float = 1.1        # of the stream, before every layer
-    # optimization
-    num_steps: int = 1547
-    extension_share: float = 0.026  # of num_steps: constant settings after the schedule (40 steps of 1547)
-    cooldown_share: float = 0.55    # of the schedule: the learning rate falls on a line to final_lr
-    final_lr: float = 0.1           # of the peak
-    matrix_optimizer: str = "normuon"   # "normuon" | "adamw": Adam for all, on matrices at adam_lr
-    muon_lr: float = 0.023
-    muon_wd: float = 1.2
-    muon_beta2: float = 0.95
-    momentum_min: float = 0.85
-    momentum_max: float = 0.95
-    momentum_warmup: int = 300      # steps from min to max
-    momentum_cooldown: int = 50     # last steps, back to min
-    adam_lr: float = 0.008
-    adam_every: int = 2             # steps, whose gradients add up, between Adam's; Muon moves on each
-    scalar_lr: float = 5.0          # times adam_lr: of the learned scalars; 0: they stay as they start
-    x0_lr: float = 5.0              # times adam_lr: of the scalars of x0 and of further input embeddings
-    skip_gate_lr: float = 0.05      # times adam_lr
-    embed_beta1: float = 0.5        # Adam's, of embed and lm_head
-    table_beta1: float = 0.75       # of value embeddings and further input embeddings
-    x0_beta1: float = 0.65          # of the scalars of x0 and of further input embeddings
-    gate_beta1: float = 0.9         # of gates
-    gate_beta2: float = 0.99
-    adam_wd: float = 0.005
-    adam_eps: float = 1e-10         # beside gradients of the loss summed over an eighth of a step's tokens, LOSS_SHARES
-    untie_share: float = 2/3        # of the schedule: embed and lm_head are one until then; 0: never tied, 1: always
-    max_predict: int = 3            # next tokens that a stage may ask for; 1: no multi-token prediction
-    # data and evaluation
-    data_dir: str = "data/fineweb10B"
-    epochs: int = 1                 # times that the training shards may be read; a record reads them once
-    batch_mul: float = 1.0          # times every stage's batch_tokens
-    micro_batches: int = 8          # of a step, whatever the ranks: 1, 2, 4 and 8 of them compute the same thing
-    val_tokens: int = 10485760      # fixed, or losses could not be compared
-    val_seq_len: int = 262144       # a validation sequence; documents are cut at its ends
-    val_every: int = 250            # steps; 0: only at the end
-    # machine
-    device: str = "cuda"            # "cuda" | "cpu"
-    dtype: str = "auto"             # "bfloat16" | "float32"; auto: bfloat16 where the hardware multiplies it
-    compile: bool = True
-    fp8_head: bool = True           # GPU: the head's logits are a product in FP8 while training
-    reference: bool = False         # GPU: no kernels of this file, plain PyTorch in their place, as in float32
-    graphs: bool = True             # GPU: replay each kind of step from CUDA graphs, captured in the warm-up
-    warmup: bool = True             # compile and run each stage on dummy data before the clock starts
-    rank_timeout: float = 300.0     # seconds that a process waits for the others before it gives up
-    save_every: int = 0             # steps between checkpoints, beside the log, and one at the end; 0: none
-    save_on_stop: bool = False      # SIGTERM and Ctrl-C save a checkpoint before they end the run
-    resume: bool = False            # go on from the newest whole checkpoint under log_dir, if there is one
-    plan: str = ""                  # such as 8xH100: print what the run would take there, and run nothing
-    log_dir: str = "logs"
-    seed: int = 0
+    """Every scalar field is a flag. The defaults are the preset `short`, with seed 000's value embeddings."""
 
-    num_heads = property(lambda self: self.model_dim // self.head_dim)
-    vocab_rows = property(lambda self: -(-self.vocab_size // 128) * 128)
-    scheduled_steps = property(lambda self: self.num_steps - round(self.extension_share * self.num_steps))
+    preset: str = "short"
+    # Topology: a character a layer. topology() reads these five as a table with a row a layer.
+    windows: str = flag("ssslss-sssl", "s short, l long, - no attention (give it after =: --windows=-l)")
+    paired_heads: str = flag("p.p..p...p.", "p: heads 2j and 2j+1 see each other's keys; . not")
+    value_embeds: str = flag(".01.....234", ". none, else a table's name; twice the same shares it (U-Net)")
+    skips: str = flag("...a..a....", "a letter's first place sends its output, its second receives it")
+    backout: str = flag(".......b...", "b: this layer's output is subtracted at the end (nowhere: off)")
+    stages: tuple[Stage, ...] = SHORT_STAGES
+    # Sizes
+    vocab_size: int = flag(50257, "GPT-2's; tables have rows up to the next multiple of 128", 2, 2**16)
+    bos_id: int = flag(50256, "the token that begins every document", 0, 2**16 - 1)
+    model_dim: int = flag(768, "width of the residual stream", 4, 2**14)
+    head_dim: int = flag(128, "width of a head; model_dim is a multiple of it", 4, 1024)
+    mlp_ratio: int = flag(4, "width of the MLP's hidden layer, in model_dim", 1, 64)
+    extra_inputs: int = flag(0, "further input embeddings, seed 004", 0, 16)
+    bigram_rows: int = flag(5, "rows of the bigram table, in vocabularies; 0: no table", 0, 1000)
+    bigram_momentum: float = flag(0.75, "beta1 of its Adam; 0: a CPU moves only touched rows", 0, 0.9999)
+    bigram_signs: int = flag(0, "rows of the sign table (8192 in later records); 0: no sign trick", 0, 2**20)
+    # Gates on chunks of the residual stream, seed 001
+    smear_chunk: str = flag("0:12", "first:last dimensions that the smear gate reads; '': no smear")
+    skip_chunk: str = flag("6:18", "of the skip gate; '': the skip keeps its scalar")
+    attn_chunk: str = flag("18:30", "of the attention gate; '': y passes whole")
+    ve_chunk: str = flag("18:24", "of the value embedding's gate; '': it passes whole")
+    ve_own_dims: int = flag(
+        6, "dimensions of the value embedding that its gate reads too, seed 000", 0, 2**14
+    )
+    # Attention and head
+    key_offset: bool = flag(True, "long layers: the stationary half of k comes from the token before")
+    qk_norm: bool = flag(True, "q and k are normed per head")
+    rotary_share: float = flag(0.5, "of each head's dimensions; the rest is stationary", 0, 1)
+    rotary_base: float = flag(1024.0, "slowest wavelength over the fastest", 1, 1e9)
+    yarn_limit: int = flag(
+        1664, "tokens: rotary stretches with the long window up to there; 0: never", 0, 2**20
+    )
+    softmax_scale: float = flag(0.1, "of attention's scores, before YaRN", 1e-6, 100)
+    final_long_window: int = flag(2560, "of the last validation, tokens; only the mask widens", 1, 2**20)
+    activation: str = flag("relu2", "of the MLP", choices="relu2 gelu")
+    softcap: float = flag(23.0, "logits end in (0, softcap); 0: no cap", 0, 1e4)
+    softcap_shift: float = flag(5.0, "softcap * sigmoid((logits + softcap_shift) / softcap_width)", -1e4, 1e4)
+    softcap_width: float = flag(7.5, "see softcap_shift", 1e-3, 1e4)
+    # Initial values
+    embed_std: float = flag(0.005, "of embed, and of lm_head, its transpose", 0, 100)
+    spectral: float = flag(0.0, "smoothing of counts from which embed and lm_head start; 0: random", 0, 1e6)
+    value_embed_std: float = flag(0.01, "seed 000; 0 before", 0, 100)
+    input_embed_std: float = flag(1.0, "of the further input embeddings", 0, 100)
+    matrix_std: float = flag(0.5, "of the MLP's first matrix, over sqrt(model_dim); the second: 0", 0, 100)
+    qkv_std: float = flag(0.5, "of q, k and v, over sqrt(model_dim)", 0, 100)
+    o_std: float = flag(0.5, "of o, over sqrt(model_dim)", 0, 100)
+    resid_scale: float = flag(1.1, "of the stream, before every layer", -100, 100)
+    # Schedule
+    num_steps: int = flag(1547, "steps of the run", 1, 10**7)
+    extension_share: float = flag(0.026, "of num_steps: constant settings at the end (40 of 1547)", 0, 1)
+    cooldown_share: float = flag(0.55, "of the schedule: the learning rate falls on a line to final_lr", 0, 1)
+    final_lr: float = flag(0.1, "of the peak", 0, 10)
+    untie_share: float = flag(2 / 3, "of the schedule: embed and lm_head are one until then; 1: always", 0, 1)
+    max_predict: int = flag(3, "next tokens that a stage may ask for; 1: no multi-token prediction", 1, 16)
+    # NorMuon
+    matrix_optimizer: str = flag("normuon", "adamw: Adam for matrices too", choices="normuon adamw")
+    muon_lr: float = flag(0.023, "peak learning rate of matrices", 0, 10)
+    muon_wd: float = flag(1.2, "weight decay of matrices", 0, 1000)
+    muon_beta2: float = flag(0.95, "of the second moment", 0, 0.9999)
+    momentum_min: float = flag(0.85, "Muon's momentum at the start and at the end", 0, 0.9999)
+    momentum_max: float = flag(0.95, "Muon's momentum between", 0, 0.9999)
+    momentum_warmup: int = flag(300, "steps from min to max", 0, 10**7)
+    momentum_cooldown: int = flag(50, "last steps, back to min", 0, 10**7)
+    # Adam
+    adam_lr: float = flag(0.008, "peak learning rate of all else", 0, 10)
+    adam_every: int = flag(2, "steps, whose gradients add up, between Adam's; Muon moves on each", 1, 1000)
+    adam_wd: float = flag(0.005, "weight decay", 0, 1000)
+    adam_eps: float = flag(1e-10, "beside gradients of the loss summed over 1/8 of a step's tokens", 1e-30, 1)
+    scalar_lr: float = flag(5.0, "times adam_lr: of the learned scalars; 0: they stay as they start", 0, 1000)
+    x0_lr: float = flag(5.0, "times adam_lr: of the scalars of x0 and of further input embeddings", 0, 1000)
+    skip_gate_lr: float = flag(0.05, "times adam_lr", 0, 1000)
+    embed_beta1: float = flag(0.5, "of embed and lm_head", 0, 0.9999)
+    table_beta1: float = flag(0.75, "of value embeddings and further input embeddings", 0, 0.9999)
+    x0_beta1: float = flag(0.65, "of the scalars of x0 and of further input embeddings", 0, 0.9999)
+    gate_beta1: float = flag(0.9, "of gates", 0, 0.9999)
+    gate_beta2: float = flag(0.99, "of gates", 0, 0.9999)
+    # Data and evaluation
+    data_dir: str = flag("data/fineweb10B", "folder of *_train_*.bin and *_val_*.bin")
+    epochs: int = flag(1, "times that the training shards may be read; a record reads them once", 1, 10**4)
+    batch_mul: float = flag(1.0, "times every stage's tokens a step", 1e-6, 1e3)
+    micro_batches: int = flag(8, "of a step; the ranks share them and compute the same", 1, 2**12)
+    val_tokens: int = flag(10485760, "fixed, or losses could not be compared", 1, 2**31)
+    val_seq_len: int = flag(262144, "a validation sequence; documents are cut at its ends", 1, 2**24)
+    val_every: int = flag(250, "steps; 0: only at the end", 0, 10**7)
+    # Machine
+    device: str = flag("cuda", "where the model trains", choices="cuda cpu")
+    dtype: str = flag(
+        "auto", "auto: bfloat16 where the hardware multiplies it", choices="auto bfloat16 float32"
+    )
+    compile: bool = flag(True, "torch.compile")
+    fp8_head: bool = flag(True, "GPU: the head's logits are a product in FP8 while training")
+    reference: bool = flag(False, "GPU: no kernels of this file, plain PyTorch in their place, as in float32")
+    graphs: bool = flag(True, "GPU: replay each kind of step from CUDA graphs, captured in the warm-up")
+    warmup: bool = flag(True, "compile and run each stage on dummy data before the clock starts")
+    rank_timeout: float = flag(300.0, "seconds that a process waits for the others", 1, 86400)
+    save_every: int = flag(0, "steps between checkpoints, and one at the end; 0: none", 0, 10**7)
+    save_on_stop: bool = flag(False, "SIGTERM and Ctrl-C save a checkpoint before they end the run")
+    resume: bool = flag(False, "go on from the newest whole checkpoint under log_dir, if there is one")
+    log_dir: str = flag("logs", "folder of logs and checkpoints")
+    seed: int = flag(0, "of the initial values", 0, 2**63 - 1)
 
-def topology(cfg: Config) -> tuple[Layer, ...]:
-    """The five strings as rows. UserError names the string and the layer that do not fit."""
-    for name in ("paired_heads", "value_embeds", "skips", "backout"):
-        text = getattr(cfg, name)
-        need(len(text) == len(cfg.windows), f"--{name} {text!r} describes {len(text)} layers, --windows {len(cfg.windows)}")
-    windows, rows = {"s": "short", "l": "long", "-": "none"}, []
-    for i, window in enumerate(cfg.windows):
-        for name, allowed in (("windows", "sl-"), ("paired_heads", "p."), ("backout", "b.")):
-            mark = getattr(cfg, name)[i]
-            need(mark in allowed, f"--{name}: layer {i} is {mark!r}; use {' or '.join(allowed)} (s short, l long, - none)")
-        table, skip = cfg.value_embeds[i], cfg.skips[i]
-        need(table == "." or window != "-", f"--value_embeds: layer {i} has no attention to add table {table!r} to")
-        need(table == "." or table.isascii() and table.isalnum(), f"--value_embeds: {table!r}: use letters and digits")
-        need(skip == "." or cfg.skips.count(skip) == 2, f"--skips: {skip!r} must stand twice, for sender and receiver")
-        sender = cfg.skips.index(skip)
-        rows.append(Layer(windows[window], paired=cfg.paired_heads[i] == "p", value_embed=None if table == "." else table,
-                          skip_from=sender if skip != "." and sender < i else None, backout=cfg.backout[i] == "b"))
-    need(cfg.backout.count("b") <= 1, f"--backout {cfg.backout!r}: at most one layer")
-    need(len(rows) > 0, "--windows '': a model has at least one layer")
-    return tuple(rows)
+    @property
+    def num_heads(self) -> int:
+        return self.model_dim // self.head_dim
 
-def chunk(cfg: Config, name: str) -> slice | None:
-    """A gate's "first:last" as a slice of the model's dimensions."""
-    text = getattr(cfg, name)
-    first, last = map(int, text.split(":")) if re.fullmatch(r"\d+:\d+", text) else (0, 0)
-    need(not text or first < last <= cfg.model_dim,
-         f"--{name} {text!r}: give first:last with 0 <= first < last <= model_dim {cfg.model_dim}, or '' for no gate")
-    return slice(first, last) if text else None
+    @property
+    def vocab_rows(self) -> int:
+        return -(-self.vocab_size // 128) * 128
 
-def check_config(cfg: Config) -> None:
-    """UserError names the first value that no run can have."""
-    def check(names: str, good: Callable, rule: str) -> None:
-        for name in names.split():
-            need(good(value := getattr(cfg, name)), f"--{name} {value}: {rule}")
-    topology(cfg)
-    check("vocab_size model_dim head_dim mlp_ratio num_steps max_predict micro_batches val_tokens val_seq_len"
-          " final_long_window epochs adam_every", lambda v: v >= 1, "must be at least 1")
-    check("extra_inputs bigram_rows bigram_signs val_every save_every momentum_warmup momentum_cooldown embed_std"
-          " value_embed_std input_embed_std matrix_std qkv_std o_std yarn_limit x0_lr skip_gate_lr muon_lr muon_wd adam_lr adam_wd adam_eps softcap scalar_lr spectral",
-          lambda v: 0 <= v < math.inf, "must not be negative")
-    check("softmax_scale softcap_width rotary_base rank_timeout", lambda v: 0 < v < math.inf, "must be above 0")
-    check("extension_share cooldown_share untie_share rotary_share momentum_min momentum_max muon_beta2 bigram_momentum"
-          " embed_beta1 table_beta1 x0_beta1 gate_beta1 gate_beta2",
-          lambda v: 0 <= v <= 1, "must lie between 0 and 1")
-    for name, choices in (("device", "cuda cpu"), ("dtype", "auto bfloat16 float32"), ("activation", "relu2 gelu"),
-                          ("matrix_optimizer", "normuon adamw")):
-        check(name, lambda v: v in choices.split(), f"choose from {choices}")
-    for name in ("smear_chunk", "skip_chunk", "attn_chunk", "ve_chunk"):
-        chunk(cfg, name)
-    check("extension_share", lambda _: cfg.scheduled_steps >= 1, f"leaves no scheduled step of --num_steps {cfg.num_steps}")
-    check("spectral", lambda v: not (v and cfg.untie_share), "needs --untie_share 0: embed and lm_head start as two")
-    check("head_dim", lambda v: v % 4 == 0, "must be a multiple of 4 (rotary turns pairs in half of it)")
-    check("model_dim", lambda v: v % cfg.head_dim == 0, f"must be a multiple of --head_dim {cfg.head_dim}")
-    check("paired_heads", lambda v: cfg.num_heads % 2 == 0 or "p" not in v,
-          f"{cfg.num_heads} heads cannot be paired; change --model_dim or --head_dim, or use only dots")
-    check("ve_own_dims", lambda v: 0 <= v <= cfg.model_dim, f"must lie between 0 and --model_dim {cfg.model_dim}")
-    check("bos_id", lambda v: 0 <= v < cfg.vocab_size, f"must lie in the vocabulary, --vocab_size {cfg.vocab_size}")
-    check("vocab_size", lambda v: v <= 2**16, "shards hold 16-bit tokens, at most 65536")
-    check("val_tokens", lambda v: v % cfg.val_seq_len == 0, f"must be a multiple of --val_seq_len {cfg.val_seq_len}")
-    for tokens in {stage.batch_tokens for stage in cfg.stages}:
-        check("micro_batches", lambda v: 0 < tokens and tokens % v == 0, f"must divide the {tokens} tokens of a step")
+    @property
+    def scheduled_steps(self) -> int:
+        return self.num_steps - round(self.extension_share * self.num_steps)
 
-# The February 2026 form of the 8xH100 short track with seed 000's value embeddings; constants from its public record.
-SHORT = Config(
-    preset="short",
-    #              0123456789a
-    windows=      "ssslss-sssl",
-    paired_heads= "p.p..p...p.",
-    value_embeds= ".01.....234",
-    skips=        "...a..a....",
-    backout=      ".......b...",
-    stages=(
-        Stage(until=1/3, batch_tokens=131072, windows=(128, 384), max_doc_len=2048, lr_mul=1.0,
-              predict=((1.0, 1.0), (0.5, 0.5), (0.25, 0.0))),
-        Stage(until=2/3, batch_tokens=262144, windows=(384, 896), max_doc_len=2048, lr_mul=1.52,     # (16/8)**0.6
-              predict=((1.0, 1.0), (0.5, 0.0))),
-        Stage(until=1.0, batch_tokens=393216, windows=(640, 1408), max_doc_len=2048, lr_mul=1.73),   # (24/8)**0.5
-        Stage(until=2.0, batch_tokens=393216, windows=(768, 1664), max_doc_len=2048, lr_mul=1.73),   # the extension
-    ),
-)
-# Two CPU cores and the embedded corpus, minutes instead of GPUs; its losses compare only with its own. One layer: in so
-# little time many steps of a shallow model learn more than few of a deep one (records/cpu/recipe).
-CPU = replace(
-    SHORT, preset="cpu", vocab_size=4096, bos_id=4095, model_dim=256, bigram_signs=8192,
-    windows="l", paired_heads=".", value_embeds="1", skips=".", backout=".",
-    stages=(Stage(until=1.0, batch_tokens=4096, windows=(128, 512), max_doc_len=1024, lr_mul=1.0),),
-    num_steps=490, adam_lr=0.012, muon_lr=0.035, adam_every=1, extension_share=0.0, momentum_warmup=245, softcap=0.0,
-    momentum_cooldown=82, final_long_window=512, data_dir="data/corpus", micro_batches=1, val_tokens=163840,
-    val_seq_len=32768, val_every=245, device="cpu", embed_std=0.15, spectral=50.0, untie_share=0.0, bigram_rows=20,
-    bigram_momentum=0.0, save_every=1000,                       # at the end: something to sample from
-)
+
+SHORT = Config()
+
+
 def medium_stages() -> tuple[Stage, ...]:
-    """Twelfths of 4,700 scheduled steps, each from the first step in it, and 40 steps at the final settings."""
-    ends = [math.ceil(4700 * twelfth / 12) / 4700 for twelfth in range(1, 13)]
-    tokens, lr_muls = [131072, 262144, 393216], [1.0, 1.52, 1.73]                      # and then 524288, 2.0
-    predict = [((1.0, 1.0), (0.5, 0.5), (0.25, 0.0)), ((1.0, 1.0), (0.5, 0.0))]        # and then the next token alone
+    """Twelfths of 4,700 scheduled steps, each from the first step in it, then 40 steps at the final
+    settings.
+    """
+    long_blocks = (3, 7, 11, 13, 15, 17, 19, 21, 23, 23, 23, 23, 23)
+    batch_tokens = [131072, 262144, 393216] + 10 * [524288]
+    lr_muls = [1.0, 1.52, 1.73] + 10 * [2.0]
+    predict = [((1.0, 1.0), (0.5, 0.5), (0.25, 0.0)), ((1.0, 1.0), (0.5, 0.0))] + 11 * [((1.0, 1.0),)]
     stages = []
-    for i, blocks in enumerate((3, 7, 11, 13, 15, 17, 19, 21, 23, 23, 23, 23, 23)):
-        stages.append(Stage(
-            until=ends[i] if i < 12 else 2.0, batch_tokens=tokens[i] if i < 3 else 524288, max_doc_len=4096,
-            windows=(128 * min(11, blocks // 2), 128 * blocks), lr_mul=lr_muls[i] if i < 3 else 2.0,
-            predict=predict[i] if i < 2 else ((1.0, 1.0),)))
+    for i, blocks in enumerate(long_blocks):
+        until = math.ceil(4700 * (i + 1) / 12) / 4700 if i < 12 else 2.0
+        windows = (128 * min(11, blocks // 2), 128 * blocks)
+        stages.append(Stage(until, batch_tokens[i], windows, 4096, lr_muls[i], predict[i]))
     return tuple(stages)
+
 
 # The medium track's public record of 2025-12-31; what is left out of it, and why, is in docs/model.md.
 MEDIUM = replace(
-    SHORT, preset="medium", model_dim=1024, stages=medium_stages(), num_steps=4740, extension_share=40/4740,
-    #              0123456789abcdef
-    windows=      "lsss" "lsss" "sssl" "sssl",
-    paired_heads= "................",
-    value_embeds= "01234......01234",
-    skips=        "..c.b.a..abc....",
-    backout=      "...........b....",
-    extra_inputs=1, bigram_rows=0, smear_chunk="0:16", skip_chunk="0:16", attn_chunk="0:16", ve_chunk="0:16", ve_own_dims=0,
-    final_long_window=27 * 128, value_embed_std=0.0, qkv_std=1.0, o_std=0.0, resid_scale=1.05, cooldown_share=0.7,
-    muon_lr=0.015, adam_lr=0.004, adam_eps=1e-8, scalar_lr=10.0, skip_gate_lr=0.01, embed_beta1=0.8, table_beta1=0.8,
-    x0_beta1=0.8, gate_beta1=0.8, gate_beta2=0.95, untie_share=1/6, fp8_head=False,
+    SHORT,
+    preset="medium",
+    windows="lssslsssssslsssl",
+    paired_heads="................",
+    value_embeds="01234......01234",
+    skips="..c.b.a..abc....",
+    backout="...........b....",
+    stages=medium_stages(),
+    model_dim=1024,
+    extra_inputs=1,
+    bigram_rows=0,
+    smear_chunk="0:16",
+    skip_chunk="0:16",
+    attn_chunk="0:16",
+    ve_chunk="0:16",
+    ve_own_dims=0,
+    final_long_window=27 * 128,
+    value_embed_std=0.0,
+    qkv_std=1.0,
+    o_std=0.0,
+    resid_scale=1.05,
+    num_steps=4740,
+    extension_share=40 / 4740,
+    cooldown_share=0.7,
+    untie_share=1 / 6,
+    muon_lr=0.015,
+    adam_lr=0.004,
+    adam_eps=1e-8,
+    scalar_lr=10.0,
+    skip_gate_lr=0.01,
+    embed_beta1=0.8,
+    table_beta1=0.8,
+    x0_beta1=0.8,
+    gate_beta1=0.8,
+    gate_beta2=0.95,
+    fp8_head=False,
 )
+
+# The medium track as it stood in 2025, on which seeds 003 and 004 build.
+MEDIUM_2025 = replace(
+    SHORT,
+    preset="medium-2025",
+    windows="ssslsss-ssslsssl",
+    paired_heads="................",
+    value_embeds="012..........012",
+    skips="..c.b.a..abc....",
+    backout="..........b.....",
+    model_dim=1024,
+    num_steps=6000,
+    extra_inputs=1,
+)
+
+# Two CPU cores and the embedded corpus, minutes instead of GPUs; its losses compare only with its own. One
+# layer: in
+# so little time many steps of a shallow model learn more than few of a deep one.
+CPU = replace(
+    SHORT,
+    preset="cpu",
+    windows="l",
+    paired_heads=".",
+    value_embeds="1",
+    skips=".",
+    backout=".",
+    stages=(Stage(until=1.0, batch_tokens=4096, windows=(128, 512), max_doc_len=1024, lr_mul=1.0),),
+    vocab_size=4096,
+    bos_id=4095,
+    model_dim=256,
+    bigram_rows=20,
+    bigram_momentum=0.0,
+    bigram_signs=8192,
+    softcap=0.0,
+    final_long_window=512,
+    embed_std=0.15,
+    spectral=50.0,
+    untie_share=0.0,
+    num_steps=490,
+    extension_share=0.0,
+    muon_lr=0.035,
+    momentum_warmup=245,
+    momentum_cooldown=82,
+    adam_lr=0.012,
+    adam_every=1,
+    data_dir="data/corpus",
+    micro_batches=1,
+    val_tokens=163840,
+    val_seq_len=32768,
+    val_every=245,
+    device="cpu",
+    save_every=1000,  # at the end: something to sample from
+)
+
+# What the cpu track is measured against: a plain GPT-2 (with rotary) of its size, with llm.c's and nanoGPT's
+# AdamW.
+CPU_ADAMW = replace(
+    CPU,
+    preset="cpu-adamw",
+    windows="sl",
+    paired_heads="..",
+    value_embeds="..",
+    skips="..",
+    backout="..",
+    head_dim=64,
+    bigram_rows=0,
+    bigram_momentum=0.75,
+    smear_chunk="",
+    attn_chunk="",
+    key_offset=False,
+    qk_norm=False,
+    rotary_share=1.0,
+    softmax_scale=1 / 8,
+    activation="gelu",
+    embed_std=0.02,
+    spectral=0.0,
+    matrix_std=0.64,
+    qkv_std=0.64,
+    o_std=0.64,
+    resid_scale=1.0,
+    matrix_optimizer="adamw",
+    num_steps=8600,
+    epochs=16,
+    final_lr=0.0,
+    untie_share=1.0,
+    adam_lr=6e-4,
+    adam_wd=10 / 9,
+    adam_every=2,
+    scalar_lr=0.0,
+    x0_lr=0.0,
+    val_every=1500,
+)
+
 PRESETS = {
     "short": SHORT,
     "medium": MEDIUM,
-    # The medium track as it stood in 2025, on which seeds 003 and 004 build.
-    "medium-2025": replace(
-        SHORT, preset="medium-2025", model_dim=1024, num_steps=6000, extra_inputs=1,
-        #              0123456789abcdef
-        windows=      "sssl" "sss-" "sssl" "sssl",
-        paired_heads= "................",
-        value_embeds= "012..........012",
-        skips=        "..c.b.a..abc....",
-        backout=      "..........b.....",
-    ),
+    "medium-2025": MEDIUM_2025,
     # The short model on one GPU with 24 GB: the same steps in four times as many micro-batches.
     "one-gpu": replace(SHORT, preset="one-gpu", micro_batches=32),
     "cpu": CPU,
-    # What the cpu track is measured against: a plain GPT-2 (with rotary) of its size, with the AdamW of llm.c and nanoGPT.
-    "cpu-adamw": replace(
-        CPU, preset="cpu-adamw", windows="sl", paired_heads="..", value_embeds="..", skips="..", backout="..",
-        matrix_optimizer="adamw", num_steps=8600, epochs=16, adam_lr=6e-4, adam_wd=10/9, adam_every=2, final_lr=0.0,
-        val_every=1500, bigram_rows=0, bigram_momentum=0.75, smear_chunk="", spectral=0.0, attn_chunk="",
-        key_offset=False, qk_norm=False, rotary_share=1.0, head_dim=64, softmax_scale=1/8, activation="gelu",
-        scalar_lr=0.0, resid_scale=1.0, embed_std=0.02, matrix_std=0.64, untie_share=1.0),
+    "cpu-adamw": CPU_ADAMW,
 }
 
-def parse_config(argv: list[str]) -> tuple[Config, dict]:
-    """--preset NAME, then --field value for any scalar field. Also returns the overrides: a record has none."""
-    parser = argparse.ArgumentParser(prog="train_gpt.py", allow_abbrev=False, description=__doc__.split("\n\nReading")[0],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog="A preset's values: PRESETS, at the top of train_gpt.py.")
-    parser.error = lambda message: need(False, f"{message} (--help lists the flags)")
-    parser.add_argument("--preset", choices=PRESETS, default="short" if torch.cuda.is_available() else "cpu")
-    comments = dict(re.findall(r"^    (\w+): \w+ [^#\n]*# (.*)", SOURCE, re.MULTILINE))    # the fields' own
+
+def topology(cfg: Config) -> tuple[Layer, ...]:
+    """The five strings as rows. UserError names the string and the layer that do not fit."""
+    check_topology(cfg)
+    names = {"s": "short", "l": "long", "-": "none"}
+    layers = []
+    for i, window in enumerate(cfg.windows):
+        table, skip = cfg.value_embeds[i], cfg.skips[i]
+        sender, receiver = cfg.skips.index(skip), cfg.skips.rindex(skip)
+        layer = Layer(
+            window=names[window],
+            paired=cfg.paired_heads[i] == "p",
+            value_embed=None if table == "." else table,
+            skip_from=sender if skip != "." and i == receiver else None,
+            skip_sender=skip != "." and i == sender,
+            backout=cfg.backout[i] == "b",
+        )
+        layers.append(layer)
+    return tuple(layers)
+
+
+def check_topology(cfg: Config) -> None:
+    need(cfg.windows, "--windows '': a model has at least one layer")
+    need(len(cfg.windows) <= 1000, f"--windows: {len(cfg.windows)} layers; use at most 1000")
+    for name in ("paired_heads", "value_embeds", "skips", "backout"):
+        text = getattr(cfg, name)
+        counts = f"{len(text)} layers, --windows {len(cfg.windows)}"
+        need(len(text) == len(cfg.windows), f"--{name} {text!r} describes {counts}")
+    for name, allowed in (("windows", "sl-"), ("paired_heads", "p."), ("backout", "b.")):
+        for i, mark in enumerate(getattr(cfg, name)):
+            rule = f"use {' or '.join(allowed)} (s short, l long, - none)"
+            need(mark in allowed, f"--{name}: layer {i} is {mark!r}; {rule}")
+    for i, table in enumerate(cfg.value_embeds):
+        attends = cfg.windows[i] != "-"
+        need(table == "." or attends, f"--value_embeds: layer {i} has no attention to add table {table!r} to")
+        named = table.isascii() and table.isalnum()
+        need(table == "." or named, f"--value_embeds: {table!r}: use letters and digits")
+    for skip in cfg.skips:
+        twice = skip == "." or cfg.skips.count(skip) == 2
+        need(twice, f"--skips: {skip!r} must stand twice, for sender and receiver")
+    need(cfg.backout.count("b") <= 1, f"--backout {cfg.backout!r}: at most one layer")
+
+
+def read_chunk(cfg: Config, name: str) -> slice | None:
+    """A gate's "first:last" as a slice of the model's dimensions; None: no gate."""
+    text = getattr(cfg, name)
+    if not text:
+        return None
+    match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text, re.ASCII)
+    first, last = (int(match[1]), int(match[2])) if match else (0, 0)
+    rule = f"give first:last with 0 <= first < last <= model_dim {cfg.model_dim}, or '' for no gate"
+    need(first < last <= cfg.model_dim, f"--{name} {text!r}: {rule}")
+    return slice(first, last)
+
+
+def check_config(cfg: Config) -> None:
+    """UserError names the first value that no run can have."""
     for f in fields(Config):
-        if f.type in (int, float, str) and f.name != "preset":
-            parser.add_argument(f"--{f.name}", type=f.type, metavar=f.type.__name__, help=comments.get(f.name))
-        elif f.type is bool:
-            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=comments.get(f.name))
-    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+        value, about = getattr(cfg, f.name), f.metadata
+        if about.get("low") is not None:
+            low, high = about["low"], about["high"]
+            need(low <= value <= high, f"--{f.name} {value}: must lie between {low} and {high}")
+        if about.get("choices"):
+            need(value in about["choices"], f"--{f.name} {value}: choose from {' '.join(about['choices'])}")
+    for name in ("data_dir", "log_dir"):
+        folder = getattr(cfg, name)
+        need(folder and "\0" not in folder, f"--{name} {folder!r}: name a folder (. is this one)")
+    topology(cfg)
+    for name in ("smear_chunk", "skip_chunk", "attn_chunk", "ve_chunk"):
+        read_chunk(cfg, name)
+    check_sizes(cfg)
+    check_steps(cfg)
+
+
+def check_sizes(cfg: Config) -> None:
+    halves = cfg.head_dim % 4 == 0
+    need(halves, f"--head_dim {cfg.head_dim}: must be a multiple of 4 (rotary turns pairs in half of it)")
+    fits = cfg.model_dim % cfg.head_dim == 0
+    need(fits, f"--model_dim {cfg.model_dim}: must be a multiple of --head_dim {cfg.head_dim}")
+    paired = "p" in cfg.paired_heads
+    advice = "change --model_dim or --head_dim, or use only dots"
+    even = cfg.num_heads % 2 == 0
+    need(not paired or even, f"--paired_heads: {cfg.num_heads} heads cannot be paired; {advice}")
+    own = cfg.ve_own_dims <= cfg.model_dim
+    need(own, f"--ve_own_dims {cfg.ve_own_dims}: must lie between 0 and --model_dim {cfg.model_dim}")
+    inside = cfg.bos_id < cfg.vocab_size
+    need(inside, f"--bos_id {cfg.bos_id}: must lie in the vocabulary, --vocab_size {cfg.vocab_size}")
+    if cfg.spectral:
+        needs = f"--spectral {cfg.spectral}: needs"
+        need(cfg.untie_share == 0, f"{needs} --untie_share 0: embed and lm_head start as two")
+        need(
+            cfg.model_dim <= cfg.vocab_size, f"{needs} a --model_dim of at most --vocab_size {cfg.vocab_size}"
+        )
+
+
+def check_steps(cfg: Config) -> None:
+    share, steps = cfg.extension_share, f"--num_steps {cfg.num_steps}"
+    need(cfg.scheduled_steps >= 1, f"--extension_share {share}: leaves no scheduled step of {steps}")
+    low, high = cfg.momentum_min, cfg.momentum_max
+    need(low <= high, f"--momentum_min {low}: must not be above --momentum_max {high}")
+    whole = cfg.val_tokens % cfg.val_seq_len == 0
+    need(whole, f"--val_tokens {cfg.val_tokens}: must be a multiple of --val_seq_len {cfg.val_seq_len}")
+    for stage in cfg.stages:
+        tokens = stage.batch_tokens
+        shared = tokens > 0 and tokens % cfg.micro_batches == 0
+        need(shared, f"--micro_batches {cfg.micro_batches}: must divide the {tokens} tokens of a step")
+
+
+def flag_parser() -> argparse.ArgumentParser:
+    """--preset NAME, and --field VALUE for any scalar field of Config."""
+    parser = argparse.ArgumentParser(
+        prog="train_gpt.py",
+        allow_abbrev=False,
+        description=(__doc__ or "").partition("\n\nParts")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="The presets' values: PRESETS, near the top of train_gpt.py.",
+    )
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the flags)")
+
+    parser.error = refuse
+    default = "short" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--preset", choices=PRESETS, default=default, help="what to run (here: %(default)s)")
+    for f in fields(Config):
+        name, about = f"--{f.name}", f.metadata.get("about", "").replace("%", "%%")
+        if f.metadata.get("low") is not None:
+            about += f" [{f.metadata['low']} to {f.metadata['high']}]"
+        if f.metadata.get("choices"):
+            about += f" [{', '.join(f.metadata['choices'])}]"
+        if f.type is bool:
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, help=about)
+        elif f.type in (int, float, str) and f.name != "preset":
+            parser.add_argument(name, type=f.type, metavar=f.type.__name__, help=about)
+    return parser
+
+
+def parse_config(argv: list[str]) -> tuple[Config, dict]:
+    """-> the run's configuration, and what differs from its preset: a record has no overrides."""
+    given = {name: value for name, value in vars(flag_parser().parse_args(argv)).items() if value is not None}
     base = PRESETS[given.pop("preset")]
-    overrides = {k: v for k, v in given.items() if v != getattr(base, k)}
+    overrides = {name: value for name, value in given.items() if value != getattr(base, name)}
     cfg = replace(base, **overrides)
-    need(0 < cfg.batch_mul < 1e6, f"--batch_mul {cfg.batch_mul}: must be above 0")
-    stages = tuple(replace(stage, batch_tokens=round(cfg.batch_mul * stage.batch_tokens)) for stage in cfg.stages)
-    check_config(cfg := replace(cfg, stages=stages))
+    need(1e-6 <= cfg.batch_mul <= 1e3, f"--batch_mul {cfg.batch_mul}: must lie between 1e-06 and 1000.0")
+    stages = [replace(stage, batch_tokens=round(cfg.batch_mul * stage.batch_tokens)) for stage in cfg.stages]
+    cfg = replace(cfg, stages=tuple(stages))
+    check_config(cfg)
     return cfg, overrides
 
-# ===== 2. Model: each parameter is declared once, with its shape, its init and how it is optimized. =================
-@dataclass(frozen=True)
-class Spec:
-    """Everything that the optimizer needs to know of a parameter."""
-    optimizer: str                              # "muon": a bank of matrices (..., rows, columns) | "adam"
-    sharded: bool = False                       # ranks share the update: reduce-scatter and all-gather, not all-reduce
-    lr: float = 1.0                             # multiplies the optimizer's learning rate
-    wd: float = 0.0                             # multiplies the optimizer's weight decay
-    betas: tuple[float, float] = (0.9, 0.99)    # Adam's
-    second_lr: float = 1.0                      # muon: multiplies the learning rate of matrices [:, 1] of the bank
 
-def normal(std: float) -> Callable:
+# ===== 2. Model: each parameter is a row of a table, with its shape, its start and how it is optimized. =====
+
+Init = Callable[[Tensor, torch.Generator], object]  # fills a tensor in place
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """A row of the parameter table: all that model, optimizer, ranks, checkpoint and log need to know
+    of it.
+    """
+
+    name: str
+    shape: tuple[int, ...]  # of one layer's share of it, if layers own it; else of the whole
+    init: Init
+    layers: tuple[int, ...] | None = None  # which layers own a row of it; None: it belongs to the model
+    optimizer: str = "adam"  # "muon": matrices, a layer's share is (k, rows, columns) | "adam"
+    sharded: bool = False  # ranks share its update: reduce-scatter and all-gather, not all-reduce
+    fp32: bool = False  # kept in float32, whatever the model's dtype
+    lr: float = 1.0  # multiplies the optimizer's learning rate
+    wd: float = 0.0  # multiplies the optimizer's weight decay
+    betas: tuple[float, float] = (0.9, 0.99)  # Adam's
+    matrix_lrs: tuple[float, ...] = ()  # muon: multiplies the learning rate of each of the k matrices
+
+    @property
+    def full_shape(self) -> tuple[int, ...]:
+        return self.shape if self.layers is None else (len(self.layers), *self.shape)
+
+
+def normal(std: float) -> Init:
     return lambda p, rng: p.normal_(std=std, generator=rng) if std else p.zero_()
-def constant(value: float) -> Callable:
+
+
+def constant(value: float) -> Init:
     return lambda p, rng: p.fill_(value)
 
-def matrices(*stds: float) -> Callable:
-    """A uniform bank (n, len(stds), rows, columns): the standard deviation of each of a layer's matrices."""
-    bound = 3**0.5 * torch.tensor(stds).view(-1, 1, 1)
+
+def uniform(*stds: float) -> Init:
+    """For (n, k, rows, columns): the standard deviation of each of the k matrices."""
+    bound = 3**0.5 * torch.tensor(stds, device="cpu").view(-1, 1, 1)
     return lambda p, rng: p.uniform_(-1, 1, generator=rng).mul_(bound)
 
-SPECTRAL_NEIGHBOURS = ((1, 1.0), (2, 0.7), (-1, 0.7))           # how far behind a token, how much its neighbour there counts
+
+def parameter_table(cfg: Config) -> list[ParamSpec]:
+    """All parameters. A row whose size is 0, by what a preset switches off, is None in the model."""
+    return [*embedding_table(cfg), *layer_table(cfg), *scalar_table(cfg)]
+
+
+def value_tables(cfg: Config) -> list[str]:
+    """Names of the value embeddings."""
+    return sorted(set(cfg.value_embeds) - {"."})
+
+
+def embedding_table(cfg: Config) -> list[ParamSpec]:
+    """Rows a token: tables (V, D), whose updates ranks share."""
+    V, D = cfg.vocab_rows, cfg.model_dim
+    embed = dict(init=normal(cfg.embed_std), sharded=True, betas=(cfg.embed_beta1, 0.95), wd=150.0)
+    table = dict(sharded=True, betas=(cfg.table_beta1, 0.95), lr=75.0, wd=5.0)
+    bigram = table | dict(betas=(cfg.bigram_momentum, 0.95))
+    inputs = [f"input_embed_{k}" for k in range(cfg.extra_inputs)]
+    values = [f"value_embed_{name}" for name in value_tables(cfg)]
+    return [
+        ParamSpec("embed", (V, D), **embed),
+        ParamSpec("lm_head", (D, V), **embed),  # so that its gradient x.T @ dlogits needs no transpose
+        *[ParamSpec(name, (V, D), init=normal(cfg.input_embed_std), **table) for name in inputs],
+        *[ParamSpec(name, (V, D), init=normal(cfg.value_embed_std), **table) for name in values],
+        ParamSpec("bigram_embed", (cfg.bigram_rows * V, D), init=constant(0), **bigram),
+    ]
+
+
+def layer_table(cfg: Config) -> list[ParamSpec]:
+    """Matrices and gates. A new one is a row here, and its use as w.NAME in GPT.hidden or what that calls."""
+    D, H = cfg.model_dim, cfg.num_heads
+    layers = topology(cfg)
+    every = tuple(range(len(layers)))
+    attending = tuple(i for i in every if layers[i].attends)
+    valued = tuple(i for i in every if layers[i].value_embed is not None)
+    skipping = tuple(i for i in every if layers[i].skip_from is not None)
+
+    def width(name: str, own: int = 0) -> int:
+        """Dimensions that a gate reads; 0: there is no gate."""
+        chunk = read_chunk(cfg, name)
+        return chunk.stop - chunk.start + own if chunk else 0
+
+    if cfg.matrix_optimizer == "normuon":
+        matrix = dict(optimizer="muon", sharded=True, wd=1.0)
+    else:
+        matrix = dict(optimizer="adam", sharded=True, wd=150.0)
+    std = D**-0.5
+    qkvo = uniform(cfg.qkv_std * std, cfg.qkv_std * std, cfg.qkv_std * std, cfg.o_std * std)
+    mlp = uniform(cfg.matrix_std * std, 0.0)  # the MLP begins as nothing added
+    gate = dict(init=constant(0), fp32=True, betas=(cfg.gate_beta1, cfg.gate_beta2))
+    ve_width = width("ve_chunk", cfg.ve_own_dims)
+    return [
+        ParamSpec("qkvo", (4, D, D), layers=attending, init=qkvo, matrix_lrs=(1, 1, 1, 1), **matrix),
+        ParamSpec("mlp", (2, cfg.mlp_ratio * D, D), layers=every, init=mlp, matrix_lrs=(1, 2), **matrix),
+        ParamSpec("attn_gate", (H, width("attn_chunk")), layers=attending, wd=1.0, **gate),
+        ParamSpec("ve_gate", (H, ve_width), layers=valued, wd=1.0, **gate),
+        ParamSpec("smear_gate", (1, width("smear_chunk")), lr=0.01, **gate),
+        ParamSpec("skip_gate", (1, width("skip_chunk")), layers=skipping, lr=cfg.skip_gate_lr, **gate),
+    ]
+
+
+def scalar_table(cfg: Config) -> list[ParamSpec]:
+    """Learned scalars, most of them one a layer; their names end in _scale, by which the log finds them."""
+    layers = topology(cfg)
+    every = tuple(range(len(layers)))
+    attending = tuple(i for i in every if layers[i].attends)
+    skipping = tuple(i for i in every if layers[i].skip_from is not None)
+    scalar = dict(lr=cfg.scalar_lr, fp32=True)
+    x0 = dict(init=constant(0), lr=cfg.x0_lr, fp32=True, betas=(cfg.x0_beta1, 0.95))
+    smears, backouts = int(bool(cfg.smear_chunk)), cfg.backout.count("b")
+    return [
+        ParamSpec("smear_scale", (smears,), init=constant(0), **scalar),
+        ParamSpec("skip_scale", (), layers=skipping, init=constant(-1.5), **scalar),
+        ParamSpec("qkv_scale", (), layers=attending, init=constant(0.5), **scalar),
+        ParamSpec("o_scale", (), layers=attending, init=constant(1.0), **scalar),
+        ParamSpec("resid_scale", (), layers=every, init=constant(cfg.resid_scale), **scalar),
+        ParamSpec("x0_scale", (), layers=every, **x0),
+        ParamSpec("input_scale", (cfg.extra_inputs,), layers=every, **x0),
+        ParamSpec("bigram_scale", (), layers=every if cfg.bigram_rows else (), init=constant(0.1), **scalar),
+        ParamSpec("backout_scale", (backouts,), init=constant(0.5), **scalar),
+    ]
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where the documents of a packed stream of tokens begin. They never see each other (previous_token)."""
+
+    is_first: Tensor  # (T,) whether a token is the first of its document
+    starts: Tensor  # (T,) where that document starts
+
+    @staticmethod
+    def find(tokens: Tensor, bos_id: int) -> "Documents":
+        position = torch.arange(len(tokens), device=tokens.device)
+        is_first = (tokens == bos_id) | (position == 0)
+        return Documents(is_first, torch.where(is_first, position, 0).cummax(0).values)
+
+
+@dataclass(frozen=True)
+class Positions:
+    """What a layer's attention needs besides q, k and v: where tokens stand, and which keys they see."""
+
+    docs: Documents
+    cos: Tensor  # (T or, paired, 2T, half), rotary's, by position
+    sin: Tensor
+    softmax_scale: Tensor  # ()
+    window: int  # tokens; of a paired layer places, two a token
+    paired: bool
+    key_offset: bool
+
 
 class GPT(nn.Module):
-    """tokens (T,), one packed stream of documents -> the mean loss. dtype: of matrices and tables; the rest is float32."""
-    def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32, compiled: bool = False):
+    """tokens (T,), one packed stream of documents -> the mean loss.
+
+    dtype: of matrices and tables; gates and scalars are float32. kernels: the version of each operator.
+    """
+
+    def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32, kernels: "Kernels | None" = None):
         super().__init__()
-        self.set_pieces(partial(torch.compile, dynamic=False, fullgraph=True) if compiled else lambda f: f)
-        self.cfg, self.layers, self.dtype, self.specs = cfg, topology(cfg), dtype, {}
-        self.value_tables = sorted({row.value_embed for row in self.layers} - {None})
-        self.chunks = {name: chunk(cfg, f"{name}_chunk") for name in ("smear", "skip", "attn", "ve")}
-        self.attending, self.valued, self.skipping = zip(
-            *[(row.window != "none", row.value_embed is not None, row.skip_from is not None) for row in self.layers])
-        self.declare_tables()
-        self.declare_layers()
-        undeclared = {name for name, _ in self.named_parameters()} ^ set(self.specs)
-        assert not undeclared, f"parameters without a declaration, or the reverse: {undeclared}"
-        self.declare_buffers()
+        self.cfg, self.dtype = cfg, dtype
+        self.layers = topology(cfg)
+        self.kernels = kernels or plain_kernels()
+        self.specs: dict[str, ParamSpec] = {}
+        self.layer_params: list[ParamSpec] = []
+        for spec in parameter_table(cfg):
+            self.add_parameter(spec)
+        with torch.no_grad():
+            self.lm_head.copy_(self.embed.T)  # tied until the untie step
+        self.add_buffers()
+        # Layers are alike: each of these compiles once, and serves all of them.
+        compiled = self.kernels.compile
+        self.smear, self.norm, self.mix, self.skip = map(compiled, (smear, norm, mix, skip))
+        self.project_qkv, self.gate_value = compiled(project_qkv), compiled(gate_value)
+        self.attend, self.project_output = compiled(attend), compiled(project_output)
+        self.mlp_block, self.head_chunk = compiled(mlp_block), compiled(self.kernels.head_chunk)
+        self.smear_chunk, self.skip_chunk = read_chunk(cfg, "smear_chunk"), read_chunk(cfg, "skip_chunk")
+        self.attn_chunk, self.ve_chunk = read_chunk(cfg, "attn_chunk"), read_chunk(cfg, "ve_chunk")
 
-    def set_pieces(self, unit: Callable) -> None:
-        """Layers are alike: a piece, wrapped by unit, compiles once for all."""
-        for piece in (first_stream, norm, mix, skip, gated_value, project, attend, put_back, mlp_block):
-            setattr(self, piece.__name__, unit(piece))
-        self.head_chunk = unit(IN_USE["head_chunk"])
-
-    def eager(self) -> "GPT":
-        """The same parameters and buffers, uncompiled: for a few passes of another length than training's."""
-        model = copy.copy(self)
-        model.set_pieces(lambda f: f)
-        return model
-
-    def declare_tables(self) -> None:
-        cfg = self.cfg
-        V, D, H, d = cfg.vocab_rows, cfg.model_dim, cfg.num_heads, cfg.head_dim
-        table = partial(self.param, optimizer="adam", sharded=True)
-        ends = dict(init=normal(cfg.embed_std), betas=(cfg.embed_beta1, 0.95), wd=150.0)
-        table("embed", (V, D), **ends)
-        table("lm_head", (D, V), **ends)        # transposed, so that its gradient x.T @ dlogits needs no transpose
-        self.lm_head.data.copy_(self.embed.T)   # tied until the untie step
-        for k in range(cfg.extra_inputs):
-            table(f"input_embed_{k}", (V, D), init=normal(cfg.input_embed_std), betas=(cfg.table_beta1, 0.95), lr=75.0, wd=5.0)
-        for name in self.value_tables:
-            table(f"value_embed_{name}", (V, H * d), init=normal(cfg.value_embed_std), betas=(cfg.table_beta1, 0.95),
-                  lr=75.0, wd=5.0)
-        table("bigram_embed", (cfg.bigram_rows * V, D), init=constant(0), lr=75.0, wd=5.0, betas=(cfg.bigram_momentum, 0.95))
-
-    def declare_layers(self) -> None:
-        cfg, chunks = self.cfg, self.chunks
-        L, D, H, d = len(self.layers), cfg.model_dim, cfg.num_heads, cfg.head_dim
-        attending, valued, skipping = sum(self.attending), sum(self.valued), sum(self.skipping)
-        kind = {"optimizer": "muon", "wd": 1.0} if cfg.matrix_optimizer == "normuon" else {"optimizer": "adam", "wd": 150.0}
-        bank = partial(self.param, sharded=True, **kind)
-        gate = partial(self.param, optimizer="adam", init=constant(0), dtype=torch.float32, betas=(cfg.gate_beta1, cfg.gate_beta2))
-        scalar = partial(self.param, optimizer="adam", lr=cfg.scalar_lr, dtype=torch.float32)
-        width = lambda name, own=0: chunks[name].stop - chunks[name].start + own if chunks[name] else 0  # noqa: E731
-        qkvo_std = [std * D**-0.5 for std in (cfg.qkv_std, cfg.qkv_std, cfg.qkv_std, cfg.o_std)]
-        bank("qkvo", (attending, 4, D, D), init=matrices(*qkvo_std))        # H d is D, and a row an output in all four
-        bank("mlp", (L, 2, cfg.mlp_ratio * D, D), init=matrices(cfg.matrix_std * D**-0.5, 0.0), second_lr=2.0)
-        gate("attn_gate", (attending, H, width("attn")), wd=1.0)
-        gate("ve_gate", (valued, H, width("ve", cfg.ve_own_dims)), wd=1.0)
-        if chunks["smear"]:
-            gate("smear_gate", (1, width("smear")), lr=0.01)
-            scalar("smear_scale", (1,), init=constant(0))
-        gate("skip_gate", (skipping, 1, width("skip")), lr=cfg.skip_gate_lr)
-        scalar("skip_scale", (skipping,), init=constant(-1.5))
-        scalar("qkv_scale", (attending,), init=constant(0.5))
-        scalar("o_scale", (attending,), init=constant(1.0))
-        scalar("resid_scale", (L,), init=constant(cfg.resid_scale))
-        x0 = dict(init=constant(0), lr=cfg.x0_lr, betas=(cfg.x0_beta1, 0.95))
-        scalar("x0_scale", (L,), **x0)
-        scalar("input_scale", (L, cfg.extra_inputs), **x0)
-        scalar("bigram_scale", (L if cfg.bigram_rows else 0,), init=constant(0.1))
-        scalar("backout_scale", (cfg.backout.count("b"),), init=constant(0.5))
-
-    def param(self, name: str, shape: tuple[int, ...], *, init: Callable, dtype: torch.dtype | None = None, **spec) -> None:
-        """Each parameter draws from a generator of its own, so a switch elsewhere does not change its start."""
-        value = torch.empty(shape)
-        if value.numel() == 0:                                                      # what the switches leave out
-            return
+    def add_parameter(self, spec: ParamSpec) -> None:
+        """Each parameter draws from a generator of its own: a switch elsewhere does not change its start."""
+        if spec.layers is not None:
+            self.layer_params.append(spec)
+        if math.prod(spec.full_shape) == 0:
+            return self.register_parameter(spec.name, None)
+        value = torch.empty(spec.full_shape)
         if not value.is_meta:
-            init(value, torch.Generator().manual_seed(zlib.crc32(f"{self.cfg.seed} {name}".encode())))
-        self.register_parameter(name, nn.Parameter(value.to(dtype or self.dtype)))
-        self.specs[name] = Spec(**spec)
+            seed = zlib.crc32(f"{self.cfg.seed} {spec.name}".encode())
+            spec.init(value, torch.Generator().manual_seed(seed))
+        dtype = torch.float32 if spec.fp32 else self.dtype
+        self.register_parameter(spec.name, nn.Parameter(value.to(dtype)))
+        self.specs[spec.name] = spec
 
-    def declare_buffers(self) -> None:
-        cfg, half = self.cfg, int(self.cfg.head_dim * self.cfg.rotary_share) // 2
+    def add_buffers(self) -> None:
+        cfg = self.cfg
+        half = int(cfg.head_dim * cfg.rotary_share) // 2  # pairs of dimensions that turn
         powers = torch.arange(half, dtype=torch.float32) / max(half - 1, 1)
-        self.register_buffer("rotary_freqs", cfg.rotary_base ** -powers)            # radians a token, (half,)
+        self.register_buffer("rotary_freqs", cfg.rotary_base**-powers)  # (half,), radians a token
         self.register_buffer("softmax_scale", torch.tensor(cfg.softmax_scale))
         self.register_buffer("long_window", torch.tensor(cfg.stages[0].windows[1]))
         longest = max(cfg.val_seq_len, *(stage.batch_tokens // cfg.micro_batches for stage in cfg.stages))
         positions = longest * (2 if any(layer.paired for layer in self.layers) else 1)
-        for name in ("rotary_cos", "rotary_sin"):
-            self.register_buffer(name, torch.empty(positions, half), persistent=False)
+        self.register_buffer("rotary_cos", torch.empty(positions, half), persistent=False)
+        self.register_buffer("rotary_sin", torch.empty(positions, half), persistent=False)
         if cfg.bigram_rows and cfg.bigram_signs:
             signs = torch.empty(cfg.bigram_signs, cfg.model_dim)
-            if not signs.is_meta:                                                   # fixed: not a matter of the run's seed
-                signs = torch.randint(0, 2, signs.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+            if not signs.is_meta:  # fixed: not a matter of the run's seed
+                fixed = torch.Generator().manual_seed(0)
+                signs = torch.randint(0, 2, signs.shape, generator=fixed) * 2 - 1
             self.register_buffer("bigram_sign", signs.to(self.dtype), persistent=False)
-        self.turn_rotary()
+        self.update_rotary()
 
     @torch.no_grad()
-    def turn_rotary(self) -> None:
-        angles = torch.outer(torch.arange(len(self.rotary_cos), device=self.rotary_freqs.device), self.rotary_freqs)
+    def update_rotary(self) -> None:
+        """cos and sin of all positions, from the frequencies."""
+        positions = torch.arange(len(self.rotary_cos), device=self.rotary_freqs.device)
+        angles = torch.outer(positions, self.rotary_freqs)
         self.rotary_cos.copy_(angles.cos())
         self.rotary_sin.copy_(angles.sin())
 
     @torch.no_grad()
     def set_long_window(self, window: int) -> None:
-        """A change of the long window in training. YaRN (2309.00071): slow frequencies stretch with it up to yarn_limit, those
-        that turn over 32 times in it stay. A window that only validation uses changes neither them nor the softmax scale."""
+        """A change of the long window in training; validation alone may look further without.
+
+        YaRN (2309.00071): up to yarn_limit slow frequencies stretch with the window, those that turn over 32
+        times in it stay, and the softmax scale grows.
+        """
         before = int(self.long_window)
         if window != before and window <= self.cfg.yarn_limit:
-            freqs, scale = yarn(self.rotary_freqs, before, window)
+            freqs, factor = yarn(self.rotary_freqs, before, window)
             self.rotary_freqs.copy_(freqs)
-            self.softmax_scale.mul_(scale)
-            self.turn_rotary()
+            self.softmax_scale.mul_(factor)
+            self.update_rotary()
         self.long_window.fill_(window)
 
-    def forward(self, tokens: Tensor, targets: Tensor, weights: Tensor, windows: tuple[int, int], learn=True) -> Tensor:
-        """tokens, targets (T,) ids; weights (n,) of the losses on the next n tokens; windows (short, long) -> mean loss."""
-        cap = (self.cfg.softcap, self.cfg.softcap_shift, self.cfg.softcap_width)
-        piece = partial(self.head_chunk, fp8=self.cfg.fp8_head)
-        return head_loss(self.hidden(tokens, windows), self.lm_head, targets, weights, cap, piece, learn)
+    def layer_weights(self) -> list[SimpleNamespace]:
+        """For each layer its rows of the parameters that layers own, by name; None where it has none."""
+        names = [spec.name for spec in self.layer_params]
+        weights = [SimpleNamespace(**dict.fromkeys(names)) for _ in self.layers]
+        for spec in self.layer_params:
+            whole = getattr(self, spec.name)
+            if whole is not None:
+                for layer, row in zip(spec.layers, whole.unbind(0), strict=True):
+                    setattr(weights[layer], spec.name, row)
+        return weights
 
-    def hidden(self, tokens: Tensor, windows: tuple[int, int], past=None) -> Tensor:
-        """tokens (T,) -> what the head reads, (T, D). past: what remembers the tokens before these (evals/model.py)."""
-        cfg, layers, p = self.cfg, self.layers, self._parameters
-        reach = {"short": windows[0], "long": windows[1]}
-        first, doc_start = documents(tokens, cfg.bos_id)
-        x = x0 = self.first_stream(F.embedding(tokens, p["embed"]), first, p.get("smear_scale"), p.get("smear_gate"),
-                                   self.chunks["smear"])                            # (T, D)
-        added = [self.norm(F.embedding(tokens, p[f"input_embed_{k}"])) for k in range(cfg.extra_inputs)]
-        if cfg.bigram_rows:
-            added.append(self.bigram(tokens, first, p["bigram_embed"]))
-        values = {name: F.embedding(tokens, p[f"value_embed_{name}"]) for name in self.value_tables}
-        if past:                                                                # the token before served smear and bigrams
-            x0, first, doc_start, *added = (t[past.again:] for t in (x0, first, doc_start, *added))
-            x, values = x0, {name: value[past.again:] for name, value in values.items()}
-        qkvo, attn_gate = deal(p.get("qkvo"), self.attending), deal(p.get("attn_gate"), self.attending)
-        qkv_scale, o_scale = deal(p.get("qkv_scale"), self.attending), deal(p.get("o_scale"), self.attending)
-        skip_scale, skip_gate = deal(p.get("skip_scale"), self.skipping), deal(p.get("skip_gate"), self.skipping)
-        ve_gate, mlp_bank = deal(p.get("ve_gate"), self.valued), p["mlp"].unbind(0)
-        mixed = ("resid_scale", "x0_scale", "input_scale", "bigram_scale")
-        scales = torch.cat([p[name].view(len(layers), -1) for name in mixed if name in p], dim=1)   # (L, 2 + added)
-        outputs: list[Tensor] = []
-        for i, row in enumerate(layers):
-            if row.skip_from is not None:                                           # before the mix: resid_scale holds for it too
-                x = self.skip(x, outputs[row.skip_from], x0, skip_scale[i], skip_gate[i], self.chunks["skip"])
-            x = self.mix([x, x0, *added], scales[i])
-            if row.window != "none":
-                n = self.norm(x)
-                q, k, v = self.project(n, qkvo[i], qkv_scale[i], cfg.head_dim, cfg.qk_norm)
-                if row.value_embed is not None:
-                    value = values[row.value_embed].view_as(v)
-                    v = v + self.gated_value(n, value, ve_gate[i], self.chunks["ve"], cfg.ve_own_dims)
-                positions = len(x) * (2 if row.paired else 1)
-                attend = partial(past.attend, i) if past else self.attend
-                y = attend(q, k, v, first, doc_start, self.rotary_cos[:positions], self.rotary_sin[:positions],
-                           self.softmax_scale, reach[row.window], row.paired, cfg.key_offset and row.window == "long")
-                x = self.put_back(x, y, n, qkvo[i], o_scale[i], attn_gate[i], self.chunks["attn"])
-            x = self.mlp_block(x, mlp_bank[i][0], mlp_bank[i][1], cfg.activation)
-            outputs.append(x)
-        for row, output in zip(layers, outputs):
-            if row.backout:                                                         # what only the middle needed goes out
-                x = x - p["backout_scale"][0] * output
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        loss_weights: Tensor,
+        windows: tuple[int, int],
+        learn: bool = True,
+    ) -> Tensor:
+        """-> the mean loss, nats a token.
+
+        tokens, targets: (T,) ids. loss_weights: (n,), of the losses on the next n tokens. windows: short and
+        long, tokens. learn: with its gradient.
+        """
+        x = self.hidden(tokens, windows)
+        cap = (self.cfg.softcap, self.cfg.softcap_shift, self.cfg.softcap_width)
+        head_chunk = partial(self.head_chunk, fp8=self.cfg.fp8_head)
+        return head_loss(x, self.lm_head, targets, loss_weights, cap, head_chunk, learn)
+
+    def hidden(self, tokens: Tensor, windows: tuple[int, int]) -> Tensor:
+        """tokens (T,) -> what the head reads, (T, D)."""
+        docs = Documents.find(tokens, self.cfg.bos_id)
+        x = F.embedding(tokens, self.embed)  # (T, D)
+        x = x0 = self.smear(x, docs.is_first, self.smear_scale, self.smear_gate, self.smear_chunk)
+        extras = self.extra_streams(tokens, docs)
+        values = {}  # (T, D) of each value embedding
+        for name in value_tables(self.cfg):
+            values[name] = F.embedding(tokens, getattr(self, f"value_embed_{name}"))
+        outputs: list[Tensor | None] = []  # of the layers so far, where something later asks for them
+        for layer, w in zip(self.layers, self.layer_weights(), strict=True):
+            if layer.skip_from is not None:  # before the mix: resid_scale holds for it too
+                x = self.skip(x, outputs[layer.skip_from], x0, w.skip_scale, w.skip_gate, self.skip_chunk)
+            x = self.mix([x, x0, *extras], mix_scales(w))
+            if layer.attends:
+                x = self.attention(x, layer, w, values.get(layer.value_embed), docs, windows)
+            up, down = w.mlp.unbind(0)
+            x = self.mlp_block(x, up, down, self.cfg.activation, self.kernels.mlp)
+            outputs.append(x if layer.skip_sender or layer.backout else None)
+        for layer, output in zip(self.layers, outputs, strict=True):
+            if layer.backout:  # what only the middle needed goes out
+                x = x - self.backout_scale[0] * output
         return self.norm(x)
 
-    def bigram(self, tokens: Tensor, first: Tensor, table: Tensor) -> Tensor:
-        """A row a pair of neighbours, by hash; with signs, pairs that share a row can be told apart. -> (T, D)"""
-        few = tokens.device.type == "cpu" and not (self.cfg.bigram_momentum or dist.is_initialized())
-        x = F.embedding(bigram_rows(tokens, first, len(table)), table, sparse=few)
+    def extra_streams(self, tokens: Tensor, docs: Documents) -> list[Tensor]:
+        """What is added to the stream before every layer besides x0: input embeddings (seed 004), bigrams."""
+        tables = [getattr(self, f"input_embed_{k}") for k in range(self.cfg.extra_inputs)]
+        streams = [self.norm(F.embedding(tokens, table)) for table in tables]
+        if self.bigram_embed is not None:
+            streams.append(self.bigrams(tokens, docs))
+        return streams
+
+    def bigrams(self, tokens: Tensor, docs: Documents) -> Tensor:
+        """-> (T, D), a row a pair of neighbours, by hash; with signs, pairs that share a row can be told
+        apart.
+        """
+        rows = bigram_rows(tokens, docs.is_first, len(self.bigram_embed))
+        x = F.embedding(rows, self.bigram_embed, sparse=self.kernels.sparse_bigram_grad)
         if self.cfg.bigram_signs:
             now = tokens.to(torch.int32)
-            x = x * self.bigram_sign[(now ^ before(now, first)).remainder(self.cfg.bigram_signs)]
+            pair = now ^ previous_token(now, docs.is_first)
+            x = x * self.bigram_sign[pair.remainder(self.cfg.bigram_signs)]
         return x
 
-def documents(tokens: Tensor, bos_id: int) -> tuple[Tensor, Tensor]:
-    """(T,) -> whether a token is the first of its document, and where that document starts, (T,) each.
-    Documents never see each other: for a first token there is no token before, in the smear, keys and bigrams too."""
-    position = torch.arange(len(tokens), device=tokens.device)
-    first = (tokens == bos_id) | (position == 0)
-    return first, torch.where(first, position, 0).cummax(0).values
+    def attention(
+        self,
+        x: Tensor,
+        layer: Layer,
+        w: SimpleNamespace,
+        value: Tensor | None,
+        docs: Documents,
+        windows: tuple[int, int],
+    ) -> Tensor:
+        """x (T, D) plus what each token reads from those before it in its document, within the window."""
+        cfg = self.cfg
+        n = self.norm(x)
+        q, k, v = self.project_qkv(n, w.qkvo, w.qkv_scale, cfg.head_dim, cfg.qk_norm)  # (T, H, d) each
+        if value is not None:
+            v = v + self.gate_value(n, value.view_as(v), w.ve_gate, self.ve_chunk, cfg.ve_own_dims)
+        is_long = layer.window == "long"
+        places = 2 * len(x) if layer.paired else len(x)
+        positions = Positions(
+            docs,
+            cos=self.rotary_cos[:places],
+            sin=self.rotary_sin[:places],
+            softmax_scale=self.softmax_scale,
+            window=windows[1] if is_long else windows[0],
+            paired=layer.paired,
+            key_offset=cfg.key_offset and is_long,
+        )
+        y = self.attend(q, k, v, positions, self.kernels.attention)
+        return self.project_output(x, y, n, w.qkvo, w.o_scale, w.attn_gate, self.attn_chunk)
 
-def first_stream(x: Tensor, first: Tensor, scale: Tensor | None, w: Tensor | None, dims: slice | None) -> Tensor:
-    """Token embeddings (T, D), with a gated share of the embedding before, normed."""
-    return norm(x if w is None else x + (scale * gate(x[:, dims], w)).to(x.dtype) * before(x, first))
 
-def mix(streams: list[Tensor], scales: Tensor) -> Tensor:
-    """The weighted sum with which every layer begins: stream, x0, extra inputs, bigram; scales one for each."""
-    return sum(scale * stream for scale, stream in zip(scales.unbind(0), streams))
-
-def skip(x: Tensor, saved: Tensor, x0: Tensor, scale: Tensor, w: Tensor | None, dims: slice | None) -> Tensor:
-    """x plus a gated share of an earlier layer's output (U-Net)."""
-    share = torch.sigmoid(scale)
-    return x + (share if w is None else share * 2 * gate(x0[:, dims], w)).to(x.dtype) * saved
-
-def gated_value(n: Tensor, value: Tensor, w: Tensor | None, dims: slice | None, own: int) -> Tensor:
-    """n (T, D) the normed stream, value (T, H, d) -> what v gains; the gate reads dims of n, own of value (seed 000)."""
+def smear(x: Tensor, is_first: Tensor, scale: Tensor | None, w: Tensor | None, chunk: slice | None) -> Tensor:
+    """Token embeddings x (T, D) with a gated share of the embedding before, normed."""
     if w is None:
-        return value
-    z = torch.cat((n[:, dims], value.flatten(1)[:, :own]), dim=-1)
-    return (2 * gate(z, w)).to(value.dtype)[..., None] * value
+        return norm(x)
+    share = scale * gate(x[:, chunk], w)  # (T, 1)
+    return norm(x + share.to(x.dtype) * previous_token(x, is_first))
 
-def project(n: Tensor, qkvo: Tensor, scale: Tensor, head_dim: int, qk_norm: bool) -> tuple[Tensor, Tensor, Tensor]:
+
+def mix_scales(w: SimpleNamespace) -> list[Tensor]:
+    """A layer's scales of the streams that mix adds: x, x0, further input embeddings, bigrams."""
+    scales = [w.resid_scale, w.x0_scale]
+    if w.input_scale is not None:
+        scales.extend(w.input_scale.unbind(0))
+    if w.bigram_scale is not None:
+        scales.append(w.bigram_scale)
+    return scales
+
+
+def mix(streams: list[Tensor], scales: list[Tensor]) -> Tensor:
+    """The weighted sum with which every layer begins; a scale () for each stream (T, D)."""
+    assert len(streams) == len(scales), f"{len(streams)} streams, {len(scales)} scales"
+    mixed = scales[0] * streams[0]
+    for scale, stream in zip(scales[1:], streams[1:], strict=True):
+        mixed = mixed + scale * stream
+    return mixed
+
+
+def skip(x: Tensor, sent: Tensor, x0: Tensor, scale: Tensor, w: Tensor | None, chunk: slice | None) -> Tensor:
+    """x plus a gated share of an earlier layer's output, sent (T, D). U-Net."""
+    share = torch.sigmoid(scale)
+    if w is not None:
+        share = share * 2 * gate(x0[:, chunk], w)  # (T, 1)
+    return x + share.to(x.dtype) * sent
+
+
+def project_qkv(
+    n: Tensor, qkvo: Tensor, scale: Tensor, head_dim: int, qk_norm: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """n (T, D) the normed stream, qkvo (4, D, D), of which each row is an output -> q, k, v (T, H, d)."""
-    q, k, v = F.linear(n, scale * qkvo[:3].flatten(0, 1)).view(len(n), 3, -1, head_dim).unbind(1)
+    qkv = F.linear(n, scale * qkvo[:3].flatten(0, 1))  # (T, 3 D)
+    q, k, v = qkv.view(len(n), 3, -1, head_dim).unbind(1)
     return (norm(q), norm(k), v) if qk_norm else (q, k, v)
 
-def attend(q: Tensor, k: Tensor, v: Tensor, first: Tensor, doc_start: Tensor, cos: Tensor, sin: Tensor, scale: Tensor,
-           reach: int, paired: bool, key_offset: bool) -> Tensor:
-    """q, k, v (T, H, d); cos, sin (T or, paired, 2T, half) -> (T, H, d)."""
-    q, k, v = placed(q, k, v, first, cos, sin, paired, key_offset)
-    doc_start = 2 * doc_start.repeat_interleave(2) if paired else doc_start
-    lo = torch.maximum(doc_start, torch.arange(len(q), device=q.device) - reach + 1)
-    y = IN_USE["attention"](q, k, v, lo, reach, scale)
-    return unpair(y) if paired else y
 
-def placed(q: Tensor, k: Tensor, v: Tensor, first: Tensor, cos: Tensor, sin: Tensor, paired: bool,
-           key_offset: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v (T, H, d) as attention takes them, paired (2T, H/2, d); only the key offset looks at another token."""
-    if key_offset:                                                                  # one layer finds "what followed this?"
-        still = k[..., 2 * cos.size(-1):]
-        k = torch.cat((k[..., :2 * cos.size(-1)], torch.where(first[:, None, None], still, before(still, first))), dim=-1)
-    q, k, v = (pair(q), pair(k), pair(v)) if paired else (q, k, v)                  # twice the length, half the heads
+def gate_value(n: Tensor, value: Tensor, w: Tensor | None, chunk: slice | None, own_dims: int) -> Tensor:
+    """value (T, H, d), a value embedding, times its gate, which reads a chunk of n (T, D) and of value (seed
+    000).
+    """
+    if w is None:
+        return value
+    z = torch.cat((n[:, chunk], value.flatten(1)[:, :own_dims]), dim=-1)
+    return (2 * gate(z, w)).to(value.dtype)[..., None] * value
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, positions: Positions, attention: Callable) -> Tensor:
+    """q, k, v (T, H, d) -> (T, H, d): a mean of the values that a token sees, weighted by softmax(scale q .
+    k).
+    """
+    q, k, v = prepare_qkv(q, k, v, positions)
+    starts = positions.docs.starts
+    if positions.paired:
+        starts = 2 * starts.repeat_interleave(2)
+    place = torch.arange(len(q), device=q.device)
+    first_key = torch.maximum(starts, place - positions.window + 1)  # place i sees keys first_key[i] .. i
+    y = attention(q, k, v, first_key, positions.window, positions.softmax_scale)
+    return unpair(y) if positions.paired else y
+
+
+def prepare_qkv(q: Tensor, k: Tensor, v: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v (T, H, d) as attention takes them, paired (2T, H/2, d). Only the key offset looks at other
+    tokens.
+    """
+    cos, sin, is_first = positions.cos, positions.sin, positions.docs.is_first
+    if positions.key_offset:  # one layer finds "what followed this?"
+        still = k[..., 2 * cos.size(-1) :]  # what rotary leaves alone
+        shifted = torch.where(is_first[:, None, None], still, previous_token(still, is_first))
+        k = torch.cat((k[..., : 2 * cos.size(-1)], shifted), dim=-1)
+    if positions.paired:
+        q, k, v = pair(q), pair(k), pair(v)
     return rotary(q, cos, sin), rotary(k, cos, sin), v
 
-def put_back(x: Tensor, y: Tensor, n: Tensor, qkvo: Tensor, scale: Tensor, w: Tensor | None, dims: slice | None) -> Tensor:
-    """x (T, D) plus the heads' outputs y (T, H, d), each gated by what the normed stream n says, through o."""
+
+def project_output(
+    x: Tensor, y: Tensor, n: Tensor, qkvo: Tensor, scale: Tensor, w: Tensor | None, chunk: slice | None
+) -> Tensor:
+    """x (T, D) plus the heads' outputs y (T, H, d), each gated by what the normed stream n says, times o."""
     if w is not None:
-        y = y * gate(n[:, dims], w).to(y.dtype)[..., None]
+        y = y * gate(n[:, chunk], w).to(y.dtype)[..., None]
     return x + F.linear(y.flatten(1), scale * qkvo[3])
 
-def mlp_block(x: Tensor, up: Tensor, down: Tensor, activation: str) -> Tensor:
-    return x + IN_USE["mlp"](norm(x), up, down, activation)
 
-def deal(bank: Tensor | None, wanted: list[bool]) -> list[Tensor | None]:
-    """The rows of a bank, dealt out to the layers that have one."""
-    rows = iter(bank.unbind(0) if bank is not None else [])
-    return [next(rows, None) if wants else None for wants in wanted]
+def mlp_block(x: Tensor, up: Tensor, down: Tensor, activation: str, mlp: Callable) -> Tensor:
+    return x + mlp(norm(x), up, down, activation)
+
 
 def norm(x: Tensor) -> Tensor:
+    """x over its root mean square, along the last dimension."""
     return F.rms_norm(x, (x.size(-1),))
+
+
 def gate(x: Tensor, w: Tensor) -> Tensor:
     """x (T, c), w (gates, c) -> sigmoid(w . x) (T, gates), float32; 1/2 at the start, where w is 0."""
     return torch.sigmoid(F.linear(x.float(), w))
-def before(x: Tensor, first: Tensor) -> Tensor:
+
+
+def previous_token(x: Tensor, is_first: Tensor) -> Tensor:
     """x (T, ...) of the token before; 0 for the first token of a document."""
     shifted = torch.cat((torch.zeros_like(x[:1]), x[:-1]))
-    return shifted.masked_fill(first.view(-1, *[1] * (x.dim() - 1)), 0)
+    return shifted.masked_fill(is_first.view(-1, *[1] * (x.dim() - 1)), 0)
 
-def bigram_rows(tokens: Tensor, first: Tensor, num_rows: int) -> Tensor:
-    """tokens (T,) -> row of the bigram table for each, (T,) int32; the first token of a document has the last row."""
-    now = tokens.to(torch.int32)                                                    # wraps: the hash is defined on 32 bits
-    mixed = (36313 * now) ^ (27191 * before(now, first))
-    return torch.where(first, num_rows - 1, mixed.remainder(num_rows - 1))
+
+def bigram_rows(tokens: Tensor, is_first: Tensor, num_rows: int) -> Tensor:
+    """tokens (T,) -> row of the bigram table for each, (T,) int32; a document's first token has the
+    last row.
+    """
+    now = tokens.to(torch.int32)  # wraps: the hash is defined on 32 bits
+    hashed = (36313 * now) ^ (27191 * previous_token(now, is_first))
+    return torch.where(is_first, num_rows - 1, hashed.remainder(num_rows - 1))
+
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (T, H, d); cos, sin (T, half): turns the first 2 half dimensions in adjacent pairs, leaves the rest."""
+    """x (T, H, d); cos, sin (T, half): turns the first 2 half dimensions in adjacent pairs, not the rest."""
     cos, sin = cos[:, None], sin[:, None]
     turning, still = x.split((2 * cos.size(-1), x.size(-1) - 2 * cos.size(-1)), dim=-1)
     a, b = turning.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
     return torch.cat((turned, still), dim=-1)
 
-def yarn(freqs: Tensor, a: int, b: int) -> tuple[Tensor, float]:
-    """The long window goes from a to b tokens -> new frequencies, factor of the softmax scale. 2309.00071"""
-    rotations = a * freqs / (2 * math.pi)
+
+def yarn(freqs: Tensor, before: int, after: int) -> tuple[Tensor, float]:
+    """The long window changes, in tokens -> new frequencies, factor of the softmax scale. 2309.00071"""
+    rotations = before * freqs / (2 * math.pi)
     ramp = ((rotations - 1) / 31).clamp(0, 1)
-    return freqs * (a / b + ramp * (1 - a / b)), 0.2 * math.log(b / a) + 1
+    ratio = before / after
+    return freqs * (ratio + ramp * (1 - ratio)), 0.2 * math.log(after / before) + 1
+
 
 def pair(x: Tensor) -> Tensor:
     """(T, H, d) -> (2T, H/2, d): token t of heads 2j and 2j+1 at positions 2t and 2t+1."""
     return x.unflatten(1, (-1, 2)).transpose(1, 2).flatten(0, 1)
+
+
 def unpair(x: Tensor) -> Tensor:
     """(2T, H/2, d) -> (T, H, d), the reverse of pair."""
     return x.unflatten(0, (-1, 2)).transpose(1, 2).flatten(1, 2)
 
-def spectral_start(cfg: Config, tokens: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What stands near what in tokens (N,) -> embed (V, D) and lm_head (D, V), together a bigram model. The embedding holds
-    singular vectors of a matrix of smoothed pointwise mutual information (Levy and Goldberg 2014), which is sparse, as a
-    constant of a row is nothing to a softmax; the head is the least squares fit to that of the next token."""
-    V, blocks = cfg.vocab_rows, []
-    share = torch.from_numpy(np.bincount(tokens, minlength=V) + 0.5).float().to(device)[:, None]
-    root = (share := share / share.sum()).sqrt()
-    for gap, weight in SPECTRAL_NEIGHBOURS:
-        pairs, counts = np.unique(tokens[:-abs(gap)] * V + tokens[abs(gap):], return_counts=True)
-        place = torch.from_numpy(np.stack(divmod(pairs, V)[::1 if gap > 0 else -1])).to(device)
-        lift = torch.log1p(torch.from_numpy(counts).float().to(device) / (cfg.spectral * share[place[1], 0]))
-        block = torch.sparse_coo_tensor(place, weight * lift * root[place, 0].prod(0), (V, V), check_invariants=False)
-        blocks.append(block.to_dense() if V <= 2**13 else block.coalesce())                 # dense: several times as fast
-    nearby = torch.cat(blocks, dim=1)
-    basis = torch.randn(V, cfg.model_dim - 1, generator=torch.Generator().manual_seed(0)).to(device)
-    for _ in range(2):                                                                      # 0909.4061
-        basis = torch.linalg.qr(nearby @ (nearby.T @ basis)).Q
-    rest = nearby.T @ basis
-    squares, turn = torch.linalg.eigh(rest.T @ rest)
-    x = basis @ turn * squares.clamp_min(0).sqrt() / root
-    x = norm(F.pad(x, (0, 1), value=3 * float(x.square().mean().sqrt())))                   # last: how common a token is
-    gram = (share * x).T @ x
-    gram.diagonal().add_(1e-4 * gram.diagonal().mean())
-    fit = (blocks[0].T @ (root * x) / root).T + torch.outer((share * x).sum(0), share[:, 0].log())
-    return cfg.embed_std * x, torch.linalg.solve(gram, fit)
 
-# ===== 3. Optimizer: NorMuon for matrix banks, Adam for the rest. Driven by the declarations. =======================
+# ===== 3. Optimizer: NorMuon for matrices, Adam for the rest, as the parameter table says. =====
+
+
 class Optimizer:
-    """NorMuon and Adam over a model's declared parameters, for 1 to N ranks, with embedding and head tied, then untied.
-    A replicated parameter is all-reduced and updated on every rank. A sharded one counts in units, matrices of a bank or
-    rows of a table, padded so that ranks divide them: gradients reduce-scatter, a rank updates its units, all gather."""
-    def __init__(self, cfg: Config, model: GPT, ranks: "Ranks", compiled: bool = False):
-        self.cfg, self.specs, self.ranks = cfg, model.specs, ranks
+    """NorMuon and Adam over a model's parameters, for 1 to N ranks; embedding and head are tied, then untied.
+
+    A replicated parameter is all-reduced and updated on every rank. A sharded one counts in rows of a table
+    or matrices, padded so that ranks divide them: gradients reduce-scatter, each rank updates its shard, and
+    all gather the result.
+    """
+
+    def __init__(self, cfg: Config, model: GPT, env: "DistEnv"):
+        self.cfg, self.env, self.specs, self.kernels = cfg, env, model.specs, model.kernels
         self.params = dict(model.named_parameters())
         self.tied = cfg.untie_share > 0
         self.state = {name: self.new_state(name) for name in self.params}
-        self.rates = {name: self.new_rates(name) for name, spec in self.specs.items() if spec.optimizer == "muon"}
-        self.dials = torch.zeros(3, device=ranks.device)    # on the device, where a graph reads them
-        self.lr_mul, self.momentum, self.adam_steps = self.dials.unbind()
-        self.sparse = None
-        if "bigram_embed" in self.params and ranks.size > 1:
-            self.sparse = SparseRows(ranks, len(self.params["bigram_embed"]), timedelta(seconds=cfg.rank_timeout))
-        cuda = ranks.device.type == "cuda"
-        unit = partial(torch.compile, dynamic=not cuda) if compiled else lambda f: f
-        self.normuon_, self.adam_ = (unit(update) if cuda else update for update in (normuon_, adam_))
-        self.flat_adam_ = unit(adam_) if compiled and not cuda else None    # one loop for tables of every size
+        self.matrix_lrs = {name: self.new_matrix_lrs(name) for name in self.params if self.is_muon(name)}
+        self.step_scalars = torch.zeros(3, device=env.device)  # on the device, where a graph reads them
+        self.lr_mul, self.momentum, self.adam_steps = self.step_scalars.unbind()
+        self.sparse_grad = None
+        if "bigram_embed" in self.params and env.world_size > 1:
+            num_rows, timeout = len(self.params["bigram_embed"]), timedelta(seconds=cfg.rank_timeout)
+            self.sparse_grad = SparseGradient(env, num_rows, timeout)
 
-    def units(self, name: str, t: Tensor) -> Tensor:
-        """t (a parameter, its gradient or a state of it) as (units, ...), a view if nothing is padded."""
-        t = t.flatten(0, -3) if self.specs[name].optimizer == "muon" else t
-        missing = -len(t) % self.ranks.size if self.specs[name].sharded else 0
-        return F.pad(t, (*[0] * (2 * t.dim() - 1), missing)) if missing else t
+    def is_muon(self, name: str) -> bool:
+        return self.specs[name].optimizer == "muon"
 
-    def own(self, name: str, units: Tensor) -> Tensor:
-        """What this rank updates, a view."""
-        return units.chunk(self.ranks.size)[self.ranks.rank] if self.specs[name].sharded else units
+    def padded_rows(self, name: str, t: Tensor) -> Tensor:
+        """t (a parameter, its gradient or its state) as (rows or matrices, ...), a view if nothing is
+        padded.
+        """
+        if self.is_muon(name):
+            t = t.flatten(0, -3)
+        missing = -len(t) % self.env.world_size if self.specs[name].sharded else 0
+        if missing == 0:
+            return t
+        no_padding = [0] * (2 * t.dim() - 1)
+        return F.pad(t, (*no_padding, missing))
+
+    def local_shard(self, name: str, rows: Tensor) -> Tensor:
+        """Of padded_rows what this rank updates, a view."""
+        if not self.specs[name].sharded:
+            return rows
+        return rows.chunk(self.env.world_size)[self.env.rank]
 
     def new_state(self, name: str) -> dict[str, Tensor]:
-        """What is remembered of this rank's units, in float32; low: what bfloat16 leaves out of a value, see exact."""
-        p, muon = self.own(name, self.units(name, self.params[name].detach())), self.specs[name].optimizer == "muon"
-        m = torch.zeros_like(p, dtype=torch.float32)
-        state = {"momentum": m, "second": m.mean(dim=averaged_side(p), keepdim=True) if muon else torch.zeros_like(m)}
+        """What is remembered of this rank's shard, float32. mantissa_lo: see fp32_weight."""
+        p = self.local_shard(name, self.padded_rows(name, self.params[name].detach()))
+        momentum_buffer = torch.zeros_like(p, dtype=torch.float32)
+        if self.is_muon(name):
+            second_moment = momentum_buffer.mean(dim=averaged_dim(p), keepdim=True)
+        else:
+            second_moment = torch.zeros_like(momentum_buffer)
+        state = {"momentum_buffer": momentum_buffer, "second_moment": second_moment}
         if p.dtype == torch.bfloat16:
-            state["low"] = p.float() if p.device.type == "cpu" else torch.zeros_like(p, dtype=torch.int16)
-        if p.device.type == "cpu" and name == "bigram_embed" and not self.cfg.bigram_momentum:
-            state["moved"] = torch.zeros(len(p), 1)         # instead: on which of its steps Adam moved a row last
-            del state["momentum"]
+            state["mantissa_lo"] = self.kernels.new_mantissa(p)
+        if name == "bigram_embed" and self.kernels.lazy_bigrams:
+            state["last_step"] = torch.zeros(len(p), 1)  # in place of momentum, see lazy_adam_
+            del state["momentum_buffer"]
         return state
 
-    def new_rates(self, name: str) -> Tensor:
-        """(units, 1, 1): what multiplies the learning rate of this rank's matrices of a bank (n, k, rows, columns)."""
+    def new_matrix_lrs(self, name: str) -> Tensor:
+        """(matrices, 1, 1): what multiplies the learning rate of each matrix in this rank's shard."""
         p, spec = self.params[name], self.specs[name]
-        rate = torch.full((*p.shape[:2], 1, 1), max(1, p.size(-2) / p.size(-1))**0.5, device=p.device)
-        rate[:, 1:2] *= spec.second_lr
-        return self.own(name, self.units(name, rate))
+        tall = max(1, p.size(-2) / p.size(-1)) ** 0.5
+        lrs = torch.full((*p.shape[:2], 1, 1), tall, device=p.device)
+        for k, factor in enumerate(spec.matrix_lrs):
+            lrs[:, k] *= factor
+        return self.local_shard(name, self.padded_rows(name, lrs))
 
     def adam_turn(self, step: int) -> bool:
+        """Adam moves on the last of every adam_every steps, on the gradients of them all."""
         return (step + 1) % self.cfg.adam_every == 0
 
     @torch.no_grad()
-    def step(self, step: int, lr_mul: float, momentum: float, untie: bool,
-             move: Callable[[bool], None] | None = None) -> None:
-        """Muon's banks move on every step, Adam's parameters on the last of every adam_every, on the gradients of them all.
-        move: plays self.move(adam_turn) back from a CUDA graph. Exchanges of uneven size stay outside of it."""
+    def step(
+        self,
+        step: int,
+        lr_mul: float,
+        momentum: float,
+        untie: bool,
+        run_update: Callable[[bool], None] | None = None,
+    ) -> None:
+        """Muon's matrices move on every step, Adam's parameters on its turns.
+
+        run_update: plays self.update(adam_turn) back from a CUDA graph, without exchanges of uneven size.
+        """
         adam_turn = self.adam_turn(step)
-        upload(torch.tensor([lr_mul, momentum, (step + 1) // self.cfg.adam_every]), self.dials)
-        sparse = adam_turn and self.sparse
-        arriving = sparse.start(self.units("bigram_embed", self.params["bigram_embed"].grad)) if sparse else None
-        (move or self.move)(adam_turn)
-        if arriving:
-            self.update("bigram_embed", arriving())()
-            self.clear("bigram_embed")
+        adam_steps = (step + 1) // self.cfg.adam_every
+        copy_to_device(torch.tensor([lr_mul, momentum, adam_steps]), self.step_scalars)
+        wait_for_bigrams = None
+        if self.sparse_grad is not None and adam_turn:
+            grad = self.padded_rows("bigram_embed", self.params["bigram_embed"].grad)
+            wait_for_bigrams = self.sparse_grad.reduce_scatter(grad)
+        (run_update or self.update)(adam_turn)
+        if wait_for_bigrams is not None:
+            wait_for_gather = self.update_param("bigram_embed", wait_for_bigrams())
+            wait_for_gather()
+            self.clear_grad("bigram_embed")
         if untie and self.tied:
             assert adam_turn, f"untied on step {step}, on which Adam does not move"
-            self.tied = False
-            for key in self.state["lm_head"]:
-                self.load_state("embed", key, self.whole_state("lm_head", key).T)
+            self.untie()
+
+    def untie(self) -> None:
+        """The embedding goes its own way, with a copy of the head's memory."""
+        self.tied = False
+        for key in self.state["lm_head"]:
+            self.load_state("embed", key, self.whole_state("lm_head", key).T)
 
     @torch.no_grad()
-    def move(self, adam_turn: bool) -> None:
+    def update(self, adam_turn: bool) -> None:
         """All that is the same on every step of a kind: reductions, updates, gathers."""
-        moving = [name for name, spec in self.specs.items() if (spec.optimizer == "muon" or adam_turn)
-                  and not (self.sparse and name == "bigram_embed")]
-        assert not (unreached := [name for name in moving if self.params[name].grad is None]), f"no gradient: {unreached}"
-        if adam_turn and self.tied:                         # one Adam step on the head, for both
-            moving.remove("embed")
-            IN_USE["transposed_"](self.params["lm_head"].grad, self.params["embed"].grad, add=True)
-            self.clear("embed")
-        gathered, reduced = [], {}
-        for name in moving:                                 # every rank in the same order, all at once
-            start = self.ranks.reduce_scatter if self.specs[name].sharded else self.ranks.all_reduce
-            reduced[name] = start(self.units(name, self.params[name].grad))
-        for name in sorted(moving, key=lambda name: (self.specs[name].optimizer == "muon", self.params[name].numel())):
-            gathered.append(self.update(name, reduced[name]()))
-            self.clear(name)
-        for wait in gathered:
-            wait()
+        names = [name for name in self.params if self.is_muon(name) or adam_turn]
+        if self.sparse_grad is not None and adam_turn:
+            names.remove("bigram_embed")
+        missing = [name for name in names if self.params[name].grad is None]
+        assert not missing, f"no gradient: {missing}"
+        if adam_turn and self.tied:  # one Adam step on the head, for both
+            names.remove("embed")
+            self.kernels.transpose_(self.params["lm_head"].grad, self.params["embed"].grad, add=True)
+            self.clear_grad("embed")
+        reductions = {}
+        for name in names:  # every rank in the same order, all at once
+            reduce = self.env.reduce_scatter if self.specs[name].sharded else self.env.all_reduce
+            reductions[name] = reduce(self.padded_rows(name, self.params[name].grad))
+        gathers = []
+        for name in sorted(names, key=self.update_order):
+            wait_for_grad = reductions[name]
+            gathers.append(self.update_param(name, wait_for_grad()))
+            self.clear_grad(name)
+        for wait_for_gather in gathers:
+            wait_for_gather()
         if adam_turn and self.tied:
-            IN_USE["transposed_"](self.params["embed"].detach(), self.params["lm_head"].detach(), add=False)
+            self.kernels.transpose_(self.params["embed"].detach(), self.params["lm_head"].detach(), add=False)
 
-    def clear(self, name: str) -> None:
-        """The gradient is used up. On a GPU its memory stays, since graphs write there."""
-        self.params[name].grad = self.params[name].grad.zero_() if self.ranks.device.type == "cuda" else None
+    def update_order(self, name: str) -> tuple[bool, int]:
+        """Small ones first and matrices last, so that communication hides behind work."""
+        return self.is_muon(name), self.params[name].numel()
 
-    def update(self, name: str, grad: Tensor) -> Callable[[], None]:
-        """Moves this rank's units, sets the gathering going -> a function that waits for it."""
-        cfg, spec, state, whole = self.cfg, self.specs[name], self.state[name], self.units(name, self.params[name])
-        read = (self.own(name, whole), state.get("low"), grad, state.get("momentum"), state["second"])
-        if spec.optimizer == "muon":
-            self.normuon_(*read, lr=cfg.muon_lr * self.lr_mul, wd=cfg.muon_wd * spec.wd, momentum=self.momentum,
-                          beta2=cfg.muon_beta2, rates=self.rates[name])
-        elif "moved" in state:
-            self.move_rows(spec, *read[:3], state["second"], state["moved"])
+    def clear_grad(self, name: str) -> None:
+        """The gradient is used up. Where graphs write it, its memory stays."""
+        if self.kernels.static_grads:
+            self.params[name].grad.zero_()
         else:
-            self.move_adam(spec, read)
-        return self.finish(name, whole) if spec.sharded else lambda: None
+            self.params[name].grad = None
 
-    def move_adam(self, spec: Spec, read: tuple[Tensor | None, ...]) -> None:
-        wd, betas, update = self.cfg.adam_wd * spec.wd, spec.betas, self.adam_
-        if self.flat_adam_ and spec.sharded:
-            read, update = tuple(t if t is None else t.flatten() for t in read), self.flat_adam_
-            wd, *betas = torch.tensor([wd, *betas])             # numbers would be compiled in
-        rate = self.cfg.adam_lr * spec.lr * self.lr_mul
-        update(*read, lr=rate, wd=wd, betas=betas, eps=self.cfg.adam_eps, steps=self.adam_steps)
+    def update_param(self, name: str, grad: Tensor) -> Callable[[], None]:
+        """Moves this rank's shard by its gradient, starts the gathering -> a function that waits for it."""
+        cfg, spec, state = self.cfg, self.specs[name], self.state[name]
+        rows = self.padded_rows(name, self.params[name])
+        p, mantissa_lo = self.local_shard(name, rows), state.get("mantissa_lo")
+        if spec.optimizer == "muon":
+            self.kernels.normuon_(
+                p,
+                mantissa_lo,
+                grad,
+                state["momentum_buffer"],
+                state["second_moment"],
+                lr=cfg.muon_lr * self.lr_mul,
+                wd=cfg.muon_wd * spec.wd,
+                momentum=self.momentum,
+                beta2=cfg.muon_beta2,
+                matrix_lrs=self.matrix_lrs[name],
+                symmetric_product=self.kernels.symmetric_product,
+            )
+        else:
+            adam_ = partial(
+                self.kernels.adam_,
+                lr=cfg.adam_lr * spec.lr * self.lr_mul,
+                wd=cfg.adam_wd * spec.wd,
+                betas=spec.betas,
+                eps=cfg.adam_eps,
+                steps=self.adam_steps,
+            )
+            if "last_step" in state:
+                lazy_adam_(adam_, p, mantissa_lo, grad, state, self.adam_steps, beta2=spec.betas[1])
+            else:
+                adam_(p, mantissa_lo, grad, state["momentum_buffer"], state["second_moment"])
+        return self.all_gather_async(name, rows) if spec.sharded else lambda: None
 
-    def move_rows(self, spec: Spec, p: Tensor, low: Tensor | None, grad: Tensor, second: Tensor, moved: Tensor) -> None:
-        """Adam without momentum: a row without a gradient stays, and only its second moment fades. Here that waits until
-        the row moves again, so that a step costs what its tokens cost and not what the table does."""
-        grad = (grad if grad.is_sparse else grad.to_sparse(1)).coalesce()
-        rows, values = grad.indices()[0], grad.values().clone()                 # torch compiles no views of sparse tensors
-        faded = second[rows] * spec.betas[1]**(self.adam_steps - 1 - moved[rows])
-        part = (p[rows], None if low is None else low[rows], values, torch.zeros_like(faded), faded)
-        self.move_adam(spec, part)
-        for whole, new in ((p, part[0]), (low, part[1]), (second, faded), (moved, self.adam_steps.expand(len(rows), 1))):
-            if whole is not None:
-                whole.index_copy_(0, rows, new)
+    def all_gather_async(self, name: str, rows: Tensor) -> Callable[[], None]:
+        """Every rank's shard into rows, and rows into the parameter, once the function has been called."""
+        gather = self.env.all_gather(rows, self.local_shard(name, rows))
+        param = self.params[name].flatten(0, -rows.dim())
 
-    def finish(self, name: str, whole: Tensor) -> Callable[[], None]:
-        gathering, target = self.ranks.all_gather(whole, self.own(name, whole)), self.params[name].flatten(0, -whole.dim())
         def wait() -> None:
-            gathering()
-            if whole.data_ptr() != target.data_ptr():       # padded: a copy
-                target.copy_(whole[:len(target)])
+            gather()
+            if rows.data_ptr() != param.data_ptr():  # padded: a copy
+                param.copy_(rows[: len(param)])
+
         return wait
 
     def whole_state(self, name: str, key: str) -> Tensor:
-        """(units, ...) of all ranks, without padding: the same for every number of ranks. All ranks must call it."""
-        own = self.state[name][key]
-        if not self.specs[name].sharded or self.ranks.size == 1:
-            return own
-        whole = own.new_empty(len(own) * self.ranks.size, *own.shape[1:])
-        self.ranks.all_gather(whole.view(torch.uint8), own.view(torch.uint8))()     # gloo gathers no int16
-        p = self.params[name]
-        return whole[:math.prod(p.shape[:-2]) if self.specs[name].optimizer == "muon" else len(p)]
+        """(rows, ...) of all ranks, without padding: the same for every number of ranks. All must call it."""
+        shard, p = self.state[name][key], self.params[name]
+        if not self.specs[name].sharded or self.env.world_size == 1:
+            return shard
+        whole = shard.new_empty(len(shard) * self.env.world_size, *shard.shape[1:])
+        wait = self.env.all_gather(whole.view(torch.uint8), shard.view(torch.uint8))  # gloo gathers no int16
+        wait()
+        return whole[: math.prod(p.shape[:-2])] if self.is_muon(name) else whole[: len(p)]
 
     def load_state(self, name: str, key: str, whole: Tensor) -> None:
-        """The reverse: this rank keeps its units of what whole_state gave."""
-        self.state[name][key].copy_(self.own(name, self.units(name, whole)))
+        """The reverse: this rank keeps its shard of what whole_state gave."""
+        self.state[name][key].copy_(self.local_shard(name, self.padded_rows(name, whole)))
 
-class SparseRows:
-    """The bigram table's gradient between ranks: only rows that a token touched travel (seed 002 asks for this).
-    The tokens say which: indices go out, between hosts, while the forward pass runs; values follow the backward pass."""
-    def __init__(self, ranks: "Ranks", num_rows: int, timeout: timedelta):
-        self.ranks, self.share = ranks, -(-num_rows // ranks.size)
-        self.hosts = dist.new_group(backend="gloo", timeout=timeout)    # known on the host: no GPU waits for indices
-        self.rows, self.bytes_sent = np.empty(0, dtype=np.int64), 0
 
-    def announce(self, rows: np.ndarray, last: bool) -> None:
-        """rows that this rank's micro-batches of a step touch; last: of the steps whose gradients add up."""
-        self.rows = np.union1d(self.rows, rows)
-        if last:
-            owner_ends = np.searchsorted(self.rows, self.share * np.arange(self.ranks.size + 1))
-            self.sent = torch.from_numpy(np.diff(owner_ends))
-            self.received = torch.empty_like(self.sent)
-            dist.all_to_all_single(self.received, self.sent, group=self.hosts)
-            self.wanted = torch.empty(int(self.received.sum()), dtype=torch.int64)
-            self.indices = dist.all_to_all_single(self.wanted, torch.from_numpy(self.rows), self.received.tolist(),
-                                                  self.sent.tolist(), group=self.hosts, async_op=True)
-
-    def start(self, grad: Tensor) -> Callable[[], Tensor]:
-        """grad (rows, D), dense -> a function that gives this rank's rows of the sum over ranks, as reduce_scatter would."""
-        self.indices.wait()
-        device, counts = grad.device, self.received.tolist()
-        values = grad[upload(torch.from_numpy(self.rows), torch.empty(len(self.rows), dtype=torch.int64, device=device))]
-        arrived = values.new_empty(len(self.wanted), values.size(1))
-        work = dist.all_to_all_single(arrived, values, counts, self.sent.tolist(), async_op=True)
-        self.bytes_sent = (len(self.rows) - int(self.sent[self.ranks.rank])) * (grad[0].nbytes + self.rows.itemsize)
-        places, self.rows = upload(self.wanted, torch.empty_like(self.wanted, device=device)), self.rows[:0]
-        places -= self.share * self.ranks.rank
-        def wait() -> Tensor:
-            work.wait()
-            own = torch.zeros(self.share, grad.size(1), device=device)
-            for place, value in zip(places.split(counts), arrived.split(counts)):   # in the order of ranks
-                own.index_add_(0, place, value.float())
-            return own
-        return wait
-
-def averaged_side(matrix: Tensor) -> int:
-    """The dimension to average over, so that one value is left for each index of the longer side."""
+def averaged_dim(matrix: Tensor) -> int:
+    """What to average over, so that one value is left for each index of the longer side; of a square, each
+    row.
+    """
     return -1 if matrix.size(-2) >= matrix.size(-1) else -2
 
-def normuon_(p: Tensor, low: Tensor | None, g: Tensor, m: Tensor, second: Tensor, *, lr: Tensor | float, wd: float,
-             momentum: Tensor | float, beta2: float, rates: Tensor) -> None:
-    """One NorMuon step (2510.05491) on matrices (units, rows, columns), in place; rates (units, 1, 1) multiply lr."""
-    u = normuon_direction(g.float(), m, second, momentum, beta2)
-    weight = exact(p, low)
-    kept = 1 - wd * lr**2 * rates * (u * weight >= 0)           # decay, cautious (2411.16085): never against the update
-    store_exact_(p, low, kept.mul_(weight).sub_(u.mul_(lr * rates)))
 
-def normuon_direction(g: Tensor, m: Tensor, second: Tensor, momentum: Tensor | float, beta2: float) -> Tensor:
-    """Nesterov momentum, orthogonalised, rows (or columns) of equal size on average; the matrix's norm stays."""
-    m.lerp_(g, 1 - momentum)
-    u = polar_express(g.lerp(m, momentum))
-    squares = u.norm(dim=averaged_side(u), keepdim=True, dtype=torch.float32).square()         # of each row (or column)
-    second.lerp_(squares / u.size(averaged_side(u)), 1 - beta2)
-    scale = second.clamp_min(1e-10).rsqrt()
-    size, resized = (x.sum(dim=(-2, -1), keepdim=True) for x in (squares, squares * scale.square()))
-    return u * (scale * (size / resized.clamp_min(1e-20)).sqrt())
+def symmetric_product(x: Tensor, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
+    """alpha x x^T + beta x, x (n, rows, columns); beta needs x symmetric."""
+    if beta == 0.0:
+        return alpha * (x @ x.mT)
+    return torch.baddbmm(x, x, x.mT, alpha=alpha, beta=beta)
 
-POLAR_EXPRESS = (           # 2505.16932, its coefficients for five steps, safety 2e-2, cushion 2
+
+def normuon_(
+    p: Tensor,
+    mantissa_lo: Tensor | None,
+    grad: Tensor,
+    momentum_buffer: Tensor,
+    second_moment: Tensor,
+    *,
+    lr: Tensor | float,
+    wd: float,
+    momentum: Tensor | float,
+    beta2: float,
+    matrix_lrs: Tensor,
+    symmetric_product: Callable = symmetric_product,
+) -> None:
+    """One NorMuon step (2510.05491) on matrices (n, rows, columns), in place; matrix_lrs (n, 1, 1)
+    times lr.
+    """
+    grad = grad.float()
+    update = normuon_direction(grad, momentum_buffer, second_moment, momentum, beta2, symmetric_product)
+    weight = fp32_weight(p, mantissa_lo)
+    agree = update * weight >= 0  # cautious weight decay, 2411.16085: never against the update
+    kept = 1 - wd * lr**2 * matrix_lrs * agree
+    store_fp32_weight_(p, mantissa_lo, kept.mul_(weight).sub_(update.mul_(lr * matrix_lrs)))
+
+
+def normuon_direction(
+    grad: Tensor,
+    momentum_buffer: Tensor,
+    second_moment: Tensor,
+    momentum: Tensor | float,
+    beta2: float,
+    symmetric_product: Callable = symmetric_product,
+) -> Tensor:
+    """Nesterov momentum, orthogonalised, rows (or columns) of equal size on average; the whole norm stays."""
+    momentum_buffer.lerp_(grad, 1 - momentum)
+    update = polar_express(grad.lerp(momentum_buffer, momentum), symmetric_product)
+    dim = averaged_dim(update)
+    squares = update.norm(dim=dim, keepdim=True, dtype=torch.float32).square()  # of each row (or column)
+    second_moment.lerp_(squares / update.size(dim), 1 - beta2)
+    scale = second_moment.clamp_min(1e-10).rsqrt()
+    size = squares.sum(dim=(-2, -1), keepdim=True)
+    scaled_size = (squares * scale.square()).sum(dim=(-2, -1), keepdim=True)
+    return update * (scale * (size / scaled_size.clamp_min(1e-20)).sqrt())
+
+
+POLAR_EXPRESS = (  # 2505.16932, its coefficients for five steps, safety 2e-2, cushion 2
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
     (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
@@ -883,163 +1333,243 @@ POLAR_EXPRESS = (           # 2505.16932, its coefficients for five steps, safet
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 
-def polar_express(g: Tensor) -> Tensor:
-    """g (n, rows, columns) -> about U V^T of its singular value decomposition, bfloat16."""
-    x = g.bfloat16()
+
+def polar_express(grad: Tensor, symmetric_product: Callable = symmetric_product) -> Tensor:
+    """grad (n, rows, columns) -> about U V^T of its singular value decomposition, bfloat16."""
+    x = grad.bfloat16()
     tall = x.size(-2) > x.size(-1)
-    x = x.mT.contiguous() if tall else x                        # the Gram matrix on the shorter side
+    if tall:  # the Gram matrix on the shorter side
+        x = x.mT.contiguous()
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
     for a, b, c in POLAR_EXPRESS:
-        gram = IN_USE["symmetric_product"](x)
-        x = torch.baddbmm(x, IN_USE["symmetric_product"](gram, alpha=c, beta=b), x, beta=a)     # rounds once
+        gram = symmetric_product(x)
+        polynomial = symmetric_product(gram, alpha=c, beta=b)
+        x = torch.baddbmm(x, polynomial, x, beta=a)  # rounds once
     return x.mT.contiguous() if tall else x
 
-def adam_(p: Tensor, low: Tensor | None, g: Tensor, m: Tensor, second: Tensor, *, lr: Tensor | float, wd: float,
-          betas: tuple[float, float], eps: float, steps: Tensor | int) -> None:
+
+def adam_(
+    p: Tensor,
+    mantissa_lo: Tensor | None,
+    grad: Tensor,
+    momentum_buffer: Tensor,
+    second_moment: Tensor,
+    *,
+    lr: Tensor | float,
+    wd: float,
+    betas: tuple[float, float],
+    eps: float,
+    steps: Tensor | int,
+) -> None:
     """Adam's step number `steps` (from 1) with cautious weight decay, in place."""
-    g = g.float()
-    m.lerp_(g, 1 - betas[0])
-    second.lerp_(g.square(), 1 - betas[1])
-    u = m / (second / (1 - betas[1]**steps)).sqrt_().add_(eps)  # in place: a CPU runs this as it stands
-    weight = exact(p, low)
-    kept = 1 - wd * lr**2 * (u * weight > 0)
-    store_exact_(p, low, kept.mul_(weight).sub_(u.mul_(lr / (1 - betas[0]**steps))))
+    grad = grad.float()
+    momentum_buffer.lerp_(grad, 1 - betas[0])
+    second_moment.lerp_(grad.square(), 1 - betas[1])
+    update = momentum_buffer / (second_moment / (1 - betas[1] ** steps)).sqrt_().add_(eps)
+    weight = fp32_weight(p, mantissa_lo)
+    kept = 1 - wd * lr**2 * (update * weight > 0)
+    store_fp32_weight_(p, mantissa_lo, kept.mul_(weight).sub_(update.mul_(lr / (1 - betas[0] ** steps))))
 
-def exact(p: Tensor, low: Tensor | None) -> Tensor:
-    """The float32 value of a parameter; a bfloat16 one keeps the 16 bits that it lacks in low, int16. On a CPU low is the
-    whole value, float32: compilers make no vectors of those bits, and take ten times as long."""
-    if low is None or low.dtype == torch.float32:
-        return p.float() if low is None else low
-    return (p.view(torch.int16).to(torch.int32) << 16).add_(low).view(torch.float32)
 
-def store_exact_(p: Tensor, low: Tensor | None, value: Tensor) -> None:
-    """The reverse. p is value rounded (not cut, which would pull every weight towards 0); low, signed, is the rest."""
-    if low is None or low.dtype == torch.float32:
+def fp32_weight(p: Tensor, mantissa_lo: Tensor | None) -> Tensor:
+    """The float32 value of a parameter.
+
+    A bfloat16 one keeps the 16 bits that it lacks in mantissa_lo, int16; what a CPU keeps in their place is
+    the whole value, float32 (new_float32_copy).
+    """
+    if mantissa_lo is None:
+        return p.float()
+    if mantissa_lo.dtype == torch.float32:
+        return mantissa_lo
+    high = p.view(torch.int16).to(torch.int32) << 16
+    return high.add_(mantissa_lo).view(torch.float32)
+
+
+def store_fp32_weight_(p: Tensor, mantissa_lo: Tensor | None, value: Tensor) -> None:
+    """The reverse. p is value rounded (not cut, which would pull weights towards 0), mantissa_lo, signed, the
+    rest.
+    """
+    if mantissa_lo is None or mantissa_lo.dtype == torch.float32:
         p.copy_(value)
-        return None if low is None else low.copy_(value)
+        if mantissa_lo is not None:
+            mantissa_lo.copy_(value)
+        return
     bits = value.view(torch.int32)
     p.view(torch.int16).copy_((bits + 0x8000).bitwise_right_shift_(16))
-    low.copy_(bits)                                             # its low half
+    mantissa_lo.copy_(bits)  # its low half
 
-# ===== 4. Data: .bin shards of uint16 tokens behind a 256-int32 header. Nothing reorders, filters, pads or wraps. ===
-SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES, FIRST_DOCUMENTS = 20240520, 1, 1024, 2**20    # a shard's first tokens have a BOS
+
+# ===== 4. Data: .bin shards of uint16 tokens behind a 256-int32 header. Nothing is reordered or padded. =====
+
+SHARD_MAGIC = 20240520
+SHARD_VERSION = 1
+HEADER_BYTES = 1024
+FIRST_DOCUMENTS = 2**20  # a shard's first so many tokens hold a BOS
+
 
 def read_shard(path: Path, vocab_size: int, bos_id: int) -> np.ndarray:
-    """The tokens of a shard (n,), uint16, memory-mapped. UserError names the file and what is wrong with it."""
-    need(path.is_file(), f"{path}: not a file that can be read; fetch or make it again")
-    size = path.stat().st_size
-    need(size >= HEADER_BYTES, f"{path}: {size} bytes are less than a shard's header; fetch or make it again")
-    header = np.fromfile(path, dtype="<i4", count=HEADER_BYTES // 4)
-    need(header[0] == SHARD_MAGIC, f"{path}: not a token shard (magic {header[0]}, not {SHARD_MAGIC})")
-    need(header[1] == SHARD_VERSION, f"{path}: shard version {header[1]}, this program reads version {SHARD_VERSION}")
-    expected = HEADER_BYTES + 2 * int(header[2])
-    need(size == expected, f"{path}: {size} bytes, but its header promises {expected}; fetch or make it again")
-    need(header[2] > 0, f"{path}: holds no tokens; fetch or make it again")
-    tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES)
-    need(tokens.max() < vocab_size, f"{path}: token id {tokens.max()} is outside the vocabulary, --vocab_size {vocab_size}")
-    need((tokens[:FIRST_DOCUMENTS] == bos_id).any(), f"{path}: no document begins (--bos_id {bos_id}) in its first tokens")
+    """The tokens of a shard (n,), uint16, memory-mapped. UserError names the file and what is wrong in it."""
+    again = "fetch or make it again"
+    try:
+        need(path.is_file(), f"{path}: not a file that can be read; {again}")
+        size = path.stat().st_size
+        need(size >= HEADER_BYTES, f"{path}: {size} bytes are less than a shard's header; {again}")
+        header = np.fromfile(path, dtype="<i4", count=HEADER_BYTES // 4)
+        need(header[0] == SHARD_MAGIC, f"{path}: not a token shard (magic {header[0]}, not {SHARD_MAGIC})")
+        readable = f"this program reads version {SHARD_VERSION}"
+        need(header[1] == SHARD_VERSION, f"{path}: shard version {header[1]}, {readable}")
+        expected = HEADER_BYTES + 2 * int(header[2])
+        need(size == expected, f"{path}: {size} bytes, but its header promises {expected}; {again}")
+        need(header[2] > 0, f"{path}: holds no tokens; {again}")
+        tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {again}") from None
+    highest, vocabulary = tokens.max(), f"the vocabulary, --vocab_size {vocab_size}"
+    need(highest < vocab_size, f"{path}: token id {highest} is outside {vocabulary}")
+    begins = (tokens[:FIRST_DOCUMENTS] == bos_id).any()
+    need(begins, f"{path}: no document begins (--bos_id {bos_id}) in its first tokens")
     return tokens
+
 
 def find_data(cfg: Config) -> Path:
     """--data_dir as given, or, where that is not there, beside this file (the presets' own folders)."""
-    return given if (given := Path(cfg.data_dir)).is_dir() else Path(__file__).resolve().parent / given
+    given = Path(cfg.data_dir)
+    return given if given.is_dir() else Path(__file__).resolve().parent / given
+
 
 def find_shards(cfg: Config, split: str) -> list[Path]:
-    files = sorted(find_data(cfg).glob(f"*_{split}_*.bin"))
-    need(len(files) > 0, f"--data_dir {cfg.data_dir}: no *_{split}_*.bin there; ./run.sh fetches or makes a preset's data")
+    """The files of a split, "train" or "val", in the order of their names."""
+    try:
+        files = sorted(find_data(cfg).glob(f"*_{split}_*.bin"))
+    except OSError as error:
+        raise UserError(f"--data_dir {cfg.data_dir}: cannot be read ({error.strerror})") from None
+    advice = "./run.sh fetches or makes a preset's data"
+    need(files, f"--data_dir {cfg.data_dir}: no *_{split}_*.bin there; {advice}")
     return files
 
+
 class Loader:
-    """Training sequences in a fixed order: micro-batch n of a step is the same tokens whatever the number of ranks.
-    A sequence starts at a BOS and is filled with whole documents, each cut at the stage's limit, the last one where the
-    sequence is full; the next sequence starts with the next document. The position is (file, document)."""
+    """Training sequences in a fixed order: micro-batch n of a step is the same for every number of ranks.
+
+    A sequence starts at a BOS and is filled with whole documents, each cut at the stage's limit, the last one
+    where the sequence is full; the next starts with the next document. The position is (file, document).
+    """
+
     def __init__(self, cfg: Config):
-        self.cfg, self.files = cfg, find_shards(cfg, "train") * cfg.epochs
+        self.cfg = cfg
+        self.files = find_shards(cfg, "train") * cfg.epochs
         self.open(0)
 
-    def open(self, file: int) -> None:
-        need(file < len(self.files), f"--num_steps {self.cfg.num_steps}: too few tokens in the {len(self.files)} training "
-                                     f"shards of --data_dir {self.cfg.data_dir}; get more, train less, or raise --epochs")
-        self.tokens = read_shard(self.files[file], self.cfg.vocab_size, self.cfg.bos_id)
-        self.starts = np.flatnonzero(self.tokens == self.cfg.bos_id)
+    def open(self, file: int, document: int = 0) -> None:
+        """Goes to a document of a file."""
+        cfg = self.cfg
+        shards = f"the {len(self.files)} training shards of --data_dir {cfg.data_dir}"
+        advice = "get more, train less, or raise --epochs"
+        need(file < len(self.files), f"--num_steps {cfg.num_steps}: too few tokens in {shards}; {advice}")
+        self.tokens = read_shard(self.files[file], cfg.vocab_size, cfg.bos_id)
+        self.starts = np.flatnonzero(self.tokens == cfg.bos_id)
         self.sizes = np.diff(self.starts, append=len(self.tokens))
-        self.file, self.document, self.limit = file, 0, 0
+        self.file, self.document = file, document
+        self.max_doc_len, self.ends = 0, self.starts  # where documents end that are cut at max_doc_len
 
-    def pieces(self, count: int, max_doc_len: int) -> list[np.ndarray]:
-        """The next sequence of count tokens, still as views of the shards."""
-        found = []
+    def next_sequence(self, count: int, max_doc_len: int) -> list[np.ndarray]:
+        """The next sequence of count tokens, as views of the shards."""
+        pieces = []
         while count > 0:
             if self.document == len(self.starts):
                 self.open(self.file + 1)
-            if self.limit != max_doc_len:
-                self.limit, self.ends = max_doc_len, np.minimum(self.sizes, max_doc_len).cumsum()
+            if self.max_doc_len != max_doc_len:
+                self.max_doc_len, self.ends = max_doc_len, np.minimum(self.sizes, max_doc_len).cumsum()
             done = self.ends[self.document - 1] if self.document else 0
-            stop = min(int(np.searchsorted(self.ends, done + count)) + 1, len(self.starts))
+            last = int(np.searchsorted(self.ends, done + count))
+            stop = min(last + 1, len(self.starts))
             for document in range(self.document, stop):
-                size = min(self.sizes[document], max_doc_len, count)
-                found.append(self.tokens[self.starts[document]:self.starts[document] + size])
+                start, size = self.starts[document], min(self.sizes[document], max_doc_len, count)
+                pieces.append(self.tokens[start : start + size])
                 count -= size
             self.document = stop
-        return found
+        return pieces
 
-    def step(self, stage: Stage, rank: int = 0, ranks: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+    def load_batches(
+        self, stage: Stage, rank: int = 0, world_size: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's micro-batches of one step: (tokens, targets), each (T,) int64."""
         size = stage.batch_tokens // self.cfg.micro_batches
         for n in range(self.cfg.micro_batches):
-            pieces = self.pieces(size + 1, stage.max_doc_len)
-            if n % ranks == rank:
+            pieces = self.next_sequence(size + 1, stage.max_doc_len)
+            if n % world_size == rank:
                 yield split_targets(np.concatenate(pieces))
 
     def check_enough(self, schedule: "Schedule") -> None:
-        """UserError now, not hours later, if the run would outlast the data; reads only where documents begin."""
+        """UserError now, not hours later, if the run would outlast the data. Reads where documents begin."""
         walker = Loader(self.cfg)
-        for stage in map(schedule.stage, range(self.cfg.num_steps)):
+        for step in range(self.cfg.num_steps):
+            stage = schedule.stage(step)
             for _ in range(self.cfg.micro_batches):
-                walker.pieces(stage.batch_tokens // self.cfg.micro_batches + 1, stage.max_doc_len)
+                walker.next_sequence(stage.batch_tokens // self.cfg.micro_batches + 1, stage.max_doc_len)
+
 
 def split_targets(tokens: np.ndarray) -> tuple[Tensor, Tensor]:
+    """tokens (T + 1,) -> tokens (T,), and the token after each (T,)."""
     both = torch.from_numpy(tokens.astype(np.int64))
     return both[:-1], both[1:]
 
+
 class Validation:
     """The first val_tokens targets of the validation stream as it is, in sequences of val_seq_len."""
+
     def __init__(self, cfg: Config):
-        found = [read_shard(path, cfg.vocab_size, cfg.bos_id) for path in find_shards(cfg, "val")]
-        total = sum(map(len, found))
-        need(total > cfg.val_tokens, f"--val_tokens {cfg.val_tokens}: --data_dir {cfg.data_dir} has {total}, needs one more")
-        self.tokens, self.size = np.concatenate(found)[:cfg.val_tokens + 1], cfg.val_seq_len
-        self.count = cfg.val_tokens // cfg.val_seq_len
-        lengths = token_bytes(find_data(cfg) / "vocab.tiktoken", cfg.vocab_size, cfg.bos_id)
-        self.bytes = int(lengths[self.tokens[1:]].sum()) if lengths is not None else None
+        shards = [read_shard(path, cfg.vocab_size, cfg.bos_id) for path in find_shards(cfg, "val")]
+        total = sum(map(len, shards))
+        enough = total > cfg.val_tokens
+        need(enough, f"--val_tokens {cfg.val_tokens}: --data_dir {cfg.data_dir} has {total}, needs one more")
+        self.tokens = np.concatenate(shards)[: cfg.val_tokens + 1]
+        self.seq_len, self.count = cfg.val_seq_len, cfg.val_tokens // cfg.val_seq_len
+        bytes_of_token = read_token_bytes(find_data(cfg), cfg)
+        self.bytes = None if bytes_of_token is None else int(bytes_of_token[self.tokens[1:]].sum())
 
     def sequence(self, n: int) -> tuple[Tensor, Tensor]:
-        return split_targets(self.tokens[n * self.size:(n + 1) * self.size + 1])
+        return split_targets(self.tokens[n * self.seq_len : (n + 1) * self.seq_len + 1])
 
     def bits_per_byte(self, loss: float) -> float | None:
         """loss in nats a token, the BOS targets included, over the bytes of the text (a BOS has none)."""
         return loss * (len(self.tokens) - 1) / (math.log(2) * self.bytes) if self.bytes else None
 
-def token_bytes(path: Path, vocab_size: int, bos_id: int) -> np.ndarray | None:
-    """Bytes that each token stands for, (vocab_size,), from tiktoken's `base64 rank` lines; None without the file."""
-    lengths = np.full(vocab_size, -1)
-    lengths[bos_id] = 0                                         # a BOS stands for no text
-    try:
-        for word, rank in map(bytes.split, path.read_bytes().splitlines() if path.exists() else ()):
-            assert int(rank) >= 0 > lengths[int(rank)]
-            lengths[int(rank)] = len(base64.b64decode(word, validate=True))
-        assert lengths.min() >= 0 or not path.exists()
-    except (ValueError, IndexError, AssertionError):
-        raise UserError(f"{path}: not one `base64 rank` line a token below {vocab_size}; make the data again") from None
-    return lengths if path.exists() else None
 
-# ===== 5. Schedule: pure functions of the step, so that they can be printed and tested. =============================
+def read_token_bytes(folder: Path, cfg: Config) -> np.ndarray | None:
+    """Bytes of text that each token stands for (vocab_size,), as data/ writes it beside shards; None
+    without.
+    """
+    path = folder / "token_bytes.npy"
+    if not path.exists():
+        return None
+    try:
+        counts = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        kind = type(error).__name__
+        raise UserError(f"{path}: not an array of NumPy ({kind}); make the data again") from None
+    fits = counts.shape == (cfg.vocab_size,) and counts.dtype == np.uint16
+    need(fits, f"{path}: {counts.dtype} {counts.shape}, not uint16 ({cfg.vocab_size},); make the data again")
+    return counts.astype(np.int64)
+
+
+# ===== 5. Schedule: pure functions of the step, so that they can be printed and tested. =====
+
+
 class Schedule:
+    """What changes over the run, by step, from 0."""
+
     def __init__(self, cfg: Config):
         self.cfg = cfg
-        self.ends = [*(round(stage.until * cfg.scheduled_steps) for stage in cfg.stages[:-1]), cfg.num_steps]
+        self.ends = [round(stage.until * cfg.scheduled_steps) for stage in cfg.stages[:-1]]
+        self.ends.append(cfg.num_steps)  # the first step after each stage
 
     def stage_index(self, step: int) -> int:
-        return next((i for i, end in enumerate(self.ends) if step < end), len(self.ends) - 1)
+        for i, end in enumerate(self.ends):
+            if step < end:
+                return i
+        return len(self.ends) - 1
+
     def stage(self, step: int) -> Stage:
         return self.cfg.stages[self.stage_index(step)]
 
@@ -1053,12 +1583,13 @@ class Schedule:
         return (short, self.cfg.final_long_window) if step >= self.cfg.num_steps else (short, long)
 
     def lr_mul(self, step: int) -> float:
-        """The stage's multiplier, then a line down to final_lr, and final_lr in the extension; no cooldown: no line."""
-        cfg, flat_steps = self.cfg, int(self.cfg.scheduled_steps * (1 - self.cfg.cooldown_share))
-        if step < flat_steps or not cfg.cooldown_share:
-            return self.stage(step).lr_mul
+        """The stage's multiplier, then a line down to final_lr, then final_lr; without a cooldown no line."""
+        cfg, lr_mul = self.cfg, self.stage(step).lr_mul
+        flat_steps = int(cfg.scheduled_steps * (1 - cfg.cooldown_share))
+        if step < flat_steps or cfg.cooldown_share == 0:
+            return lr_mul
         done = min(1.0, (step - flat_steps) / (cfg.scheduled_steps - flat_steps))
-        return (1 - done) * self.stage(step).lr_mul + done * cfg.final_lr
+        return (1 - done) * lr_mul + done * cfg.final_lr
 
     def momentum(self, step: int) -> float:
         """Muon's: up over the first steps, down over the last."""
@@ -1069,237 +1600,734 @@ class Schedule:
 
     def predict(self, step: int) -> tuple[float, ...]:
         """Weights of the losses on the next tokens; each moves on a line through its stage."""
-        i = self.stage_index(step)
+        cfg, i = self.cfg, self.stage_index(step)
         begin = self.ends[i - 1] if i else 0
         done = (step - begin) / max(self.ends[i] - begin, 1)
-        weights = [a + done * (b - a) for a, b in self.cfg.stages[i].predict[:self.cfg.max_predict]]
-        most = min(self.cfg.max_predict, max(len(stage.predict) for stage in self.cfg.stages))
-        return (*weights, *[0.0] * (most - len(weights)))       # always as many: one compiled graph for all stages
+        weights = [start + done * (end - start) for start, end in cfg.stages[i].predict[: cfg.max_predict]]
+        most = min(cfg.max_predict, max(len(stage.predict) for stage in cfg.stages))
+        return (*weights, *[0.0] * (most - len(weights)))  # always as many: one compiled graph for all stages
 
     @property
     def untie_step(self) -> int:
         """The step of Adam's after whose update embedding and head part; num_steps or more: never."""
-        step = math.ceil(self.cfg.untie_share * self.cfg.scheduled_steps)
-        return step - (step + 1) % -self.cfg.adam_every if self.cfg.untie_share < 1 else self.cfg.num_steps
+        cfg = self.cfg
+        if cfg.untie_share >= 1:
+            return cfg.num_steps  # never
+        step = math.ceil(cfg.untie_share * cfg.scheduled_steps)
+        pending = (step + 1) % cfg.adam_every  # gradients that wait for Adam's next step
+        return step if pending == 0 else step + cfg.adam_every - pending
 
-# ===== 6. Operators: plain PyTorch, which runs on CPUs, then what a GPU runs. tests/reference.py is what both compute. =
-QUERY_BLOCK = 128
 
-def attention(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, reach: int, scale: Tensor | float) -> Tensor:
-    """q, k, v (T, H, d); query i sees keys lo[i] .. i, lo (T,) holds document starts and window -> (T, H, d).
-    By blocks of queries and the keys they reach, reach >= i - lo[i] + 1: cost is T x reach."""
-    T, H, d = q.shape
-    back = -(-(min(reach, T) - 1) // QUERY_BLOCK) * QUERY_BLOCK                     # keys before a block's own
-    blocks = -(-T // QUERY_BLOCK)
-    q, k, v = (F.pad(t, (0, 0, 0, 0, 0, blocks * QUERY_BLOCK - T)) for t in (q, k, v))
-    count = partial(torch.arange, dtype=torch.int32, device=q.device)
-    query = count(blocks * QUERY_BLOCK).view(blocks, 1, QUERY_BLOCK, 1)
-    key = query[:, :, :1] - back + count(back + QUERY_BLOCK)
-    lo = F.pad(lo.to(torch.int32), (0, blocks * QUERY_BLOCK - T)).view(blocks, 1, QUERY_BLOCK, 1)
-    q = (q * scale).to(v.dtype).view(blocks, QUERY_BLOCK, H, d).transpose(1, 2)     # (blocks, H, QUERY_BLOCK, d)
-    k, v = (bands(t, back) for t in (k, v))                                         # (blocks, H, back + QUERY_BLOCK, d)
-    return BlockAttention.apply(q, k, v, (key < lo) | (key > query)).transpose(1, 2).reshape(-1, H, d)[:T]
+# ===== 6. Trainer: the loop. What it calls, and what keeps it safe, is in the appendices. =====
 
-class BlockAttention(torch.autograd.Function):
-    """The softmax is kept in the dtype of v: on a CPU that costs less than to compute it again."""
-    @staticmethod
-    def forward(ctx, q, k, v, hidden):
-        share = (q @ k.mT).float().masked_fill(hidden, float("-inf")).softmax(dim=-1).to(v.dtype)
-        ctx.save_for_backward(q, k, v, share)
-        return share @ v
+# Gradients are of the loss summed over an eighth of a step's tokens, whatever its micro-batches: the record
+# averages eight such sums, and its Adam's eps is ours.
+LOSS_SHARES = 8
 
-    @staticmethod
-    def backward(ctx, dy):
-        q, k, v, share = ctx.saved_tensors
-        d_share = (dy @ v.mT).float()
-        d_scores = (share * (d_share - (d_share * share).sum(dim=-1, keepdim=True))).to(v.dtype)
-        return d_scores @ k, d_scores.mT @ q, share.mT @ dy, None
 
-def bands(x: Tensor, back: int) -> Tensor:
-    """x (T, H, d) -> for each block of queries the rows from `back` before it to its end; slices: cheap gradients."""
-    before = F.pad(x, (0, 0, 0, 0, back, 0))
-    shifted = [before[start:start + len(x)].unflatten(0, (-1, QUERY_BLOCK)) for start in range(0, back + 1, QUERY_BLOCK)]
-    return torch.cat(shifted, dim=1).transpose(1, 2)
+class Trainer:
+    """One run, from its configuration to its last validation.
 
-# Rows of queries, of keys, warps, stages, from a compute capability on; Hopper's are those of PyTorch's flex_attention.
+    What a user can get wrong is found before the log exists.
+    """
+
+    def __init__(self, cfg: Config, overrides: dict):
+        self.cfg, self.schedule = cfg, Schedule(cfg)
+        self.machine = Gpu(cfg) if cfg.device == "cuda" else Cpu(cfg)
+        self.env = DistEnv.join(cfg, self.machine.device)
+        self.loader, self.validation = Loader(cfg), Validation(cfg)
+        if self.env.rank == 0:
+            self.loader.check_enough(self.schedule)
+        saved = find_checkpoint(cfg, self.env) if cfg.resume else None
+        self.log = Log(cfg, self.env, saved)
+        self.clock = Clock(self.machine)
+        ceiling = self.machine.matrix_ceiling() * self.env.world_size  # measured before compilers start
+        kernels = self.machine.choose_kernels(self.env)
+        self.model = GPT(cfg, self.machine.dtype, kernels).to(self.env.device)
+        if cfg.spectral and not saved:  # training time
+            self.clock.start()
+            start_from_counts(cfg, self.model, self.loader.tokens, self.env)
+            self.clock.stop()
+        self.optimizer = Optimizer(cfg, self.model, self.env)
+        facts = run_facts(self.machine, self.env, self.model, ceiling)
+        self.log.header(cfg, overrides, facts)
+        self.progress = Progress(cfg, self.log, self.clock, self.model, ceiling, self.machine.step_lag)
+        self.checkpoints = Checkpoints(cfg, self.log, facts)
+        self.signals = StopSignals(cfg)
+        self.graphs = self.machine.new_graphs(self.log)
+        # What every step of a kind reads and writes in the same memory, so that a graph can be captured.
+        num_weights = len(self.schedule.predict(0))
+        self.step_scalars = torch.zeros(
+            num_weights + 1, device=self.env.device
+        )  # loss weights, whether to stop
+        self.result = torch.zeros(2, device=self.env.device)  # the step's loss; how many ranks want to stop
+        self.steps_done = self.tokens_seen = self.flops = 0
+        self.position = (0, 0)  # of the loader, after the last step
+        if saved:
+            self.restore(saved)
+        elif cfg.resume:
+            self.log.write(f"resume: no checkpoint in {cfg.log_dir}, starting at step 0")
+        self.saved_step = self.steps_done if saved else None
+        self.began_at = self.steps_done
+        self.batches = Prefetcher(self.loader, self.schedule, self.env, self.optimizer.sparse_grad)
+
+    def fit(self) -> float:
+        """Trains and validates -> the last validation loss, nats a token."""
+        cfg = self.cfg
+        long_window = int(self.model.long_window)
+        self.clock.start()
+        for step in range(self.steps_done, cfg.num_steps):
+            window = self.schedule.windows(step)[1]
+            if window != long_window:
+                self.model.set_long_window(window)
+                long_window = window
+            if cfg.val_every and step % cfg.val_every == 0:
+                self.validate(step)
+            result = self.train_step(step)  # moves the counters that are read below
+            on_host = self.machine.copy_to_host(result)
+            self.progress.add(self.steps_done, on_host, self.tokens_seen, self.flops)
+            self.progress.report(self.machine.step_lag)
+            if self.optimizer.adam_turn(step):  # no gradient waits for its other parts
+                self.save_or_stop()
+        if cfg.save_every and self.saved_step != cfg.num_steps:
+            self.save()
+        return self.validate(cfg.num_steps)
+
+    def train_step(self, step: int) -> Tensor:
+        """One step, always the preset's number of micro-batches over all ranks.
+
+        -> (2,): its loss, multi-token terms included, and how many ranks were asked to stop: all must agree.
+        """
+        batch, sparse_grad = self.batches.get(step), self.optimizer.sparse_grad
+        if sparse_grad is not None:
+            sparse_grad.exchange_indices(batch.bigram_rows, last=self.optimizer.adam_turn(step))
+        asked_to_stop = float(self.signals.name is not None)
+        copy_to_device(torch.tensor([*self.schedule.predict(step), asked_to_stop]), self.step_scalars)
+        sequences, windows = self.machine.copy_batches(batch.sequences), self.schedule.windows(step)
+        kind = (len(sequences[0][0]), windows)
+        self.graphs.run(kind, lambda: self.accumulate_gradients(sequences, windows))
+        self.optimizer.step(
+            step,
+            self.schedule.lr_mul(step),
+            self.schedule.momentum(step),
+            untie=step == self.schedule.untie_step,
+            run_update=self.run_update,
+        )
+        self.position = batch.position
+        self.steps_done = step + 1
+        self.tokens_seen += self.schedule.stage(step).batch_tokens
+        self.flops += batch.flops * self.env.world_size
+        wait = self.env.all_reduce(self.result.clone())
+        return wait()
+
+    def accumulate_gradients(self, sequences: list[tuple[Tensor, Tensor]], windows: tuple[int, int]) -> None:
+        """Forward and backward of these micro-batches: gradients add up; loss and wish to stop go to
+        self.result.
+        """
+        loss_weights = self.step_scalars[:-1]
+        self.result.copy_(F.pad(self.step_scalars[-1:], (1, 0)))
+        for tokens, targets in sequences:
+            loss = self.model(tokens, targets, loss_weights, windows)
+            summed = len(tokens) / LOSS_SHARES * loss
+            summed.backward()
+            self.result[0] += loss.detach() / self.cfg.micro_batches
+
+    def run_update(self, adam_turn: bool) -> None:
+        self.graphs.run((adam_turn, self.optimizer.tied), lambda: self.optimizer.update(adam_turn))
+
+    def validate(self, step: int) -> float:
+        """Plain cross-entropy, nats a token, over the whole validation stream; the clock stands still."""
+        last = step == self.cfg.num_steps
+        self.progress.report(lag=0)
+        self.clock.stop()
+        windows = self.schedule.val_windows(step)
+        total = torch.zeros((), dtype=torch.float64, device=self.env.device)
+        for n in range(self.env.rank, self.validation.count, self.env.world_size):
+            total += self.evaluate(*self.validation.sequence(n), windows)
+        wait = self.env.all_reduce(total)
+        loss = self.progress.require_finite(float(wait()) / self.validation.count, "validation", step)
+        self.progress.remember_norms()
+        if last:
+            self.progress.write_summary(self.tokens_seen, self.flops, self.machine.peak_memory())
+        bits = self.validation.bits_per_byte(loss)
+        bits_per_byte = f" val_bpb:{bits:.4f}" if bits is not None else ""
+        self.progress.write_event(step, f"val_loss:{loss:.4f} ", f"{bits_per_byte} tokens:{self.tokens_seen}")
+        if not last:
+            self.clock.start()
+        return loss
+
+    @torch.no_grad()
+    def evaluate(self, tokens: Tensor, targets: Tensor, windows: tuple[int, int]) -> Tensor:
+        """One sequence's loss."""
+        device = self.env.device
+        plain_loss = torch.ones(1, device=device)
+        with self.machine.validating():
+            return self.model(tokens.to(device), targets.to(device), plain_loss, windows, learn=False)
+
+    def save_or_stop(self) -> None:
+        """After a step of Adam's: a checkpoint when one is due, the end when somebody asked for it."""
+        cfg, stop = self.cfg, self.progress.stop_requested
+        due = cfg.save_every and self.steps_done % cfg.save_every < cfg.adam_every
+        if stop or due:
+            self.save()
+        if stop:
+            raise Stopped(self.signals.name or "a signal to another process")
+
+    def save(self) -> None:
+        """Everything a resumed run needs, whatever the number of ranks. All ranks call it; the clock
+        stands.
+        """
+        self.progress.report(lag=0)  # first: a loss that is not finite ends the run here
+        self.clock.stop()
+        keep = "cpu" if self.env.rank == 0 else "meta"  # only one process keeps what they all gather
+        optimizer: dict[str, dict[str, Tensor]] = {}
+        for name, state in self.optimizer.state.items():
+            optimizer[name] = {key: self.optimizer.whole_state(name, key).to(keep) for key in state}
+        if self.env.rank == 0:
+            self.checkpoints.write(
+                step=self.steps_done,
+                model=self.model.state_dict(),
+                optimizer=optimizer,
+                tied=self.optimizer.tied,
+                loader=self.position,
+                clock=self.clock.total,
+                tokens_seen=self.tokens_seen,
+                flops=self.flops,
+                average=self.progress.average,
+                rng=torch.get_rng_state(),
+            )
+        self.saved_step = self.steps_done
+        self.clock.start()
+
+    def restore(self, saved: dict) -> None:
+        """The reverse, of what check_checkpoint let through."""
+        check_weights(saved, self.model, self.optimizer)
+        self.model.load_state_dict(saved["model"])
+        self.model.update_rotary()
+        for name, state in saved["optimizer"].items():
+            for key, whole in state.items():
+                self.optimizer.load_state(name, key, whole.to(self.env.device))
+        self.optimizer.tied, self.clock.total = saved["tied"], saved["clock"]
+        self.steps_done, self.tokens_seen, self.flops = saved["step"], saved["tokens_seen"], saved["flops"]
+        self.progress.average = saved["average"]
+        self.progress.remember_norms()
+        self.position = saved["loader"]
+        self.loader.open(*self.position)
+        torch.set_rng_state(saved["rng"])
+        self.log.write(f"resumed: from step {self.steps_done} with {self.env.world_size} process(es)")
+        self.checkpoints.write_changes(saved)
+
+    def leave(self, error: BaseException) -> BaseException:
+        """Writes into the log why the run ends early -> what to raise."""
+        self.signals.leaving = True  # from here on a signal is only noted
+        if isinstance(error, RuntimeError) and self.env.world_size > 1:
+            time.sleep(2)  # torchrun must see first who died, and name it
+            if self.signals.name:  # it did; or all were told to stop, and others left first
+                error = Stopped(self.signals.name)
+        milliseconds = 1e3 * self.clock.seconds()
+        done = f"{self.steps_done} of {self.cfg.num_steps} steps done, train_time:{milliseconds:.0f}ms"
+        if isinstance(error, Stopped):
+            self.log.write(f"interrupted: {done} ({error})")
+            if self.steps_done == 0:
+                self.log.remove()
+        else:
+            self.log.write(f"failed: {error}", echo=False)
+        return error
+
+    def close(self, failed: bool) -> None:
+        self.signals.leaving = True
+        self.graphs.clear()  # NCCL's end waits for graphs that hold collectives
+        self.batches.close()
+        self.env.close(failed)
+
+
+def train(cfg: Config, overrides: dict) -> float:
+    """One whole run; returns its final validation loss."""
+    trainer = Trainer(cfg, overrides)
+    try:
+        trainer.signals.install(may_save=lambda: trainer.steps_done > trainer.began_at)
+        if cfg.warmup:
+            warm_up(trainer)
+        return trainer.fit()
+    except (Stopped, RunFailed, RuntimeError) as error:
+        reason = trainer.leave(error)
+        if reason is error:
+            raise
+        raise reason from error
+    finally:
+        trainer.close(failed=sys.exc_info()[0] is not None)
+
+
+def main() -> int:
+    """-> the exit code: 1 for a run that failed, or a bug; 2 for what a user can put right; 128 + n for
+    signal n.
+    """
+    open_standard_streams()
+    try:
+        cfg, overrides = parse_config(sys.argv[1:])
+        train(cfg, overrides)
+    except UserError as error:
+        return complain(f"error: {error}", 2)
+    except RunFailed as error:
+        return complain(f"failed: {error}", 1)
+    except KeyboardInterrupt as error:
+        return 143 if str(error) == "SIGTERM" else 130
+    except Exception as error:
+        return complain(describe_bug(error), 1)
+    return 0
+
+
+# ===== A. Operators: what each one computes, in plain PyTorch, then what runs in its place. =====
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Which version of each operator runs: chosen once, by the machine, for model and optimizer."""
+
+    attention: Callable
+    mlp: Callable
+    head_chunk: Callable
+    symmetric_product: Callable
+    transpose_: Callable
+    normuon_: Callable
+    adam_: Callable
+    new_mantissa: Callable[[Tensor], Tensor]  # a bfloat16 parameter -> what is kept beside it (fp32_weight)
+    compile: Callable = lambda f: f  # wraps each piece of the model
+    static_grads: bool = False  # gradients keep their memory, since graphs write there
+    lazy_bigrams: bool = False  # only touched rows of the bigram table move, see lazy_adam_
+    sparse_bigram_grad: bool = False  # and its gradient holds nothing but them
+    note: str = "all plain"  # the log's line on what runs
+
+
+def plain_kernels(**changes: Any) -> Kernels:
+    """Plain PyTorch, in the forms that serve a CPU well."""
+    plain = Kernels(
+        attention=banded_attention,
+        mlp=mlp,
+        head_chunk=head_chunk,
+        symmetric_product=symmetric_product,
+        transpose_=transpose_,
+        normuon_=normuon_,
+        adam_=adam_,
+        new_mantissa=lambda p: torch.zeros_like(p, dtype=torch.int16),
+    )
+    return replace(plain, **changes)
+
+
+# ----- Attention -----
+
+
+def reference_attention(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, scale: Tensor | float) -> Tensor:
+    """q, k, v (T, H, d); query i sees keys first_key[i] .. i -> (T, H, d). All versions are held against
+    this.
+    """
+    key = torch.arange(len(k), device=k.device)
+    visible = (key >= first_key[:, None]) & (key <= key[:, None])  # (T, T)
+    scores = torch.einsum("qhd,khd->hqk", q * scale, k).float()
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
+    return torch.einsum("hqk,khd->qhd", weights.to(v.dtype), v)
+
+
+# BLOCK_M queries, BLOCK_N keys, warps, stages, from a compute capability on; Hopper's are flex_attention's.
 ATTENTION_FORWARD = {80: (128, 64, 8, 2), 90: (128, 64, 8, 3), 120: (128, 64, 8, 2)}
 ATTENTION_DQ = {80: (64, 64, 4, 2), 90: (128, 64, 8, 3), 120: (64, 64, 4, 2)}
 ATTENTION_DKV = {80: (64, 64, 8, 2), 90: (64, 128, 8, 3), 120: (64, 64, 8, 2)}
 
+
 @torch.compiler.assume_constant_result
-def target() -> int:
-    """The compute capability that kernels are compiled for, 90 on an H100; Triton's interpreter passes for one."""
+def compute_capability() -> int:
+    """What kernels are compiled for, 90 on an H100; Triton's interpreter passes for one."""
     return 90 if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().arch
 
-def fitting(table: dict[int, tuple]) -> tuple:
-    return table[max(capability for capability in table if capability <= target())]
 
-def blocks_of(x: Tensor, *shape: int) -> TensorDescriptor | tuple:
-    """x for a kernel that moves blocks of this shape, by TMA from 90 on. Outside of x it reads 0 and writes nothing."""
-    if x.stride(-1) != 1 or x.data_ptr() % 16 or any(stride == 0 or stride * x.itemsize % 16 for stride in x.stride()[:-1]):
+def config_for_arch(table: dict[int, tuple]) -> tuple:
+    return table[max(capability for capability in table if capability <= compute_capability())]
+
+
+def make_descriptor(x: Tensor, *block: int) -> "TensorDescriptor | tuple":
+    """x for a kernel that moves blocks of this shape, by TMA from 90 on. Outside it reads 0 and writes
+    nothing.
+    """
+    strides = x.stride()[:-1]
+    aligned = all(stride > 0 and stride * x.itemsize % 16 == 0 for stride in strides)
+    if x.stride(-1) != 1 or x.data_ptr() % 16 or not aligned:
         x = x.contiguous()
-    return TensorDescriptor.from_tensor(x, list(shape)) if target() >= 90 else (x, tuple(x.shape), x.stride())
+    if compute_capability() >= 90:
+        return TensorDescriptor.from_tensor(x, list(block))
+    return x, tuple(x.shape), x.stride()
+
 
 @triton.jit
-def opened(x, SHAPE: tl.constexpr):
-    """What blocks_of gave, to load from and store to. Below 90 the compiler makes plain pointers of it."""
-    return x if isinstance(x, tl.tensor_descriptor) else tl.make_tensor_descriptor(x[0], x[1], x[2], SHAPE)
+def as_descriptor(x, BLOCK: tl.constexpr):
+    """What make_descriptor gave, to load from and store to; below 90 the compiler makes plain pointers
+    of it.
+    """
+    return x if isinstance(x, tl.tensor_descriptor) else tl.make_tensor_descriptor(x[0], x[1], x[2], BLOCK)
+
 
 @triton.jit
-def attention_forward_kernel(q, k, v, o, lse, lo, scale, T, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr):
-    """A block of queries of one head over the key blocks that it sees; softmax in base 2, rescaled as its maximum grows."""
-    m, h = tl.program_id(0) * BM, tl.program_id(1)
-    q, o, k, v = opened(q, [BM, D]), opened(o, [BM, D]), opened(k, [BN, D]), opened(v, [BN, D])
-    rows, end = m + tl.arange(0, BM), tl.minimum(m + BM, T)
-    row_lo, columns = tl.load(lo + rows, mask=rows < T, other=T)[:, None], tl.arange(0, BN)
-    first, last = tl.load(lo + m), tl.load(lo + end - 1)
-    factor = tl.load(scale) * 1.4426950408889634                                    # exp(x) = exp2(x log2(e))
-    queries = q.load([m, h * D])
-    top = tl.full([BM], -1e30, tl.float32)                                          # finite: a row may see no key of a block
-    total, acc = tl.zeros([BM], tl.float32), tl.zeros([BM, D], tl.float32)
-    for n in range(first // BN * BN, end, BN):
-        s = tl.dot(queries, k.load([n, h * D]).T)
-        if (n < last) | (n + BN > m + 1):                                           # the interval cuts this block
-            s = tl.where((n + columns >= row_lo) & (n + columns <= rows[:, None]), s, float("-inf"))
-        new = tl.maximum(top, tl.max(s, 1) * factor)
-        p = tl.math.exp2(s * factor - new[:, None])
-        shrink = tl.math.exp2(top - new)
-        total, top = total * shrink + tl.sum(p, 1), new
-        acc = tl.dot(p.to(queries.dtype), v.load([n, h * D]), acc * shrink[:, None])
-    o.store([m, h * D], (acc / total[:, None]).to(o.dtype))
-    tl.store(lse + h * T + rows, top + tl.math.log2(total), mask=rows < T)
+def attention_forward_kernel(
+    q, k, v, o, lse, first_key, scale, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr
+):
+    """A block of queries of one head over the key blocks that it sees; softmax in base 2, rescaled as m_i
+    grows.
+    """
+    start_m = tl.program_id(0) * BLOCK_M
+    h = tl.program_id(1)
+    q = as_descriptor(q, [BLOCK_M, D])
+    o = as_descriptor(o, [BLOCK_M, D])
+    k = as_descriptor(k, [BLOCK_N, D])
+    v = as_descriptor(v, [BLOCK_N, D])
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    end = tl.minimum(start_m + BLOCK_M, T)
+    row_first = tl.load(first_key + offs_m, mask=offs_m < T, other=T)[:, None]
+    first = tl.load(first_key + start_m)
+    last = tl.load(first_key + end - 1)
+    qk_scale = tl.load(scale) * 1.4426950408889634  # exp(x) = exp2(x log2(e))
+    q_block = q.load([start_m, h * D])
+    m_i = tl.full([BLOCK_M], -1e30, tl.float32)  # finite: a row may see no key of a block
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, D], tl.float32)
+    for start_n in range(first // BLOCK_N * BLOCK_N, end, BLOCK_N):
+        qk = tl.dot(q_block, k.load([start_n, h * D]).T)
+        if (start_n < last) | (start_n + BLOCK_N > start_m + 1):  # the interval cuts this block
+            key = start_n + offs_n
+            qk = tl.where((key >= row_first) & (key <= offs_m[:, None]), qk, float("-inf"))
+        m_ij = tl.maximum(m_i, tl.max(qk, 1) * qk_scale)
+        p = tl.math.exp2(qk * qk_scale - m_ij[:, None])
+        alpha = tl.math.exp2(m_i - m_ij)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        m_i = m_ij
+        acc = tl.dot(p.to(q_block.dtype), v.load([start_n, h * D]), acc * alpha[:, None])
+    o.store([start_m, h * D], (acc / l_i[:, None]).to(o.dtype))
+    tl.store(lse + h * T + offs_m, m_i + tl.math.log2(l_i), mask=offs_m < T)
+
 
 @triton.jit
-def attention_dq_kernel(q, k, v, o, do, dq, lse, delta, lo, scale, T, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr):
-    """dq of a block of queries; and delta = sum(do * o) over each row, which attention_dkv_kernel needs too."""
-    m, h = tl.program_id(0) * BM, tl.program_id(1)
-    q, o, k, v = opened(q, [BM, D]), opened(o, [BM, D]), opened(k, [BN, D]), opened(v, [BN, D])
-    do, dq = opened(do, [BM, D]), opened(dq, [BM, D])
-    rows, end = m + tl.arange(0, BM), tl.minimum(m + BM, T)
-    row_lo, columns = tl.load(lo + rows, mask=rows < T, other=T)[:, None], tl.arange(0, BN)
-    first, last = tl.load(lo + m), tl.load(lo + end - 1)
-    factor = tl.load(scale) * 1.4426950408889634
-    queries, row_do = q.load([m, h * D]), do.load([m, h * D])
-    row_delta = tl.sum(row_do.to(tl.float32) * o.load([m, h * D]).to(tl.float32), 1)
-    tl.store(delta + h * T + rows, row_delta, mask=rows < T)
-    row_lse, acc = tl.load(lse + h * T + rows, mask=rows < T, other=0), tl.zeros([BM, D], tl.float32)
-    for n in range(first // BN * BN, end, BN):
-        block = k.load([n, h * D])
-        p = tl.math.exp2(tl.dot(queries, block.T) * factor - row_lse[:, None])
-        if (n < last) | (n + BN > m + 1):
-            p = tl.where((n + columns >= row_lo) & (n + columns <= rows[:, None]), p, 0)
-        ds = p * (tl.dot(row_do, v.load([n, h * D]).T) - row_delta[:, None])
-        acc = tl.dot(ds.to(block.dtype), block, acc)
-    dq.store([m, h * D], (acc * tl.load(scale)).to(dq.dtype))
+def attention_dq_kernel(
+    q,
+    k,
+    v,
+    o,
+    do,
+    dq,
+    lse,
+    delta,
+    first_key,
+    scale,
+    T,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    D: tl.constexpr,
+):
+    """dq of a block of queries, and delta = sum(do * o) over each row, which attention_dkv_kernel
+    needs too.
+    """
+    start_m = tl.program_id(0) * BLOCK_M
+    h = tl.program_id(1)
+    q = as_descriptor(q, [BLOCK_M, D])
+    o = as_descriptor(o, [BLOCK_M, D])
+    k = as_descriptor(k, [BLOCK_N, D])
+    v = as_descriptor(v, [BLOCK_N, D])
+    do = as_descriptor(do, [BLOCK_M, D])
+    dq = as_descriptor(dq, [BLOCK_M, D])
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    end = tl.minimum(start_m + BLOCK_M, T)
+    row_first = tl.load(first_key + offs_m, mask=offs_m < T, other=T)[:, None]
+    first = tl.load(first_key + start_m)
+    last = tl.load(first_key + end - 1)
+    qk_scale = tl.load(scale) * 1.4426950408889634
+    q_block = q.load([start_m, h * D])
+    do_block = do.load([start_m, h * D])
+    o_block = o.load([start_m, h * D])
+    delta_i = tl.sum(do_block.to(tl.float32) * o_block.to(tl.float32), 1)
+    tl.store(delta + h * T + offs_m, delta_i, mask=offs_m < T)
+    lse_i = tl.load(lse + h * T + offs_m, mask=offs_m < T, other=0)
+    acc = tl.zeros([BLOCK_M, D], tl.float32)
+    for start_n in range(first // BLOCK_N * BLOCK_N, end, BLOCK_N):
+        k_block = k.load([start_n, h * D])
+        p = tl.math.exp2(tl.dot(q_block, k_block.T) * qk_scale - lse_i[:, None])
+        if (start_n < last) | (start_n + BLOCK_N > start_m + 1):
+            key = start_n + offs_n
+            p = tl.where((key >= row_first) & (key <= offs_m[:, None]), p, 0)
+        ds = p * (tl.dot(do_block, v.load([start_n, h * D]).T) - delta_i[:, None])
+        acc = tl.dot(ds.to(k_block.dtype), k_block, acc)
+    dq.store([start_m, h * D], (acc * tl.load(scale)).to(dq.dtype))
+
 
 @triton.jit
-def attention_dkv_kernel(q, k, v, do, dk, dv, lse, delta, lo, end, scale, T, BM: tl.constexpr, BN: tl.constexpr,
-                         D: tl.constexpr):
-    """dk and dv of a block of keys, over the queries up to end[block] that see it; scores are transposed, a row a key."""
-    n, h = tl.program_id(0) * BN, tl.program_id(1)
-    q, do, k, v = opened(q, [BM, D]), opened(do, [BM, D]), opened(k, [BN, D]), opened(v, [BN, D])
-    dk, dv = opened(dk, [BN, D]), opened(dv, [BN, D])
-    keys, columns = n + tl.arange(0, BN), tl.arange(0, BM)
-    factor = tl.load(scale) * 1.4426950408889634
-    row_k, row_v = k.load([n, h * D]), v.load([n, h * D])
-    dk_acc, dv_acc = tl.zeros([BN, D], tl.float32), tl.zeros([BN, D], tl.float32)
-    for m in range(n, tl.load(end + tl.program_id(0)), BM):
-        queries, block = q.load([m, h * D]), do.load([m, h * D])
-        place, inside = h * T + m + columns, m + columns < T
-        p = tl.math.exp2(tl.dot(row_k, queries.T) * factor - tl.load(lse + place, mask=inside, other=0)[None, :])
-        if (n < tl.load(lo + tl.minimum(m + BM, T) - 1)) | (n + BN > m + 1):
-            column_lo = tl.load(lo + m + columns, mask=inside, other=T)
-            p = tl.where((keys[:, None] >= column_lo[None, :]) & (keys[:, None] <= (m + columns)[None, :]), p, 0)
-        dv_acc = tl.dot(p.to(block.dtype), block, dv_acc)
-        ds = p * (tl.dot(row_v, block.T) - tl.load(delta + place, mask=inside, other=0)[None, :])
-        dk_acc = tl.dot(ds.to(queries.dtype), queries, dk_acc)
-    dk.store([n, h * D], (dk_acc * tl.load(scale)).to(dk.dtype))
-    dv.store([n, h * D], dv_acc.to(dv.dtype))
+def attention_dkv_kernel(
+    q,
+    k,
+    v,
+    do,
+    dk,
+    dv,
+    lse,
+    delta,
+    first_key,
+    end_query,
+    scale,
+    T,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    D: tl.constexpr,
+):
+    """dk and dv of a block of keys, over the queries up to end_query[block] that see it; scores have a row a
+    key.
+    """
+    start_n = tl.program_id(0) * BLOCK_N
+    h = tl.program_id(1)
+    q = as_descriptor(q, [BLOCK_M, D])
+    do = as_descriptor(do, [BLOCK_M, D])
+    k = as_descriptor(k, [BLOCK_N, D])
+    v = as_descriptor(v, [BLOCK_N, D])
+    dk = as_descriptor(dk, [BLOCK_N, D])
+    dv = as_descriptor(dv, [BLOCK_N, D])
+    offs_m = tl.arange(0, BLOCK_M)
+    key = start_n + tl.arange(0, BLOCK_N)
+    qk_scale = tl.load(scale) * 1.4426950408889634
+    k_block = k.load([start_n, h * D])
+    v_block = v.load([start_n, h * D])
+    dk_acc = tl.zeros([BLOCK_N, D], tl.float32)
+    dv_acc = tl.zeros([BLOCK_N, D], tl.float32)
+    for start_m in range(start_n, tl.load(end_query + tl.program_id(0)), BLOCK_M):
+        q_block = q.load([start_m, h * D])
+        do_block = do.load([start_m, h * D])
+        row = start_m + offs_m
+        inside = row < T
+        lse_i = tl.load(lse + h * T + row, mask=inside, other=0)
+        p = tl.math.exp2(tl.dot(k_block, q_block.T) * qk_scale - lse_i[None, :])
+        last = tl.load(first_key + tl.minimum(start_m + BLOCK_M, T) - 1)
+        if (start_n < last) | (start_n + BLOCK_N > start_m + 1):
+            row_first = tl.load(first_key + row, mask=inside, other=T)
+            p = tl.where((key[:, None] >= row_first[None, :]) & (key[:, None] <= row[None, :]), p, 0)
+        dv_acc = tl.dot(p.to(do_block.dtype), do_block, dv_acc)
+        delta_i = tl.load(delta + h * T + row, mask=inside, other=0)
+        ds = p * (tl.dot(v_block, do_block.T) - delta_i[None, :])
+        dk_acc = tl.dot(ds.to(q_block.dtype), q_block, dk_acc)
+    dk.store([start_n, h * D], (dk_acc * tl.load(scale)).to(dk.dtype))
+    dv.store([start_n, h * D], dv_acc.to(dv.dtype))
 
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
     """-> o (T, H, d) and the base-2 log-sum-exp of its scores (H, T)."""
-    (T, H, D), (BM, BN, warps, stages) = q.shape, fitting(ATTENTION_FORWARD)
+    T, H, D = q.shape
+    BLOCK_M, BLOCK_N, warps, stages = config_for_arch(ATTENTION_FORWARD)
     o, lse = q.new_empty(q.shape), q.new_empty(H, T, dtype=torch.float32)
-    rows, keys = (lambda x, n=n: blocks_of(x.flatten(1), n, D) for n in (BM, BN))
-    attention_forward_kernel[triton.cdiv(T, BM), H](rows(q), keys(k), keys(v), rows(o), lse, lo, scale, T, BM, BN, D,
-                                                    num_warps=warps, num_stages=stages)
+    queries = partial(head_blocks, BLOCK_M)
+    keys = partial(head_blocks, BLOCK_N)
+    attention_forward_kernel[triton.cdiv(T, BLOCK_M), H](
+        queries(q),
+        keys(k),
+        keys(v),
+        queries(o),
+        lse,
+        first_key,
+        scale,
+        T,
+        BLOCK_M,
+        BLOCK_N,
+        D,
+        num_warps=warps,
+        num_stages=stages,
+    )
     return o, lse
 
-def attention_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, lo: Tensor, scale: Tensor, o: Tensor, lse: Tensor
-                       ) -> tuple[Tensor, Tensor, Tensor]:
+
+def head_blocks(rows: int, x: Tensor) -> "TensorDescriptor | tuple":
+    """x (T, H, d) for a kernel that moves so many rows of one head at a time."""
+    return make_descriptor(x.flatten(1), rows, x.size(2))
+
+
+def attention_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, scale: Tensor, o: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """-> dq, dk, dv (T, H, d). No atomics: the same bits every time."""
-    (T, H, D), delta, (dq, dk, dv) = q.shape, torch.empty_like(lse), (q.new_empty(q.shape) for _ in range(3))
-    BM, BN, warps, stages = fitting(ATTENTION_DQ)
-    rows, keys = (lambda x, n=n: blocks_of(x.flatten(1), n, D) for n in (BM, BN))
-    attention_dq_kernel[triton.cdiv(T, BM), H](rows(q), keys(k), keys(v), rows(o), rows(do), rows(dq), lse, delta, lo, scale,
-                                               T, BM, BN, D, num_warps=warps, num_stages=stages)
-    BM, BN, warps, stages = fitting(ATTENTION_DKV)
-    last = torch.arange(BN - 1, T + BN - 1, BN, dtype=torch.int32, device=lo.device)
-    end = torch.searchsorted(lo, last, right=True, out_int32=True)
-    rows, keys = (lambda x, n=n: blocks_of(x.flatten(1), n, D) for n in (BM, BN))
-    attention_dkv_kernel[triton.cdiv(T, BN), H](rows(q), keys(k), keys(v), rows(do), keys(dk), keys(dv), lse, delta, lo, end,
-                                                scale, T, BM, BN, D, num_warps=warps, num_stages=stages)
+    T, H, D = q.shape
+    delta = torch.empty_like(lse)
+    dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
+    BLOCK_M, BLOCK_N, warps, stages = config_for_arch(ATTENTION_DQ)
+    queries = partial(head_blocks, BLOCK_M)
+    keys = partial(head_blocks, BLOCK_N)
+    attention_dq_kernel[triton.cdiv(T, BLOCK_M), H](
+        queries(q),
+        keys(k),
+        keys(v),
+        queries(o),
+        queries(do),
+        queries(dq),
+        lse,
+        delta,
+        first_key,
+        scale,
+        T,
+        BLOCK_M,
+        BLOCK_N,
+        D,
+        num_warps=warps,
+        num_stages=stages,
+    )
+    BLOCK_M, BLOCK_N, warps, stages = config_for_arch(ATTENTION_DKV)
+    last_keys = torch.arange(
+        BLOCK_N - 1, T + BLOCK_N - 1, BLOCK_N, dtype=torch.int32, device=first_key.device
+    )
+    end_query = torch.searchsorted(first_key, last_keys, right=True, out_int32=True)
+    queries = partial(head_blocks, BLOCK_M)
+    keys = partial(head_blocks, BLOCK_N)
+    attention_dkv_kernel[triton.cdiv(T, BLOCK_N), H](
+        queries(q),
+        keys(k),
+        keys(v),
+        queries(do),
+        keys(dk),
+        keys(dv),
+        lse,
+        delta,
+        first_key,
+        end_query,
+        scale,
+        T,
+        BLOCK_M,
+        BLOCK_N,
+        D,
+        num_warps=warps,
+        num_stages=stages,
+    )
     return dq, dk, dv
 
-attention_op = torch.library.custom_op("train_gpt::attention", attention_forward, mutates_args=())
-attention_op.register_fake(lambda q, *rest: (q.new_empty(q.shape), q.new_empty(*q.shape[1::-1], dtype=torch.float32)))
-attention_backward_op = torch.library.custom_op("train_gpt::attention_backward", attention_backward, mutates_args=())
-attention_backward_op.register_fake(lambda do, q, *rest: tuple(q.new_empty(q.shape) for _ in range(3)))
-attention_op.register_autograd(lambda ctx, do, _: (*attention_backward_op(do, *ctx.saved_tensors), None, None),
-                               setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, *output))
 
-def attention_triton(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, reach: int, scale: Tensor | float) -> Tensor:
-    """attention for scale > 0, lo non-decreasing; d filled up to a power of two. FlashAttention-2, 2307.08691."""
-    scale, d = scale if isinstance(scale, Tensor) else q.new_full((), scale, dtype=torch.float32), q.size(2)
+def keep_for_attention_backward(ctx, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(*inputs, *output)
+
+
+def attention_gradients(ctx, do: Tensor, _) -> tuple:
+    dq, dk, dv = attention_backward_op(do, *ctx.saved_tensors)
+    return dq, dk, dv, None, None
+
+
+def fake_attention(q: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+    T, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty(H, T, dtype=torch.float32)
+
+
+def fake_attention_backward(do: Tensor, q: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+
+
+custom_op = partial(torch.library.custom_op, mutates_args=())
+attention_op = custom_op("train_gpt::attention", attention_forward)
+attention_op.register_fake(fake_attention)
+attention_op.register_autograd(attention_gradients, setup_context=keep_for_attention_backward)
+attention_backward_op = custom_op("train_gpt::attention_backward", attention_backward)
+attention_backward_op.register_fake(fake_attention_backward)
+
+
+def triton_attention(
+    q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, window: int, scale: Tensor | float
+) -> Tensor:
+    """reference_attention for scale > 0 and first_key non-decreasing. FlashAttention-2, 2307.08691."""
+    if not isinstance(scale, Tensor):
+        scale = q.new_full((), scale, dtype=torch.float32)
+    d = q.size(2)
     missing = triton.next_power_of_2(d) - d
-    q, k, v = (F.pad(t, (0, missing)) for t in (q, k, v)) if missing else (q, k, v)
-    return attention_op(q, k, v, lo.to(torch.int32), scale)[0][..., :d]
+    if missing:  # filled up with zeros
+        q, k, v = (F.pad(t, (0, missing)) for t in (q, k, v))
+    o, _ = attention_op(q, k, v, first_key.to(torch.int32), scale)
+    return o[..., :d]
+
+
+# ----- MLP -----
+
 
 def mlp(x: Tensor, up: Tensor, down: Tensor, activation: str) -> Tensor:
     """x (T, D); up, down (4D, D) -> (T, D). relu(x)^2: 2109.08668"""
     hidden = F.linear(x, up)
-    return (F.relu(hidden).square() if activation == "relu2" else F.gelu(hidden)) @ down
+    hidden = F.relu(hidden).square() if activation == "relu2" else F.gelu(hidden)
+    return hidden @ down
 
-# Rows, columns, depth of a block, warps, stages forward and backward; shared memory: 99 KB on Ada and on 120, 227 on 90.
+
+# BLOCK_M, BLOCK_N, BLOCK_K, warps, stages forward, backward; shared memory: 99 KB on Ada and on 120, 227 on
+# 90.
 RELU2_BLOCKS = {80: (128, 256, 32, 8, 3, 3), 90: (128, 256, 64, 8, 4, 3), 120: (128, 128, 64, 8, 3, 3)}
-PROCESSORS = 132                                                # an H100's, where there is no GPU
+PROCESSORS = 132  # an H100's, where there is no GPU
+
 
 @triton.jit
-def relu2_kernel(a, b, hidden, out, DEPTH: tl.constexpr, BACKWARD: tl.constexpr, PROGRAMS: tl.constexpr, ROWS: tl.constexpr,
-                 COLUMNS: tl.constexpr, STEP: tl.constexpr):
-    """A program takes every PROGRAMS-th block, in one flat loop: while it stores one, it already loads the next."""
-    HALF: tl.constexpr = COLUMNS // 2                               # what is stored at once: less shared memory
-    a, b, out = opened(a, [ROWS, STEP]), opened(b, [COLUMNS, STEP]), opened(out, [ROWS, HALF])
-    across = tl.cdiv(out.shape[1], COLUMNS)
-    for block in tl.range(tl.program_id(0), tl.cdiv(out.shape[0], ROWS) * across, PROGRAMS, flatten=True):
-        row, column = block // across * ROWS, block % across * COLUMNS
-        total = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for k in range(0, DEPTH, STEP):
-            total = tl.dot(a.load([row, k]), b.load([column, k]).T, total)
-        halves = total.reshape(ROWS, 2, HALF).permute(0, 2, 1).split()
+def relu2_kernel(
+    a,
+    b,
+    hidden,
+    out,
+    K: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A program takes every PROGRAMS-th block, in one flat loop: while it stores one, it loads the next."""
+    HALF: tl.constexpr = BLOCK_N // 2  # what is stored at once: less shared memory
+    a = as_descriptor(a, [BLOCK_M, BLOCK_K])
+    b = as_descriptor(b, [BLOCK_N, BLOCK_K])
+    out = as_descriptor(out, [BLOCK_M, HALF])
+    across = tl.cdiv(out.shape[1], BLOCK_N)
+    blocks = tl.cdiv(out.shape[0], BLOCK_M) * across
+    for block in tl.range(tl.program_id(0), blocks, PROGRAMS, flatten=True):
+        row = block // across * BLOCK_M
+        column = block % across * BLOCK_N
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, K, BLOCK_K):
+            acc = tl.dot(a.load([row, k]), b.load([column, k]).T, acc)
+        halves = acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
         for i in tl.static_range(2):
             if BACKWARD:
-                y = halves[i] * 2 * tl.sqrt(opened(hidden, [ROWS, HALF]).load([row, column + i * HALF]).to(tl.float32))
+                squared = as_descriptor(hidden, [BLOCK_M, HALF]).load([row, column + i * HALF])
+                y = halves[i] * 2 * tl.sqrt(squared.to(tl.float32))
             else:
                 y = tl.maximum(halves[i], 0) * tl.maximum(halves[i], 0)
             out.store([row, column + i * HALF], y.to(out.dtype))
 
+
 @torch.library.custom_op("train_gpt::relu2_product", mutates_args=())
 def relu2_product(a: Tensor, b: Tensor, hidden: Tensor | None) -> Tensor:
-    """a (T, K), b (N, K) -> relu(a b^T)^2 (T, N); with such a result as hidden: 2 sqrt(hidden) a b^T, its derivative"""
-    ROWS, COLUMNS, STEP, warps, *stages = fitting(RELU2_BLOCKS)
-    out, backward = a.new_empty(len(a), len(b)), hidden is not None
+    """a (T, K), b (N, K) -> relu(a b^T)^2 (T, N); with such a result as hidden its derivative, 2 sqrt(hidden)
+    a b^T.
+    """
+    BLOCK_M, BLOCK_N, BLOCK_K, warps, *stages = config_for_arch(RELU2_BLOCKS)
+    backward = hidden is not None
+    out = a.new_empty(len(a), len(b))
     processors = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else PROCESSORS
-    programs = min(processors, triton.cdiv(len(a), ROWS) * triton.cdiv(len(b), COLUMNS))
-    kept, to = (blocks_of(t, ROWS, COLUMNS // 2) for t in (hidden if backward else out, out))
-    relu2_kernel[programs,](blocks_of(a, ROWS, STEP), blocks_of(b, COLUMNS, STEP), kept, to, a.size(1), backward, programs,
-                            ROWS, COLUMNS, STEP, num_warps=warps, num_stages=stages[backward])
+    programs = min(processors, triton.cdiv(len(a), BLOCK_M) * triton.cdiv(len(b), BLOCK_N))
+    relu2_kernel[(programs,)](
+        make_descriptor(a, BLOCK_M, BLOCK_K),
+        make_descriptor(b, BLOCK_N, BLOCK_K),
+        make_descriptor(hidden if backward else out, BLOCK_M, BLOCK_N // 2),
+        make_descriptor(out, BLOCK_M, BLOCK_N // 2),
+        a.size(1),
+        backward,
+        programs,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        num_warps=warps,
+        num_stages=stages[backward],
+    )
     return out
+
 
 relu2_product.register_fake(lambda a, b, hidden: a.new_empty(len(a), len(b)))
 
+
 class ReLU2MLP(torch.autograd.Function):
-    """relu(x up^T)^2 is all that is kept: the derivative needs its root, with half the rounding error of a kept relu."""
+    """relu(x up^T)^2 is all that is kept: the derivative needs its root, with half a kept relu's rounding
+    error.
+    """
+
     @staticmethod
     def forward(ctx, x, up, down):
         hidden = relu2_product(x, up, None)
@@ -1309,52 +2337,100 @@ class ReLU2MLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, up, down, hidden = ctx.saved_tensors
-        d_up = relu2_product(dy.contiguous(), down, hidden)         # of x up^T
+        d_up = relu2_product(dy.contiguous(), down, hidden)  # of x up^T
         return d_up @ up, d_up.T @ x, hidden.T @ dy
 
-def mlp_triton(x: Tensor, up: Tensor, down: Tensor, activation: str) -> Tensor:
+
+def triton_mlp(x: Tensor, up: Tensor, down: Tensor, activation: str) -> Tensor:
     """mlp, fused for relu2 in bfloat16; D a multiple of 8."""
-    return ReLU2MLP.apply(x.contiguous(), up, down) if activation == "relu2" else mlp(x, up, down, activation)
+    if activation != "relu2":
+        return mlp(x, up, down, activation)
+    return ReLU2MLP.apply(x.contiguous(), up, down)
 
-Cap = tuple[float, float, float]                                # logits become cap[0] sigmoid((logits + cap[1]) / cap[2])
-HEAD_CHUNK = {"cpu": 1024, "cuda": 16384}                       # tokens, by device
 
-def head_loss(x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, cap: Cap, piece: Callable | None = None,
-              learn: bool = True) -> Tensor:
-    """x (T, D), head (D, V), targets (T,): sum over k of weights[k] * cross-entropy with the token k + 1 ahead, over T.
-    A chunk of tokens at a time: the float32 logits of a whole sequence never exist at once."""
-    T, ahead = len(targets), torch.arange(len(weights), device=x.device)
-    place = torch.arange(T, device=x.device)[:, None] + ahead                       # (T, n)
-    weights = torch.where(place < T, weights / T, 0)                                # no loss on what is past the end
+# ----- Head and loss -----
+
+Cap = tuple[
+    float, float, float
+]  # logits become cap[0] sigmoid((logits + cap[1]) / cap[2]); 0 first: they stay
+HEAD_CHUNK = {"cpu": 1024, "cuda": 16384}  # tokens, by device
+
+
+def reference_head_loss(x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, cap: Cap) -> Tensor:
+    """x (T, D), head (D, V), targets (T,) -> sum over k of weights[k] times the loss on token k + 1 ahead."""
+    T, logits = len(targets), (x @ head).float()
+    if cap[0]:
+        logits = cap[0] * torch.sigmoid((logits + cap[1]) / cap[2])
+    losses = [F.cross_entropy(logits[: T - k], targets[k:], reduction="sum") for k in range(len(weights))]
+    return (torch.stack(losses) * weights).sum() / T
+
+
+def head_loss(
+    x: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    cap: Cap,
+    head_chunk: Callable | None = None,
+    learn: bool = True,
+) -> Tensor:
+    """reference_head_loss, a chunk of tokens at a time: float32 logits of a whole sequence never exist at
+    once.
+    """
+    T = len(targets)
+    ahead = torch.arange(len(weights), device=x.device)
+    place = torch.arange(T, device=x.device)[:, None] + ahead  # (T, n)
+    weights = torch.where(place < T, weights / T, 0)  # no loss on what is past the end
     targets = targets[place.clamp_max(T - 1)]
-    return HeadLoss.apply(x, head, targets, weights, cap, piece or head_chunk, learn and torch.is_grad_enabled())
+    with_grad = learn and torch.is_grad_enabled()
+    return HeadLoss.apply(x, head, targets, weights, cap, head_chunk or plain_kernels().head_chunk, with_grad)
+
 
 class HeadLoss(torch.autograd.Function):
     """The gradient is made with the loss, while a chunk's logits are at hand; backward only scales it."""
+
     @staticmethod
-    def forward(ctx, x, head, targets, weights, cap, piece, with_grad):
-        loss, dx, dhead = 0.0, [], None
-        for part, *rest in zip(*(t.split(HEAD_CHUNK[x.device.type]) for t in (x, targets, weights))):
-            part_loss, part_dx, part_dhead = piece(part, head, *rest, cap, with_grad)
-            loss, dx = loss + part_loss, [*dx, part_dx]
-            dhead = part_dhead if dhead is None else dhead.add_(part_dhead)
+    def forward(ctx, x, head, targets, weights, cap, head_chunk, with_grad):
+        size = HEAD_CHUNK[x.device.type]
+        loss, dx, d_head = 0.0, [], None
+        for chunk in zip(x.split(size), targets.split(size), weights.split(size), strict=True):
+            x_chunk, targets_and_weights = chunk[0], chunk[1:]
+            chunk_loss, chunk_dx, chunk_d_head = head_chunk(
+                x_chunk, head, *targets_and_weights, cap, with_grad
+            )
+            loss = loss + chunk_loss
+            dx.append(chunk_dx)
+            d_head = chunk_d_head if d_head is None else d_head.add_(chunk_d_head)
         if with_grad:
-            ctx.save_for_backward(torch.cat(dx), dhead.to(head.dtype))
+            ctx.save_for_backward(torch.cat(dx), d_head.to(head.dtype))
         return loss
 
     @staticmethod
     def backward(ctx, grad):
-        dx, dhead = ctx.saved_tensors
-        return (grad * dx).to(dx.dtype), (grad * dhead).to(dhead.dtype), None, None, None, None, None
+        dx, d_head = ctx.saved_tensors
+        return (grad * dx).to(dx.dtype), (grad * d_head).to(d_head.dtype), None, None, None, None, None
 
-def head_chunk(x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, cap: Cap, with_grad: bool, fp8: bool = False):
-    """x (c, D), targets and weights (c, n) -> loss, its gradient by x (c, D) and by head (D, V) in float32, or None."""
-    loss, dz = chunk_loss((x @ head).float(), targets, weights, cap)
+
+ChunkLoss = tuple[
+    Tensor, Tensor | None, Tensor | None
+]  # loss, gradients by x (c, D) and head (D, V), float32
+
+
+def head_chunk(
+    x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, cap: Cap, with_grad: bool, fp8: bool = False
+) -> ChunkLoss:
+    """x (c, D), targets and weights (c, n); fp8 is for GPUs."""
+    loss, dz = cross_entropy((x @ head).float(), targets, weights, cap)
+    if not with_grad:
+        return loss, None, None
     dz = dz.to(x.dtype)
-    return (loss, dz @ head.T, (x.T @ dz).float()) if with_grad else (loss, None, None)
+    return loss, dz @ head.T, (x.T @ dz).float()
 
-def chunk_loss(z: Tensor, targets: Tensor, weights: Tensor, cap: Cap) -> tuple[Tensor, Tensor]:
-    """z (c, V) before the cap, targets and weights (c, n) -> weighted cross-entropy, its gradient by z (c, V)."""
+
+def cross_entropy(z: Tensor, targets: Tensor, weights: Tensor, cap: Cap) -> tuple[Tensor, Tensor]:
+    """z (c, V) before the cap, targets, weights (c, n) -> weighted cross-entropy, its gradient by z
+    (c, V).
+    """
     s = torch.sigmoid((z + cap[1]) / cap[2]) if cap[0] else None
     logits = cap[0] * s if cap[0] else z
     top = logits.amax(dim=-1, keepdim=True)
@@ -1364,6 +2440,7 @@ def chunk_loss(z: Tensor, targets: Tensor, weights: Tensor, cap: Cap) -> tuple[T
     dz = (exp * (weights.sum(dim=-1, keepdim=True) / total)).scatter_add(1, targets, -weights)
     return loss, dz * (cap[0] / cap[2] * s * (1 - s)) if cap[0] else dz
 
+
 @triton.jit
 def capped_logit(z, CAP: tl.constexpr, SHIFT: tl.constexpr, WIDTH: tl.constexpr):
     """z -> its logit, the logit's derivative by z."""
@@ -1372,371 +2449,773 @@ def capped_logit(z, CAP: tl.constexpr, SHIFT: tl.constexpr, WIDTH: tl.constexpr)
     s = tl.sigmoid((z + SHIFT) * (1 / WIDTH))
     return CAP * s, CAP / WIDTH * s * (1 - s)
 
+
 @triton.jit
-def cross_entropy_kernel(z, targets, weights, loss, V, N: tl.constexpr, CAP: tl.constexpr, SHIFT: tl.constexpr,
-                         WIDTH: tl.constexpr, WITH_GRAD: tl.constexpr, AHEAD: tl.constexpr, BLOCK: tl.constexpr):
-    """A row a program: z (V,) before the cap, targets and weights (N,) -> the row's loss; z becomes its gradient."""
+def cross_entropy_kernel(
+    z,
+    targets,
+    weights,
+    loss,
+    V,
+    N: tl.constexpr,
+    CAP: tl.constexpr,
+    SHIFT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WITH_GRAD: tl.constexpr,
+    AHEAD: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """A row a program: z (V,) before the cap, targets, weights (N,) -> the row's loss; z becomes its
+    gradient.
+    """
     row = tl.program_id(0).to(tl.int64)
     z += row * V
-    lane, k = tl.arange(0, BLOCK), tl.arange(0, AHEAD)
+    lane = tl.arange(0, BLOCK_V)
+    k = tl.arange(0, AHEAD)
     target = tl.load(targets + row * N + k, mask=k < N, other=0)
     weight = tl.load(weights + row * N + k, mask=k < N, other=0)
     picked, picked_slope = capped_logit(tl.load(z + target).to(tl.float32), CAP, SHIFT, WIDTH)
-    top, total = tl.full([BLOCK], -1e30 if CAP == 0 else CAP, tl.float32), tl.zeros([BLOCK], tl.float32)
-    for start in range(0, V, BLOCK):
+    m_i = tl.full([BLOCK_V], -1e30 if CAP == 0 else CAP, tl.float32)
+    l_i = tl.zeros([BLOCK_V], tl.float32)
+    for start in range(0, V, BLOCK_V):
         inside = start + lane < V
-        logit, _ = capped_logit(tl.load(z + start + lane, mask=inside, other=0).to(tl.float32), CAP, SHIFT, WIDTH)
+        z_block = tl.load(z + start + lane, mask=inside, other=0).to(tl.float32)
+        logit, _ = capped_logit(z_block, CAP, SHIFT, WIDTH)
         logit = tl.where(inside, logit, float("-inf"))
         if CAP == 0 or CAP > 64:
-            higher = tl.maximum(top, logit)
-            total = total * tl.exp(top - higher) + tl.exp(logit - higher)
-            top = higher
+            m_ij = tl.maximum(m_i, logit)
+            l_i = l_i * tl.exp(m_i - m_ij) + tl.exp(logit - m_ij)
+            m_i = m_ij
         else:
-            total += tl.exp(logit - CAP)
-    highest = tl.max(top, 0)
-    log_total = highest + tl.log(tl.sum(total * tl.exp(top - highest), 0))
+            l_i += tl.exp(logit - CAP)
+    highest = tl.max(m_i, 0)
+    log_total = highest + tl.log(tl.sum(l_i * tl.exp(m_i - highest), 0))
     tl.store(loss + row, tl.sum(weight * (log_total - picked), 0))
     if WITH_GRAD:
         all_weight = tl.sum(weight, 0)
         same = tl.sum(tl.where(target[:, None] == target[None, :], weight[None, :], 0), 1)
         tl.debug_barrier()
-        for start in range(0, V, BLOCK):
+        for start in range(0, V, BLOCK_V):
             inside = start + lane < V
-            logit, slope = capped_logit(tl.load(z + start + lane, mask=inside, other=0).to(tl.float32), CAP, SHIFT, WIDTH)
-            tl.store(z + start + lane, (all_weight * tl.exp(logit - log_total) * slope).to(z.dtype.element_ty), mask=inside)
+            z_block = tl.load(z + start + lane, mask=inside, other=0).to(tl.float32)
+            logit, slope = capped_logit(z_block, CAP, SHIFT, WIDTH)
+            dz = all_weight * tl.exp(logit - log_total) * slope
+            tl.store(z + start + lane, dz.to(z.dtype.element_ty), mask=inside)
         tl.debug_barrier()
         dz = (all_weight * tl.exp(picked - log_total) - same) * picked_slope
         tl.store(z + target, dz.to(z.dtype.element_ty), mask=k < N)
 
+
 @torch.library.custom_op("train_gpt::cross_entropy_", mutates_args={"z"})
 def cross_entropy_(z: Tensor, targets: Tensor, weights: Tensor, cap: list[float], with_grad: bool) -> Tensor:
-    """chunk_loss in one kernel: z (c, V) -> the loss of each row (c,), float32; z becomes its gradient if that is wanted."""
-    assert all(t.is_contiguous() for t in (z, targets, weights)), [t.stride() for t in (z, targets, weights)]
+    """cross_entropy in one kernel: z (c, V) -> the loss of each row (c,), float32. with_grad: z becomes its
+    gradient.
+    """
+    tensors = (z, targets, weights)
+    assert all(t.is_contiguous() for t in tensors), [t.stride() for t in tensors]
     n, loss = targets.size(1), z.new_empty(len(z), dtype=torch.float32)
-    cross_entropy_kernel[len(z),](z, targets, weights, loss, z.size(1), n, *cap, with_grad, triton.next_power_of_2(n),
-                                  BLOCK=4096, num_warps=8)
+    AHEAD = triton.next_power_of_2(n)
+    cross_entropy_kernel[(len(z),)](
+        z, targets, weights, loss, z.size(1), n, *cap, with_grad, AHEAD, BLOCK_V=4096, num_warps=8
+    )
     return loss
+
 
 cross_entropy_.register_fake(lambda z, *rest: z.new_empty(len(z), dtype=torch.float32))
 
-X_SCALE, HEAD_SCALE = 2**-2, 2**-8      # near the records' 100 / 448 and 1.6 / 448; powers of two round nothing
+X_SCALE, HEAD_SCALE = 2**-2, 2**-8  # near the records' 100 / 448 and 1.6 / 448; powers of two round nothing
+
 
 def to_fp8(x: Tensor, scale: float) -> Tensor:
-    return (x * (1 / scale)).to(torch.float8_e4m3fn)            # which saturates, at 448
+    return (x * (1 / scale)).to(torch.float8_e4m3fn)  # which saturates, at 448
 
-def head_chunk_triton(x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, cap: Cap, with_grad: bool, fp8: bool = True):
-    """head_chunk without float32 logits in memory; with fp8 they are, in training, a product in FP8, where the GPU has it."""
-    if with_grad and fp8 and target() >= 89:
-        scale = x.new_full((), (X_SCALE * HEAD_SCALE)**0.5, dtype=torch.float32)
-        head8 = to_fp8(head.T, HEAD_SCALE).contiguous().T       # columns contiguous, as _scaled_mm wants its second factor
+
+def triton_head_chunk(
+    x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, cap: Cap, with_grad: bool, fp8: bool = True
+) -> ChunkLoss:
+    """head_chunk without float32 logits in memory. fp8: in training they are a product in FP8, where the GPU
+    has it.
+    """
+    if with_grad and fp8 and compute_capability() >= 89:
+        scale = x.new_full((), (X_SCALE * HEAD_SCALE) ** 0.5, dtype=torch.float32)
+        head8 = to_fp8(head.T, HEAD_SCALE).contiguous().T  # columns contiguous, as _scaled_mm wants it
         z = torch._scaled_mm(to_fp8(x, X_SCALE), head8, scale, scale, out_dtype=x.dtype, use_fast_accum=True)
     else:
         z = x @ head
     loss = cross_entropy_(z, targets, weights, cap, with_grad).sum()
     return (loss, z @ head.T, (x.T @ z).float()) if with_grad else (loss, None, None)
 
-def symmetric_product(x: Tensor, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
-    """alpha x x^T + beta x, x (n, rows, columns); beta needs x symmetric."""
-    return torch.baddbmm(x, x, x.mT, alpha=alpha, beta=beta) if beta else alpha * (x @ x.mT)
+
+# ----- Muon's symmetric product; its reference is symmetric_product, in part 3 -----
+
 
 @triton.jit
-def symmetric_kernel(x, square, out, alpha, beta, depth, BETA: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr):
+def symmetric_kernel(
+    x, square, out, alpha, beta, depth, BETA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+):
     """A block on or below the diagonal of alpha x x^T + beta x, and its mirror image."""
-    row, column, n = tl.program_id(0) * ROWS, tl.program_id(1) * ROWS, tl.program_id(2)
+    row = tl.program_id(0) * BLOCK_M
+    column = tl.program_id(1) * BLOCK_M
+    n = tl.program_id(2)
     if column > row:
         return
-    x, out, total = opened(x, [1, ROWS, STEP]), opened(out, [1, ROWS, ROWS]), tl.zeros((ROWS, ROWS), tl.float32)
-    for k in range(0, depth, STEP):
-        right = x.load([n, column, k]).reshape(ROWS, STEP).T
-        total = tl.dot(x.load([n, row, k]).reshape(ROWS, STEP), right, total)
-    total *= alpha
+    x = as_descriptor(x, [1, BLOCK_M, BLOCK_K])
+    out = as_descriptor(out, [1, BLOCK_M, BLOCK_M])
+    acc = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
+    for k in range(0, depth, BLOCK_K):
+        left = x.load([n, row, k]).reshape(BLOCK_M, BLOCK_K)
+        right = x.load([n, column, k]).reshape(BLOCK_M, BLOCK_K)
+        acc = tl.dot(left, right.T, acc)
+    acc *= alpha
     if BETA:
-        total += beta * opened(square, [1, ROWS, ROWS]).load([n, row, column]).reshape(ROWS, ROWS).to(tl.float32)
-    y = total.to(out.dtype)
-    out.store([n, row, column], y.reshape(1, ROWS, ROWS))
+        square_block = as_descriptor(square, [1, BLOCK_M, BLOCK_M]).load([n, row, column])
+        acc += beta * square_block.reshape(BLOCK_M, BLOCK_M).to(tl.float32)
+    y = acc.to(out.dtype)
+    out.store([n, row, column], y.reshape(1, BLOCK_M, BLOCK_M))
     if column < row:
-        out.store([n, column, row], y.T.reshape(1, ROWS, ROWS))
+        out.store([n, column, row], y.T.reshape(1, BLOCK_M, BLOCK_M))
+
 
 @torch.library.custom_op("train_gpt::symmetric_product", mutates_args=())
-def symmetric_product_triton(x: Tensor, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
+def triton_symmetric_product(x: Tensor, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
     """symmetric_product in bfloat16, half of it computed; rows and columns multiples of 8."""
-    ROWS, STEP, out = 128, 64, x.new_empty(len(x), x.size(1), x.size(1))        # 96 KB: two programs on a multiprocessor
-    x, blocks = x.contiguous(), triton.cdiv(x.size(1), ROWS)
-    given = blocks_of(x, 1, ROWS, STEP), blocks_of(x, 1, ROWS, ROWS), blocks_of(out, 1, ROWS, ROWS), alpha, beta, x.size(2)
-    symmetric_kernel[blocks, blocks, len(x)](*given, beta != 0, ROWS, STEP, num_warps=8, num_stages=3)
+    BLOCK_M, BLOCK_K = 128, 64  # 96 KB: two programs on a multiprocessor
+    n, rows, depth = x.shape
+    x, out = x.contiguous(), x.new_empty(n, rows, rows)
+    blocks = triton.cdiv(rows, BLOCK_M)
+    symmetric_kernel[blocks, blocks, n](
+        make_descriptor(x, 1, BLOCK_M, BLOCK_K),
+        make_descriptor(x, 1, BLOCK_M, BLOCK_M),
+        make_descriptor(out, 1, BLOCK_M, BLOCK_M),
+        alpha,
+        beta,
+        depth,
+        beta != 0,
+        BLOCK_M,
+        BLOCK_K,
+        num_warps=8,
+        num_stages=3,
+    )
     return out
 
-symmetric_product_triton.register_fake(lambda x, alpha=1.0, beta=0.0: x.new_empty(len(x), x.size(1), x.size(1)))
 
-def transposed_(to: Tensor, x: Tensor, add: bool) -> Tensor:
+@triton_symmetric_product.register_fake
+def fake_symmetric_product(x: Tensor, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
+    return x.new_empty(len(x), x.size(1), x.size(1))
+
+
+# ----- Transposes between the head and the tied embedding -----
+
+
+def transpose_(to: Tensor, x: Tensor, add: bool) -> Tensor:
     """to (R, C) = x.T, or to += x.T, in place; x (C, R)."""
     return to.add_(x.T) if add else to.copy_(x.T)
 
+
 @triton.jit
-def transposed_kernel(dst, src, rows, columns, dst_stride, src_stride, ADD: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    column = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    y = tl.load(src + column[:, None] * src_stride + row, mask=(column[:, None] < columns) & (row < rows)).to(tl.float32).T
-    place, inside = dst + row[:, None] * dst_stride + column, (row[:, None] < rows) & (column < columns)
+def transpose_kernel(
+    dst, src, rows, columns, dst_stride, src_stride, ADD: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    readable = (column[:, None] < columns) & (row < rows)
+    y = tl.load(src + column[:, None] * src_stride + row, mask=readable).to(tl.float32).T
+    place = dst + row[:, None] * dst_stride + column
+    inside = (row[:, None] < rows) & (column < columns)
     if ADD:
         y += tl.load(place, mask=inside).to(tl.float32)
     tl.store(place, y.to(dst.dtype.element_ty), mask=inside)
 
-def transposed_triton_(dst: Tensor, src: Tensor, add: bool, block: int = 64) -> Tensor:
-    """transposed_ through shared memory, so that both sides are touched along their rows."""
-    assert dst.shape == src.T.shape and dst.stride(1) == src.stride(1) == 1, [(t.shape, t.stride()) for t in (dst, src)]
+
+def triton_transpose_(dst: Tensor, src: Tensor, add: bool, block: int = 64) -> Tensor:
+    """transpose_ through shared memory, so that both sides are touched along their rows."""
+    fits = dst.shape == src.T.shape and dst.stride(1) == src.stride(1) == 1
+    assert fits, [(t.shape, t.stride()) for t in (dst, src)]
     blocks = tuple(triton.cdiv(size, block) for size in dst.shape)
-    transposed_kernel[blocks](dst, src, *dst.shape, dst.stride(0), src.stride(0), add, block)
+    transpose_kernel[blocks](dst, src, *dst.shape, dst.stride(0), src.stride(0), add, block)
     return dst
 
-IN_USE = {f.__name__: f for f in (attention, mlp, head_chunk, symmetric_product, transposed_)}  # by model and optimizer
 
-def choose_operators(cfg: Config, device: torch.device) -> str:
-    """On a GPU, each fast version that is right on a small input takes its place. -> the line of the log on what runs."""
-    rng, D, T, notes = torch.Generator().manual_seed(0), cfg.model_dim, 384, []
-    random = lambda *size: torch.randn(*size, generator=rng).bfloat16()  # noqa: E731
-    cap, targets = (cfg.softcap, cfg.softcap_shift, cfg.softcap_width), torch.randint(cfg.vocab_size, (T, 2), generator=rng)
-    fast_versions = (                                           # with arguments as wide as the model
-        (attention, attention_triton, [*random(3, T, 2, cfg.head_dim), torch.arange(T) // 99 * 99, T, torch.tensor(0.1)]),
-        (mlp, mlp_triton, [random(T, D), *random(2, cfg.mlp_ratio * D, D) / D**0.5, cfg.activation]),
-        (head_chunk, head_chunk_triton,
-         [random(T, D), random(D, cfg.vocab_rows) / D**0.5, targets, torch.full((T, 2), 1 / T), cap, True, cfg.fp8_head]),
-        (symmetric_product, symmetric_product_triton, [random(2, 2 * D, D).mT]),
-        (transposed_, transposed_triton_, [random(D, T), random(T, D), True]),
-    ) if device.type == "cuda" and not cfg.reference and pick_dtype(cfg) == torch.bfloat16 else ()
-    for plain, fast, args in fast_versions:
-        wrong = trial(plain, fast, args, device)
-        IN_USE[plain.__name__] = plain if wrong else fast
-        notes.append(f"{plain.__name__} plain ({wrong})" if wrong else f"{plain.__name__} by kernel")
-    return ", ".join(notes) or "all plain"
+# ===== B. Ranks: who am I among the processes, and how they exchange what they have. =====
 
-def trial(plain: Callable, fast: Callable, args: list, device: torch.device) -> str:
-    """Why a fast version cannot run here: its results and gradients against the plain one's in float32; '': it can."""
-    def results(operator: Callable, dtype: torch.dtype) -> list[Tensor]:
-        here = [a.to(device, dtype if a.dtype == torch.bfloat16 else a.dtype, copy=True) if isinstance(a, Tensor) else a
-                for a in args]
-        leaves = [a.requires_grad_() for a in here[:3] if plain in (attention, mlp)]
-        out = (out,) if isinstance(out := operator(*here), Tensor) else out
-        return [*out, *torch.autograd.grad(out[0].float().square().sum(), leaves)] if leaves else list(out)
-    try:
-        for ours, exact in zip(results(fast, torch.bfloat16), results(plain, torch.float32)):
-            error = float((ours - exact).detach().norm() / exact.detach().norm())
-            if not error < 0.05 and not is_null(device):
-                return f"relative error {error:.2g}"
-    except Exception as error:  # noqa: BLE001, whatever it is, the plain version stays
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-    return ""
 
-# ===== 7. Run: ranks, log, clock, and the loop. =====================================================================
+def read_environment(name: str, default: int) -> int:
+    """A variable of torchrun's."""
+    text = os.environ.get(name, str(default))
+    digits = re.fullmatch(r"\d{1,9}", text, re.ASCII)
+    need(digits, f"{name}={text!r} in the environment: not a number; torchrun sets it")
+    return int(text)
+
+
 @dataclass
-class Ranks:
-    """Who am I among the processes. Collectives start at once and give a function that waits; with one process, no-ops."""
+class DistEnv:
+    """Collectives start at once and give a function that waits; with one process they do nothing."""
+
     rank: int
-    size: int
+    world_size: int
     device: torch.device
 
     @staticmethod
-    def join(cfg: Config) -> "Ranks":
-        rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-        size, near = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        need(cfg.micro_batches % size == 0, f"--micro_batches {cfg.micro_batches}: {size} processes cannot share them; "
-                                            "start a number that divides it, or change it")
-        if cfg.device == "cuda":
-            gpus = torch.cuda.device_count()
-            need(gpus > 0, f"--preset {cfg.preset}: wants a CUDA GPU and there is none; use --preset cpu, or --device cpu")
-            need(local < gpus, f"process {local} has no GPU of its own, there are {gpus}; start as many processes as GPUs")
-            torch.cuda.set_device(local)
-        elif near > 1:                                          # torchrun says 1 thread; a core without a thread is idle
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-            torch.set_num_threads(max(1, cores // near))
-        if size > 1:
-            dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo", timeout=timedelta(seconds=cfg.rank_timeout))
-        return Ranks(rank, size, torch.device("cuda", local) if cfg.device == "cuda" else torch.device("cpu"))
+    def join(cfg: Config, device: torch.device) -> "DistEnv":
+        rank, world_size = read_environment("RANK", 0), read_environment("WORLD_SIZE", 1)
+        advice = "start a number that divides it, or change it"
+        fair = world_size > 0 and cfg.micro_batches % world_size == 0
+        need(fair, f"--micro_batches {cfg.micro_batches}: {world_size} processes cannot share them; {advice}")
+        if world_size > 1:
+            started = all(name in os.environ for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
+            problem = f"WORLD_SIZE={world_size} in the environment, but not all that torchrun sets"
+            need(started, f"{problem}; unset it, or start with torchrun")
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(seconds=cfg.rank_timeout))
+        return DistEnv(rank, world_size, device)
 
     def all_reduce(self, x: Tensor) -> Callable[[], Tensor]:
         """The sum over ranks, in place."""
-        work = dist.all_reduce(x, async_op=True) if self.size > 1 else None
-        return lambda: (work and work.wait(), x)[1]
+        work = dist.all_reduce(x, async_op=True) if self.world_size > 1 else None
+
+        def wait() -> Tensor:
+            if work is not None:
+                work.wait()
+            return x
+
+        return wait
 
     def reduce_scatter(self, x: Tensor) -> Callable[[], Tensor]:
-        """x (units, ...) -> this rank's share of the sum, in float32 and in the order of ranks, unlike a library's."""
-        if self.size == 1:
+        """x (rows, ...) -> this rank's shard of the sum, in float32 and, unlike a library's, in the order of
+        ranks.
+        """
+        if self.world_size == 1:
             return lambda: x
         parts = torch.empty_like(x)
         work = dist.all_to_all_single(parts, x, async_op=True)
-        return lambda: (work.wait(), sum(part.float() for part in parts.view(self.size, -1, *x.shape[1:])))[1]
 
-    def all_gather(self, whole: Tensor, own: Tensor) -> Callable[[], Tensor]:
-        """Fills whole with every rank's own, which may be a view of its place in it."""
-        work = dist.all_gather_single(whole, own, async_op=True) if self.size > 1 else None
-        return lambda: (work and work.wait(), whole)[1]
+        def wait() -> Tensor:
+            work.wait()
+            total = None
+            for part in parts.view(self.world_size, -1, *x.shape[1:]):
+                total = part.float() if total is None else total + part.float()
+            return total
 
-def upload(host: Tensor, onto: Tensor) -> Tensor:
-    """Host memory onto a tensor of the device; a GPU's queue goes on meanwhile."""
-    return onto.copy_(host.pin_memory() if onto.is_cuda else host, non_blocking=True)
+        return wait
 
-def download(x: Tensor) -> tuple[Tensor, Callable[[], None]]:
-    """The reverse: what is on the host, once the function has been called, which waits."""
-    if not x.is_cuda:
-        return x, lambda: None
-    host, event = torch.empty(x.shape, pin_memory=True).copy_(x, non_blocking=True), torch.cuda.Event()
-    event.record()
-    return host, event.synchronize
+    def all_gather(self, whole: Tensor, shard: Tensor) -> Callable[[], None]:
+        """Fills whole with every rank's shard, which may be a view of its place in it."""
+        if self.world_size == 1:
+            return lambda: None
+        before_2_13 = getattr(dist, "all_gather_into_tensor", None)  # what all_gather_single was called
+        gather = getattr(dist, "all_gather_single", before_2_13)
+        work = gather(whole, shard, async_op=True)
+        return work.wait
 
-class Graphs:
-    """Work that is the same on every step of a kind: captured as a CUDA graph once, replayed then; else a plain call."""
-    def __init__(self, log: "Log"):
-        self.log, self.kept, self.pool = log, {}, None
+    def close(self, failed: bool) -> None:
+        """A failed GPU run leaves without it: NCCL would wait for ranks that died."""
+        if self.world_size > 1 and (self.device.type == "cpu" or not failed):
+            dist.destroy_process_group()
 
-    def capture(self, key: object, work: Callable[[], None]) -> None:
-        """If something in it cannot be captured on this stack, the log says so, and it stays a plain call."""
-        try:
-            with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), pool=self.pool, capture_error_mode="thread_local"):
-                work()
-            self.kept[key], self.pool = graph, graph.pool()
-            graph.replay()                                      # the first time takes longer
-        except RuntimeError as error:
-            self.log.write(f"graphs: no graph of {key} ({str(error).splitlines()[0]})")
 
-    def __call__(self, key: object, work: Callable[[], None]) -> None:
-        self.kept[key].replay() if key in self.kept else work()
+class SparseGradient:
+    """The bigram table's gradient between ranks: only rows that a token touched travel, as seed 002 asks.
 
-class Log:
-    """One file a run: the source, the configuration, then one line of key:value pairs an event."""
-    END = "=" * 100
+    The tokens say which: indices go out, between hosts, during the forward pass, values after the backward.
+    """
 
-    def __init__(self, cfg: Config, ranks: Ranks, run_id: str | None = None):
-        """run_id: of the run that goes on; its log is appended to."""
-        self.file, self.run_id = None, run_id or str(uuid.uuid4())
-        if ranks.rank == 0:
-            path = Path(cfg.log_dir) / f"{self.run_id}.txt" if not is_null(ranks.device) else Path(os.devnull)
-            self.appending = run_id is not None and path.exists()
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self.file = path.open("a", buffering=1)         # line by line: an interrupted run's log is whole so far
-            except OSError as error:
-                raise UserError(f"--log_dir {cfg.log_dir}: no log can be written there ({error.strerror})") from None
-            print(f"log: {path}", flush=True)
+    def __init__(self, env: DistEnv, num_rows: int, timeout: timedelta):
+        self.env, self.rows_per_rank = env, -(-num_rows // env.world_size)
+        self.hosts = dist.new_group(backend="gloo", timeout=timeout)  # indices are the hosts': no GPU waits
+        self.rows = np.empty(0, dtype=np.int64)  # that this rank's tokens touched since Adam's last step
+        self.bytes_sent = 0
 
-    def write(self, line: str, echo: bool = True) -> None:
-        if self.file:
-            try:
-                self.file.write(line + "\n")
-            except OSError as error:                            # a full disk: the run matters more than its log
-                print(f"log: a line could not be written ({error.strerror})", file=sys.stderr)
-            if echo:
-                print(line, flush=True)
-
-    def header(self, cfg: Config, overrides: dict, facts: dict[str, object]) -> None:
-        """facts: what is known of the machine. A log that goes on has its header already."""
-        if self.file is None or self.appending:
+    def exchange_indices(self, rows: np.ndarray, last: bool) -> None:
+        """rows that this rank's micro-batches of a step touch; last: of the steps whose gradients add up."""
+        self.rows = np.union1d(self.rows, rows)
+        if not last:
             return
-        self.write("\n".join((SOURCE.rstrip("\n"), self.END, f"source_sha256:{hashlib.sha256(SOURCE.encode()).hexdigest()}",
-                              f"config:{json.dumps(asdict(cfg))}")), echo=False)
-        self.write(f"preset:{cfg.preset} overrides:{json.dumps(overrides)}")
-        for name, fact in facts.items():
-            self.write(f"{name}: {fact}")
-        self.write(self.END, echo=False)
+        owner_ends = np.searchsorted(self.rows, self.rows_per_rank * np.arange(self.env.world_size + 1))
+        self.send_counts = torch.from_numpy(np.diff(owner_ends))
+        self.receive_counts = torch.empty_like(self.send_counts)
+        dist.all_to_all_single(self.receive_counts, self.send_counts, group=self.hosts)
+        self.received_rows = torch.empty(int(self.receive_counts.sum()), dtype=torch.int64)
+        self.indices = dist.all_to_all_single(
+            self.received_rows,
+            torch.from_numpy(self.rows),
+            self.receive_counts.tolist(),
+            self.send_counts.tolist(),
+            group=self.hosts,
+            async_op=True,
+        )
 
-def is_null(device: torch.device) -> bool:
-    """A stand-in for a GPU that computes nothing (tests/null_device.py): its losses are no results, nothing is kept."""
-    return device.type == "cuda" and torch.cuda.get_device_name(device).startswith("NULLGPU")
+    def reduce_scatter(self, grad: Tensor) -> Callable[[], Tensor]:
+        """grad (rows, D), dense -> a function that gives this rank's rows of the sum, as DistEnv's would."""
+        self.indices.wait()
+        device, counts = grad.device, self.receive_counts.tolist()
+        rows = torch.empty(len(self.rows), dtype=torch.int64, device=device)
+        copy_to_device(torch.from_numpy(self.rows), rows)
+        values = grad[rows]
+        arrived = values.new_empty(len(self.received_rows), values.size(1))
+        work = dist.all_to_all_single(arrived, values, counts, self.send_counts.tolist(), async_op=True)
+        sent_away = len(self.rows) - int(self.send_counts[self.env.rank])
+        self.bytes_sent = sent_away * (grad[0].nbytes + self.rows.itemsize)
+        place = copy_to_device(self.received_rows, torch.empty_like(self.received_rows, device=device))
+        place -= self.rows_per_rank * self.env.rank
+        self.rows = self.rows[:0]
 
-def keep_memory(device: torch.device) -> None:
-    """glibc: freed memory stays ours. Large activations, mapped and zeroed page by page anew, cost a CPU a third more."""
-    libc = ctypes.CDLL(None) if device.type == "cpu" and platform.libc_ver()[0] == "glibc" else None
-    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)) if libc else ():
-        libc.mallopt(option, value)                             # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of mallopt(3)
+        def wait() -> Tensor:
+            work.wait()
+            shard = torch.zeros(self.rows_per_rank, grad.size(1), device=device)
+            by_rank = zip(place.split(counts), arrived.split(counts), strict=True)
+            for rank_place, rank_values in by_rank:
+                shard.index_add_(0, rank_place, rank_values.float())
+            return shard
+
+        return wait
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """A rank's share of one step, and what follows from its tokens alone."""
+
+    sequences: list[tuple[Tensor, Tensor]]  # (tokens, targets) of each micro-batch
+    position: tuple[int, int]  # of the loader, behind them
+    bigram_rows: np.ndarray  # rows of the bigram table that they touch; empty where nobody asks
+    flops: int  # of the model on them, forward and backward
+
+
+class Prefetcher:
+    """Loads the batches of the next steps in a thread, while a step runs."""
+
+    AHEAD = 8  # steps: a new shard takes its time
+
+    def __init__(self, loader: Loader, schedule: Schedule, env: DistEnv, sparse_grad: SparseGradient | None):
+        self.loader, self.schedule, self.env, self.sparse_grad = loader, schedule, env, sparse_grad
+        self.worker = ThreadPoolExecutor(1)
+        self.prefetched: dict[int, Future[StepBatch]] = {}
+
+    def get(self, step: int) -> StepBatch:
+        """The batch of a step; steps must be asked for in order."""
+        cfg = self.schedule.cfg
+        for later in range(step, min(step + self.AHEAD + 1, cfg.num_steps)):
+            if later not in self.prefetched:
+                self.prefetched[later] = self.worker.submit(self.load_batches, later)
+        return self.prefetched.pop(step).result()
+
+    def load_batches(self, step: int) -> StepBatch:
+        stage, env = self.schedule.stage(step), self.env
+        sequences = list(self.loader.load_batches(stage, env.rank, env.world_size))
+        position = (self.loader.file, self.loader.document)
+        rows = np.empty(0, dtype=np.int64)
+        if self.sparse_grad is not None:
+            rows = self.touched_rows(sequences)
+        flops = sum(step_flops(self.schedule.cfg, sequences, stage.windows).values())
+        return StepBatch(sequences, position, rows, flops)
+
+    def touched_rows(self, sequences: list[tuple[Tensor, Tensor]]) -> np.ndarray:
+        cfg = self.schedule.cfg
+        num_rows = cfg.bigram_rows * cfg.vocab_rows
+        rows = []
+        for tokens, _ in sequences:
+            rows.append(bigram_rows(tokens, Documents.find(tokens, cfg.bos_id).is_first, num_rows))
+        return torch.cat(rows).numpy()
+
+    def close(self) -> None:
+        self.worker.shutdown(wait=False, cancel_futures=True)
+
+
+# ===== C. Log, checkpoints, signals: what a run says and leaves behind. =====
+
+
+def open_standard_streams() -> None:
+    """Where standard input, output or error is closed, the next file that is opened would take its number."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            assert opened == number, f"{os.devnull} opened as {opened}, not {number}"
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, for as long as the process lives
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
+
+def say(line: str) -> None:
+    """A line for whoever watches. When nobody can (`| head`, a full disk), the run goes on without."""
+    try:
+        print(line, flush=True)
+    except (OSError, ValueError):
+        silence = os.open(os.devnull, os.O_WRONLY)
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(silence, sys.stdout.fileno())
+
+
+def complain(message: str, exit_code: int) -> int:
+    """One line on stderr, without control characters, -> exit_code."""
+    line = "".join(c if c.isprintable() else " " for c in f"train_gpt.py: {message}")
+    with contextlib.suppress(OSError, ValueError):
+        print(line.encode("utf-8", "replace").decode(), file=sys.stderr, flush=True)
+    return exit_code
+
+
+def describe_bug(error: Exception) -> str:
+    """A line on an error of ours; its traceback in a file."""
+    import tempfile
+    import traceback
+
+    text = f"failed by a bug of this program: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="traceback-", suffix=".txt", delete=False) as file:
+            traceback.print_exception(error, file=file)
+        return f"{text}; please report it with {file.name}"
+    except OSError:
+        return text
+
+
+Stopped = KeyboardInterrupt  # with the signal's name; `except Exception` lets it through
+
+
+class StopSignals:
+    """SIGTERM and Ctrl-C: noted for the end of the step if there is something to save, else the end, now."""
+
+    def __init__(self, cfg: Config):
+        self.cfg = cfg
+        self.name: str | None = None  # of the last signal
+        self.heard_at = 0.0
+        self.leaving = False  # the run ends already
+        self.may_save: Callable[[], bool] = lambda: False
+
+    def install(self, may_save: Callable[[], bool]) -> None:
+        """may_save: whether the run has done anything since it began."""
+        self.may_save = may_save
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.on_signal)
+
+    def on_signal(self, number: int, _frame: object) -> None:
+        later = time.monotonic() - self.heard_at > 2  # torchrun's comes twice at once
+        again = self.name is not None and later
+        self.name, self.heard_at = signal.Signals(number).name, time.monotonic()
+        wait_for_step = self.cfg.save_on_stop and self.may_save()
+        if not self.leaving and (again or not wait_for_step):
+            raise Stopped(self.name)
+
 
 class Clock:
     """Training time only: it stands still during validation, compilation and warm-up."""
-    def __init__(self, device: torch.device):
-        self.device, self.total, self.started = device, 0.0, None
+
+    def __init__(self, machine: "Gpu | Cpu"):
+        self.machine, self.total, self.started = machine, 0.0, None
 
     def start(self) -> None:
-        self.started = self.now()
+        self.machine.synchronize()
+        self.started = time.perf_counter()
+
     def stop(self) -> None:
-        self.total, self.started = self.total + self.now() - self.started, None
+        self.machine.synchronize()
+        self.total, self.started = self.total + time.perf_counter() - self.started, None
+
     def seconds(self) -> float:
-        return self.total + (time.perf_counter() - self.started if self.started is not None else 0.0)
+        running = time.perf_counter() - self.started if self.started is not None else 0.0
+        return self.total + running
 
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
-def pick_dtype(cfg: Config) -> torch.dtype:
-    """auto: bfloat16 on GPUs and on CPUs that multiply it in hardware (AVX-512 BF16, AMX), else float32."""
-    fast = cfg.device == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return getattr(torch, cfg.dtype if cfg.dtype != "auto" else "bfloat16" if fast else "float32")
+class Log:
+    """One file a run: the source, the configuration, then one line of key:value pairs an event."""
 
-def compile_failure(cfg: Config, device: torch.device) -> str | None:
-    """Why torch.compile cannot be used here (no C++ compiler, say), by trying it."""
-    if not cfg.compile:
-        return "--no-compile"
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
-    except Exception as error:  # noqa: BLE001, whatever it is, the run goes on without
-        return f"torch.compile failed: {str(error).strip().splitlines()[0]}"
-    return None
+    SEPARATOR = "=" * 100
 
-def matrix_ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square matrix product on this machine: the best of several, outside the clock."""
-    size = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    times = [(now := Clock(device).now)()]
-    while len(times) < 4 or times[-1] - times[0] < 0.5:
-        a @ b
-        times.append(now())
-    return 2 * size**3 / float(np.diff(times).min())
+    def __init__(self, cfg: Config, env: DistEnv, saved: dict | None = None):
+        """saved: the checkpoint that the run goes on from; its log is appended to."""
+        self.run_id = saved["run_id"] if saved else str(uuid.uuid4())
+        self.path = Path(cfg.log_dir) / f"{self.run_id}.txt"
+        self.file = None
+        self.writes = env.rank == 0
+        if not self.writes:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.appending = saved is not None and self.path.exists()
+            if self.appending:
+                self.open()
+            else:  # an interrupted start leaves no empty log, but what cannot be written must show now
+                probe = self.path.with_name(f".{self.run_id}.probe")
+                probe.touch()
+                probe.unlink()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"--log_dir {cfg.log_dir}: no log can be written there ({reason})") from None
+        say(f"log: {self.path}")
+
+    def open(self) -> None:
+        """Line by line, so that an interrupted run's log is whole so far; locked, so that no other run writes
+        it.
+        """
+        self.file = self.path.open("a", buffering=1)
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            advice = "wait for it or end it"
+            raise UserError(f"{self.path}: another process goes on with this run; {advice}") from None
+        except OSError:
+            pass  # a file system without locks
+
+    def write(self, line: str, echo: bool = True) -> None:
+        if not self.writes:
+            return
+        if self.file is None:
+            self.open()
+        try:
+            self.file.write(line + "\n")
+        except OSError as error:  # a full disk: the run matters more than its log
+            complain(f"log: a line could not be written ({error.strerror})", 0)
+        if echo:
+            say(line)
+
+    def header(self, cfg: Config, overrides: dict, facts: dict[str, object]) -> None:
+        """facts: what is known of the machine. A log that goes on has its header already."""
+        if not self.writes or self.appending:
+            return
+        source, config = f"source_sha256:{source_hash()}", f"config:{json.dumps(asdict(cfg))}"
+        self.write("\n".join((SOURCE.rstrip("\n"), self.SEPARATOR, source, config)), echo=False)
+        self.write(f"preset:{cfg.preset} overrides:{json.dumps(overrides)}")
+        for name, fact in facts.items():
+            self.write(f"{name}: {fact}")
+        self.write(self.SEPARATOR, echo=False)
+
+    def remove(self) -> None:
+        """The log of a run that did nothing."""
+        if self.writes and not self.appending:
+            self.path.unlink(missing_ok=True)
+
+
+def source_hash() -> str:
+    return hashlib.sha256(SOURCE.encode()).hexdigest()
+
+
+def run_facts(machine: "Gpu | Cpu", env: DistEnv, model: GPT, ceiling: float) -> dict[str, object]:
+    """What the log's header says of machine and model. Never the environment: it may hold tokens."""
+    threads, total = torch.get_num_threads(), sum(p.numel() for p in model.parameters())
+    matrices = sum(p.numel() for name, p in model.named_parameters() if name in ("qkvo", "mlp"))
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "versions": f"python {platform.python_version()}, torch {torch.__version__}, {platform.system()}",
+        "hardware": f"{machine.name()}; {env.world_size} process(es), {threads} thread(s) each",
+        "precision": str(model.dtype).removeprefix("torch."),
+        "compile": machine.compile_failure or "torch.compile",
+        "parameters": f"{total:,}, of them {matrices:,} in matrices",
+        "matrix ceiling": f"{ceiling / 1e9:.0f} GFLOP/s measured, all processes together",
+        "operators": model.kernels.note,
+    }
+
+
+@dataclass(frozen=True)
+class PendingLoss:
+    """A step whose loss may still be on its way from the device."""
+
+    step: int
+    host: Tensor  # (2,): loss, how many ranks want to stop
+    wait: Callable[[], None]  # until it is there
+    tokens_seen: int
+    flops: int
+
+
+class Progress:
+    """A line for each step, and the end of the run when a loss is not finite."""
+
+    def __init__(self, cfg: Config, log: Log, clock: Clock, model: GPT, ceiling: float, step_lag: int):
+        self.cfg, self.log, self.clock, self.model, self.ceiling = cfg, log, clock, model, ceiling
+        self.pending_losses: list[PendingLoss] = []
+        self.average: float | None = None  # of the training loss, over about ten steps
+        self.stop_requested = False
+        self.remember_norms()
+
+    def add(self, step: int, copied: tuple[Tensor, Callable[[], None]], tokens_seen: int, flops: int) -> None:
+        host, wait = copied
+        self.pending_losses.append(PendingLoss(step, host, wait, tokens_seen, flops))
+
+    def report(self, lag: int) -> None:
+        """Writes the losses of all steps but the last `lag`: a GPU's is read a step late, so that none
+        waits.
+        """
+        while len(self.pending_losses) > lag:
+            pending = self.pending_losses.pop(0)
+            pending.wait()
+            loss, stops = pending.host.tolist()
+            self.stop_requested = self.stop_requested or stops > 0
+            self.require_finite(loss, "training", pending.step)
+            seconds = self.clock.seconds()
+            rate = pending.tokens_seen / seconds
+            mfu = pending.flops / seconds / self.ceiling
+            pairs = f" train_loss:{loss:.4f} tokens_per_second:{rate:.0f} mfu:{mfu:.3f}"
+            self.write_event(pending.step, "", pairs)
+            if self.average and loss > 1.3 * self.average:
+                rise = f"train_loss {loss:.4f} at step {pending.step}, {self.average:.4f} before"
+                self.log.write(f"spike: {rise}; {self.suspect()}")
+            self.average = 0.9 * (self.average or loss) + 0.1 * loss
+
+    def write_event(self, step: int, before: str, after: str) -> None:
+        """The form that every tool of this field reads; more key:value pairs only behind it."""
+        milliseconds = 1e3 * self.clock.seconds()
+        average = milliseconds / max(step, 1)
+        at = f"step:{step}/{self.cfg.num_steps}"
+        self.log.write(f"{at} {before}train_time:{milliseconds:.0f}ms step_avg:{average:.2f}ms{after}")
+
+    def write_summary(self, tokens_seen: int, flops: int, peak_memory: int) -> None:
+        """What people plot afterwards (seeds 003, 004): learned scalars by layer, and what the run took."""
+        for name, p in self.model.named_parameters():
+            if name.endswith("_scale"):
+                values = [round(value, 4) for value in p.flatten().tolist()]
+                self.log.write(f"scalars:{name} {json.dumps(values)}", echo=False)
+        mfu = flops / max(self.clock.seconds(), 1e-9) / self.ceiling
+        self.log.write(f"peak_memory:{peak_memory / 2**20:.0f}MiB tokens:{tokens_seen} mfu:{mfu:.3f}")
+
+    def require_finite(self, loss: float, kind: str, step: int) -> float:
+        if not math.isfinite(loss):
+            advice = "lower --muon_lr or --adam_lr"
+            raise RunFailed(f"the {kind} loss is {loss} at step {step} ({self.suspect()}); {advice}")
+        return loss
+
+    @torch.no_grad()
+    def group_norms(self) -> dict[str, float]:
+        return {name: float(p.norm(dtype=torch.float32)) for name, p in self.model.named_parameters()}
+
+    def remember_norms(self) -> None:
+        self.norms = self.group_norms()
+
+    def suspect(self) -> str:
+        """The parameter group that a loss gone wrong points to."""
+        now = self.group_norms()
+        broken = [name for name, size in now.items() if not math.isfinite(size)]
+        if broken:
+            return f"not finite: {', '.join(broken)}"
+        growth = {name: now[name] / (self.norms[name] + 1e-6) if self.norms[name] else 0.0 for name in now}
+        name = max(growth, key=growth.get)
+        rise = f"from norm {self.norms[name]:.4g} to {now[name]:.4g}"
+        return f"grown most since the last validation: {name}, {rise}"
+
 
 def matrix_flops(cfg: Config) -> dict[str, int]:
-    """FLOPs of matrix products a token, forward, by part; attention's scores apart, which depend on the documents."""
-    D, attending = cfg.model_dim, sum(layer.window != "none" for layer in topology(cfg))
-    return {"projections": 2 * attending * 4 * D * cfg.num_heads * cfg.head_dim,
-            "MLP": 2 * len(cfg.windows) * 2 * cfg.mlp_ratio * D**2, "head": 2 * D * cfg.vocab_rows}
+    """FLOPs of matrix products a token, forward, by part, but attention's scores, which depend on
+    documents.
+    """
+    D, attending = cfg.model_dim, sum(layer.attends for layer in topology(cfg))
+    return {
+        "projections": 2 * attending * 4 * D * cfg.num_heads * cfg.head_dim,
+        "MLP": 2 * len(cfg.windows) * 2 * cfg.mlp_ratio * D**2,
+        "head": 2 * D * cfg.vocab_rows,
+    }
+
 
 def attended_pairs(tokens: np.ndarray, bos_id: int, window: int, paired: bool) -> int:
     """Query-key pairs that the mask lets through, for each head (or pair of heads), of one sequence."""
     position = np.arange(len(tokens))
     age = position - np.maximum.accumulate(np.where(tokens == bos_id, position, 0)) + 1
-    return int(sum(np.minimum(n, window).sum() for n in ((2 * age - 1, 2 * age) if paired else (age,))))
+    visible = (2 * age - 1, 2 * age) if paired else (age,)
+    return int(sum(np.minimum(keys, window).sum() for keys in visible))
+
 
 def step_flops(cfg: Config, batches: list[tuple[Tensor, Tensor]], windows: tuple[int, int]) -> dict[str, int]:
-    """FLOPs of the model on these micro-batches by part, 3 x forward; nothing for masked blocks or recomputation."""
-    kinds = Counter((layer.window, layer.paired) for layer in topology(cfg) if layer.window != "none")
-    reach, count = {"short": windows[0], "long": windows[1]}, len(batches) * len(batches[0][0])
-    parts = {part: 3 * count * flops for part, flops in matrix_flops(cfg).items()} | {"attention": 0}
+    """FLOPs of the model on these micro-batches by part, 3 x forward; none for masked blocks or
+    recomputation.
+    """
+    count = len(batches) * len(batches[0][0])
+    parts = {part: 3 * count * flops for part, flops in matrix_flops(cfg).items()}
+    parts["attention"] = 0
+    kinds = Counter((layer.window, layer.paired) for layer in topology(cfg) if layer.attends)
     for tokens, _ in batches:
-        for (window, paired), layers in kinds.items():          # two products of head_dim multiply-adds a pair and head
-            pairs = layers * attended_pairs(tokens.numpy(), cfg.bos_id, reach[window], paired)
-            parts["attention"] += 3 * 4 * cfg.num_heads // (2 if paired else 1) * cfg.head_dim * pairs
+        for (kind, paired), layers in kinds.items():
+            window = windows[1] if kind == "long" else windows[0]
+            pairs = layers * attended_pairs(tokens.numpy(), cfg.bos_id, window, paired)
+            heads = cfg.num_heads // (2 if paired else 1)
+            two_products = 4 * cfg.head_dim * pairs  # of head_dim multiply-adds a pair
+            parts["attention"] += 3 * heads * two_products
     return parts
 
-def facts_of(ranks: Ranks, model: GPT, failure: str | None, ceiling: float) -> dict[str, object]:
-    """What the log's header says of this machine and this model. Never the environment: it may hold tokens."""
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    cpu = (re.findall(r"model name\s*: (.*)", cpuinfo) or [platform.processor() or platform.machine()])[0]
-    chip = torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"{cpu}, {os.cpu_count()} cores"
-    matrices = sum(p.numel() for name, p in model.named_parameters() if name in ("qkvo", "mlp"))
-    return {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "versions": f"python {platform.python_version()}, torch {torch.__version__}, {platform.system()}",
-        "hardware": f"{chip}; {ranks.size} process(es), {torch.get_num_threads()} thread(s) each",
-        "precision": str(model.dtype).removeprefix("torch."), "compile": failure or "torch.compile",
-        "parameters": f"{sum(p.numel() for p in model.parameters()):,}, of them {matrices:,} in matrices",
-        "matrix ceiling": f"{ceiling / 1e9:.0f} GFLOP/s measured, all processes together",
-    }
 
-CHECKPOINT_FORMAT = 2   # 1, which said nothing of it: o transposed, skips after the mix, gradients of the mean loss
-LOSS_SHARES = 8         # gradients are those of the loss summed over this share of a step's tokens, whatever its micro-batches are
-Stopped = KeyboardInterrupt                                     # with the signal's name; `except Exception` lets it through
-KEPT_CHECKPOINTS, MAY_DIFFER = 2, set("data_dir log_dir rank_timeout save_every save_on_stop resume compile reference graphs"
-                                      " warmup val_every plan".split())
+CHECKPOINT_FORMAT = 3  # 1: o transposed, skips after the mix, gradients of the mean loss; 2: other names
+KEPT_CHECKPOINTS = 2
+RUN_ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z_-]{0,99}", re.ASCII)
+# Settings that say nothing of what a run computes: a resumed run may have others.
+MAY_DIFFER = {
+    "data_dir",
+    "log_dir",
+    "rank_timeout",
+    "save_every",
+    "save_on_stop",
+    "resume",
+    "compile",
+    "reference",
+    "graphs",
+    "warmup",
+    "val_every",
+}
+CHECKPOINT_TYPES = {
+    "format": int,
+    "config": str,
+    "run_id": str,
+    "source_sha256": str,
+    "torch": str,
+    "hardware": str,
+    "saved_at": float,
+    "step": int,
+    "model": dict,
+    "optimizer": dict,
+    "tied": bool,
+    "loader": tuple,
+    "clock": float,
+    "tokens_seen": int,
+    "flops": int,
+    "average": (float, type(None)),
+    "rng": Tensor,
+}
+
+
+def settings(cfg: Config) -> dict:
+    """The configuration as a checkpoint keeps it; what `auto` came to on this machine is part of it."""
+    dtype = str(pick_dtype(cfg)).removeprefix("torch.")
+    return json.loads(json.dumps(asdict(cfg) | {"dtype": dtype}))
+
+
+class Checkpoints:
+    """A run's checkpoints, beside its log; the newest few are kept."""
+
+    def __init__(self, cfg: Config, log: Log, facts: dict[str, object]):
+        self.cfg, self.log, self.hardware = cfg, log, str(facts["hardware"])
+
+    def write(self, step: int, **content: Any) -> None:
+        """A new file. Where it cannot be written the run goes on, and the last good one stays."""
+        path = Path(self.cfg.log_dir) / f"{self.log.run_id}.step{step:06d}.pt"
+        content |= dict(
+            format=CHECKPOINT_FORMAT,
+            config=json.dumps(settings(self.cfg)),
+            run_id=self.log.run_id,
+            source_sha256=source_hash(),
+            torch=torch.__version__,
+            hardware=self.hardware,
+            saved_at=time.time(),
+            step=step,
+        )
+        try:
+            save_checkpoint(path, content)
+            self.log.write(f"checkpoint: {path}")
+        except (OSError, RuntimeError) as error:  # a full disk, most often, behind a RuntimeError of torch
+            reason = str(error.__context__ or error).splitlines()[0]
+            self.log.write(f"checkpoint: NOT saved at step {step}, the last good one stays ({reason})")
+
+    def write_changes(self, saved: dict) -> None:
+        """Into the log: what is no longer as it was. A record may not change its source."""
+        now = {"torch": torch.__version__, "hardware": self.hardware}
+        if saved["source_sha256"] != source_hash():
+            change = f"sha256 was {saved['source_sha256']}, is {source_hash()}"
+            self.log.write(f"resumed: source changed, {change}")
+        for name, value in now.items():
+            if saved[name] != value:
+                self.log.write(f"resumed: {name} changed, was {saved[name]}, is {value}")
+
 
 def save_checkpoint(path: Path, content: dict) -> None:
-    """Whole or not at all: a name of its own until it is on disk. OSError or RuntimeError when it cannot be written."""
-    part, run = path.with_name(f".{path.name}.part"), path.name.partition(".step")[0]
+    """Whole or not at all: a name of its own until it is on disk. OSError or RuntimeError where that
+    fails.
+    """
+    part = path.with_name(f".{path.name}.part")
+    run = path.name.partition(".step")[0]
     try:
         with part.open("wb") as file:
             torch.save(content, file)
@@ -1745,322 +3224,642 @@ def save_checkpoint(path: Path, content: dict) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-    killed = path.parent.glob(f".{run}.step*.part")             # what a process that was killed left
-    for old in [*by_age(path.parent, f"{run}.step*.pt")[KEPT_CHECKPOINTS:], *killed]:
-        old.unlink()
+    for killed in path.parent.glob(f".{run}.step*.part"):  # what a process that was killed left
+        killed.unlink(missing_ok=True)
+    # Steps count, not times of change: clocks are set back, copies look new. The one just written always
+    # stays.
+    older = [other for other in path.parent.glob(f"{run}.step*.pt") if step_of(other) < step_of(path)]
+    newer = [other for other in path.parent.glob(f"{run}.step*.pt") if step_of(other) > step_of(path)]
+    older.sort(key=step_of, reverse=True)
+    for superseded in [*older[KEPT_CHECKPOINTS - 1 :], *newer]:  # newer: what this run did not go on from
+        superseded.unlink(missing_ok=True)
 
-def by_age(folder: Path, pattern: str) -> list[Path]:
-    """Newest first; by time, as a run that went on from an older one may stand at a lower step."""
-    return sorted(folder.glob(pattern), key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
 
-def settings(cfg: Config) -> dict:
-    """The configuration as a checkpoint keeps it; what `auto` came to on this machine is part of it."""
-    return json.loads(json.dumps(asdict(cfg) | {"dtype": str(pick_dtype(cfg)).removeprefix("torch.")}))
+def step_of(path: Path) -> int:
+    """RUN.step000100.pt -> 100; -1 for another name."""
+    match = re.search(r"\.step(\d{1,9})\.pt$", path.name, re.ASCII)
+    return int(match[1]) if match else -1
 
-def newest_checkpoint(cfg: Config) -> dict | None:
-    """The newest whole checkpoint under log_dir. UserError if it is of another configuration, naming what differs."""
-    for path in by_age(Path(cfg.log_dir), "*.step*.pt"):
-        try:
-            if zipfile.ZipFile(path).testzip():                 # torch does not look at the checksums that it writes
-                raise zipfile.BadZipFile
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)    # runs no code
-            then, now, written = json.loads(content["config"]), settings(cfg), content.get("format")
-        except Exception as error:  # noqa: BLE001, half a file can fail in many ways
-            print(f"resume: {path} is not whole ({type(error).__name__}), looking for an older one", file=sys.stderr)
-            continue
-        need(written == CHECKPOINT_FORMAT, f"{path}: a checkpoint of an older train_gpt.py, whose model computes something else; "
-                                           "start anew under another --log_dir, or finish it with the train_gpt.py in its log")
-        differing = [f"--{name} was {then.get(name)}, is {now.get(name)}" for name in sorted({*then, *now} - MAY_DIFFER)
-                     if then.get(name) != now.get(name)]
-        need(not differing, f"{path}: a checkpoint of another configuration ({'; '.join(differing)}); use its flags, "
-                            "another --log_dir, or no --resume")
+
+def read_checkpoint(path: Path) -> dict | None:
+    """The content of a checkpoint, none of whose code is run; None, and a word on stderr, if it is not
+    whole.
+    """
+    try:
+        if zipfile.ZipFile(path).testzip():  # torch does not look at the checksums that it writes
+            raise zipfile.BadZipFile
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not isinstance(content, dict) or not isinstance(json.loads(content["config"]), dict):
+            raise ValueError
         return content
+    except Exception as error:  # noqa: BLE001, half a file can fail in many ways
+        complain(f"resume: {path} is not whole ({type(error).__name__}), looking for an older one", 0)
+        return None
+
+
+def check_checkpoint(content: dict, path: Path, cfg: Config) -> None:
+    """UserError for a whole file that this run cannot go on from: of another version, configuration or
+    hand.
+    """
+    old = "a checkpoint of another train_gpt.py, whose model computes or keeps something else"
+    advice = "start anew under another --log_dir, or finish it with the train_gpt.py in its log"
+    need(content.get("format") == CHECKPOINT_FORMAT, f"{path}: {old}; {advice}")
+    remove = "remove it to go on without"
+    for name, kind in CHECKPOINT_TYPES.items():
+        right = isinstance(content.get(name), kind)
+        need(right, f"{path}: holds no {name} of the right kind; {remove}")
+    then, now = json.loads(content["config"]), settings(cfg)
+    differing = []
+    for name in sorted({*then, *now} - MAY_DIFFER):
+        if then.get(name) != now.get(name):
+            differing.append(f"--{name} was {then.get(name)}, is {now.get(name)}")
+    advice = "use its flags, another --log_dir, or no --resume"
+    need(not differing, f"{path}: a checkpoint of another configuration ({'; '.join(differing)}); {advice}")
+    need(RUN_ID.fullmatch(content["run_id"]), f"{path}: its run id is no name for a file; {remove}")
+    within = 0 < content["step"] <= cfg.num_steps
+    need(within, f"{path}: stands at step {content['step']} of {cfg.num_steps}; {remove}")
+    position = content["loader"]
+    counts = len(position) == 2 and all(isinstance(n, int) and n >= 0 for n in position)
+    need(counts, f"{path}: its place in the data is {position!r}; {remove}")
+
+
+def check_weights(content: dict, model: GPT, optimizer: Optimizer) -> None:
+    """UserError if a checkpoint's tensors are not shaped as the model's and the optimizer's, or not
+    finite.
+    """
+    run = f"checkpoint of run {content['run_id']} at step {content['step']}"
+    expected = {name: t.shape for name, t in model.state_dict().items()}
+    found = {name: t.shape for name, t in content["model"].items() if isinstance(t, Tensor)}
+    different = [name for name in sorted({*expected, *found}) if expected.get(name) != found.get(name)]
+    names = ", ".join(different[:5])
+    need(not different, f"{run}: not this model's tensors ({names}); remove it to go on without")
+    keys = {name: set(state) for name, state in optimizer.state.items()}
+    kept = {name: set(state) for name, state in content["optimizer"].items() if isinstance(state, dict)}
+    need(keys == kept, f"{run}: not this optimizer's tensors; remove it to go on without")
+    tensors = dict(content["model"])
+    for name, state in content["optimizer"].items():
+        tensors |= {f"{name} {key}": t for key, t in state.items()}
+    for name, t in tensors.items():
+        good = isinstance(t, Tensor) and (not t.is_floating_point() or bool(t.isfinite().all()))
+        need(good, f"{run}: {name} is not finite; remove it to go on from an older one")
+
+
+def find_checkpoint(cfg: Config, env: DistEnv) -> dict | None:
+    """The newest whole checkpoint under log_dir, the same for all ranks, or None."""
+    content, path = newest_checkpoint(cfg)
+    if content is not None:
+        check_checkpoint(content, path, cfg)
+    found = torch.tensor(content["step"] + 1 if content else 0, device=env.device)
+    wait = env.all_reduce(found.clone())
+    together = int(wait()) == env.world_size * int(found)
+    advice = "all nodes must see the same folder"
+    need(together, f"--log_dir {cfg.log_dir}: the processes found different checkpoints there; {advice}")
+    return content
+
+
+def newest_checkpoint(cfg: Config) -> tuple[dict | None, Path | None]:
+    """The newest whole one: runs by the time that their newest file says, a run's files by their steps."""
+    try:
+        paths = [path for path in Path(cfg.log_dir).glob("*.step*.pt") if step_of(path) >= 0]
+    except OSError as error:
+        raise UserError(f"--log_dir {cfg.log_dir}: cannot be read ({error.strerror})") from None
+    newest_of_run: dict[str, tuple[dict, Path]] = {}
+    for path in sorted(paths, key=step_of, reverse=True):
+        run = path.name.partition(".step")[0]
+        if run not in newest_of_run:
+            content = read_checkpoint(path)
+            if content is not None:
+                newest_of_run[run] = content, path
+    if not newest_of_run:
+        return None, None
+    return max(newest_of_run.values(), key=lambda found: saved_at(found[0]))
+
+
+def saved_at(content: dict) -> float:
+    """When a checkpoint was written, by its own word."""
+    value = content.get("saved_at")
+    return value if isinstance(value, float) and math.isfinite(value) else -math.inf
+
+
+# ===== D. GPU: the choice of kernels, graphs, copies. =====
+
+
+def pick_dtype(cfg: Config) -> torch.dtype:
+    """auto: bfloat16 on GPUs and on CPUs that multiply it in hardware (AVX-512 BF16, AMX), else float32."""
+    if cfg.dtype != "auto":
+        return getattr(torch, cfg.dtype)
+    fast = cfg.device == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def compile_failure(cfg: Config, device: torch.device) -> str | None:
+    """Why torch.compile cannot be used here (no C++ compiler, say), by trying it."""
+    if not cfg.compile:
+        return "--no-compile"
+    try:
+        compiled = torch.compile(lambda x: x.sin() + 1)
+        compiled(torch.ones(8, device=device))
+    except Exception as error:  # noqa: BLE001, whatever it is, the run goes on without
+        return f"torch.compile failed: {str(error).strip().splitlines()[0]}"
+    torch._dynamo.config.recompile_limit = 64  # a graph for each kind of layer, stage and validation window
     return None
 
-class Run:
-    """One run from its configuration to its last validation. What a user can get wrong is found before the log exists."""
-    def __init__(self, cfg: Config, overrides: dict):
-        self.cfg, self.schedule, self.ranks = cfg, Schedule(cfg), Ranks.join(cfg)
-        self.loader, self.validation = Loader(cfg), Validation(cfg)
-        if self.ranks.rank == 0:
-            self.loader.check_enough(self.schedule)
-        saved = newest_checkpoint(cfg) if cfg.resume else None
-        found = torch.tensor(saved["step"] + 1 if saved else 0, device=self.ranks.device)
-        need(int(self.ranks.all_reduce(found.clone())()) == self.ranks.size * int(found),
-             f"--log_dir {cfg.log_dir}: the processes found different checkpoints there; all nodes must see the same folder")
-        self.log, self.clock = Log(cfg, self.ranks, saved and saved["run_id"]), Clock(self.ranks.device)
-        keep_memory(self.ranks.device)
-        self.ceiling = matrix_ceiling(self.ranks.device, pick_dtype(cfg)) * self.ranks.size     # before compilers start
-        failure, operators = compile_failure(cfg, self.ranks.device), choose_operators(cfg, self.ranks.device)
-        torch._dynamo.config.recompile_limit = 64               # a graph for each kind of layer, stage and validation window
-        self.model = GPT(cfg, pick_dtype(cfg), compiled=not failure).to(self.ranks.device)
-        if cfg.spectral and not saved:                          # training time; one process's result for all
-            self.clock.start()
-            found = spectral_start(cfg, self.loader.tokens[:2**24].astype(np.int64), self.ranks.device)
-            for p, value in zip((self.model.embed, self.model.lm_head), found):
-                p.data.copy_(self.ranks.all_reduce(value * (self.ranks.rank == 0))())
-            self.clock.stop()
-        self.optimizer = Optimizer(cfg, self.model, self.ranks, compiled=not failure)
-        self.log.header(cfg, overrides, facts_of(self.ranks, self.model, failure, self.ceiling) | {"operators": operators})
-        self.dials = torch.zeros(len(self.schedule.predict(0)) + 1, device=self.ranks.device)   # loss weights, signals
-        self.result, self.inputs = torch.zeros(2, device=self.ranks.device), {}                 # what graphs write and read
-        self.graphs, self.worker, self.ahead, self.position = Graphs(self.log), ThreadPoolExecutor(1), {}, (0, 0)
-        self.steps_done = self.tokens_seen = self.flops = 0
-        self.stop = self.last_signal = self.saved_step = self.average = self.leaving = None
-        if saved:
-            self.restore(saved)
-        elif cfg.resume:
-            self.log.write(f"resume: no checkpoint in {cfg.log_dir}, starting at step 0")
-        self.began_at, self.norms = self.steps_done, self.group_norms()
 
-    def loop(self) -> float:
-        """Trains and validates; returns the last validation loss, nats a token."""
-        cfg, long_window, unread = self.cfg, int(self.model.long_window), []
-        lag = 1 if self.ranks.device.type == "cuda" else 0      # a GPU's loss is read a step late, so that it never waits
-        self.clock.start()
-        for step in range(self.steps_done, cfg.num_steps + 1):
-            last, windows = step == cfg.num_steps, self.schedule.val_windows(step)
-            if last and cfg.save_every and self.saved_step != step:
-                self.report(unread, lag=0)                      # first: a loss that is not finite ends the run here
-                self.save()
-            if not last and windows[1] != long_window:
-                self.model.set_long_window(long_window := windows[1])
-            if last or (cfg.val_every and step % cfg.val_every == 0):
-                self.report(unread, lag=0)
-                self.clock.stop()
-                loss, self.norms = self.validate(windows), self.group_norms()
-                if last:
-                    self.write_scalars()
-                known = f" val_bpb:{bpb:.4f}" if (bpb := self.validation.bits_per_byte(loss)) else ""
-                self.write_event(step, f"val_loss:{loss:.4f} ", f"{known} tokens:{self.tokens_seen}")
-                self.clock.start()
-            if last:
-                return loss
-            unread.append((step + 1, *download(self.train_step(step, windows)), self.tokens_seen, self.flops))
-            self.report(unread, lag)
-            if self.optimizer.adam_turn(step):                  # no gradient waits for its other parts
-                if self.stop or (cfg.save_every and self.steps_done % cfg.save_every < cfg.adam_every):
-                    self.report(unread, lag=0)
-                    self.save()
-                if self.stop:
-                    raise Stopped(self.stop)
+def matrix_ceiling(
+    device: torch.device, dtype: torch.dtype, size: int, synchronize: Callable[[], None]
+) -> float:
+    """FLOP/s of a large square matrix product: the best of several, outside the clock."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    synchronize()
+    times = [time.perf_counter()]
+    while len(times) < 4 or times[-1] - times[0] < 0.5:
+        a @ b
+        synchronize()
+        times.append(time.perf_counter())
+    return 2 * size**3 / float(np.diff(times).min())
 
-    def fetch(self, step: int) -> tuple:
-        """This rank's micro-batches of a step and what follows from them alone; in a thread, while the step before runs."""
-        batches = list(self.loader.step(self.schedule.stage(step), self.ranks.rank, self.ranks.size))
-        position, rows = (self.loader.file, self.loader.document), []
-        if self.optimizer.sparse:
-            rows = [bigram_rows(t, documents(t, self.cfg.bos_id)[0], len(self.model.bigram_embed)) for t, _ in batches]
-        return batches, position, rows, sum(step_flops(self.cfg, batches, self.schedule.windows(step)).values())
 
-    def train_step(self, step: int, windows: tuple[int, int]) -> Tensor:
-        """One step, always the preset's number of micro-batches over all ranks.
-        -> (2,): its loss, multi-token terms included, and how many ranks were asked to stop, summed so that all agree."""
-        fetched = self.ahead.pop(step, None) or self.worker.submit(self.fetch, step)
-        batches, self.position, rows, flops = fetched.result()
-        for later in range(step + 1 + len(self.ahead), min(step + 9, self.cfg.num_steps)):     # a new shard takes its time
-            self.ahead[later] = self.worker.submit(self.fetch, later)
-        if rows:
-            self.optimizer.sparse.announce(torch.cat(rows).numpy(), last=self.optimizer.adam_turn(step))
-        upload(torch.tensor([*self.schedule.predict(step), float(self.last_signal is not None)]), self.dials)
-        batches = self.place(batches)
-        self.graphs((len(batches[0][0]), windows), lambda: self.compute(batches, windows))
-        self.optimizer.step(step, self.schedule.lr_mul(step), self.schedule.momentum(step), step == self.schedule.untie_step,
-                            lambda turn: self.graphs((turn, self.optimizer.tied), lambda: self.optimizer.move(turn)))
-        self.steps_done, self.tokens_seen = step + 1, self.tokens_seen + self.schedule.stage(step).batch_tokens
-        self.flops += flops * self.ranks.size
-        return self.ranks.all_reduce(self.result.clone())()
+def copy_to_device(host: Tensor, onto: Tensor) -> Tensor:
+    """Host memory onto a tensor of the device; a GPU's queue goes on meanwhile."""
+    return onto.copy_(host.pin_memory() if onto.is_cuda else host, non_blocking=True)
 
-    def place(self, batches: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-        """Micro-batches where the model reads them: on a GPU in the same memory every time."""
-        if self.ranks.device.type == "cpu":
-            return batches
-        size = len(batches[0][0])
-        if size not in self.inputs:
-            self.inputs[size] = [tuple(torch.empty_like(t, device=self.ranks.device) for t in pair) for pair in batches]
-        return [tuple(map(upload, pair, onto)) for pair, onto in zip(batches, self.inputs[size])]
 
-    def compute(self, batches: list[tuple[Tensor, Tensor]], windows: tuple[int, int]) -> None:
-        """Forward and backward of these micro-batches: gradients add up, the loss and the last dial go to self.result."""
-        self.result.copy_(F.pad(self.dials[-1:], (1, 0)))
-        for tokens, targets in batches:
-            loss = self.model(tokens, targets, self.dials[:-1], windows)
-            (len(tokens) / LOSS_SHARES * loss).backward()
-            self.result[0] += loss.detach() / self.cfg.micro_batches
+class Gpu:
+    """What the trainer asks of a CUDA GPU. Cpu has the same methods."""
 
-    def save(self) -> None:
-        """Everything a resumed run needs, the same whatever the number of ranks. All ranks call it; the clock stands."""
-        self.clock.stop()
-        place = "cpu" if self.log.file else "meta"              # only one process keeps what they all gather
-        optimizer = {name: {key: self.optimizer.whole_state(name, key).to(place) for key in state}
-                     for name, state in self.optimizer.state.items()}
-        if self.log.file and not is_null(self.ranks.device):
-            path = Path(self.cfg.log_dir) / f"{self.log.run_id}.step{self.steps_done:06d}.pt"
-            content = {"format": CHECKPOINT_FORMAT, "config": json.dumps(settings(self.cfg)), "run_id": self.log.run_id, "step": self.steps_done,
-                       "model": self.model.state_dict(), "optimizer": optimizer, "tied": self.optimizer.tied,
-                       "loader": self.position, "clock": self.clock.total, "tokens_seen": self.tokens_seen,
-                       "flops": self.flops, "average": self.average, "rng": torch.get_rng_state()}
-            try:
-                save_checkpoint(path, content)
-                self.log.write(f"checkpoint: {path}")
-            except (OSError, RuntimeError) as error:            # a full disk, most often, behind a RuntimeError of torch
-                why = str(error.__context__ or error).splitlines()[0]
-                self.log.write(f"checkpoint: NOT saved at step {self.steps_done}, the last good one stays ({why})")
-        self.saved_step = self.steps_done
-        self.clock.start()
+    step_lag = 1  # steps whose loss is not read yet: the host stays ahead
+    compiles_validation = True
 
-    def restore(self, saved: dict) -> None:
-        self.model.load_state_dict(saved["model"])
-        self.model.turn_rotary()
-        for name, state in saved["optimizer"].items():
-            for key, whole in state.items():
-                self.optimizer.load_state(name, key, whole.to(self.ranks.device))
-        self.optimizer.tied, self.clock.total, self.position = saved["tied"], saved["clock"], saved["loader"]
-        self.tokens_seen, self.flops, self.average = saved["tokens_seen"], saved["flops"], saved["average"]
-        self.loader.open(self.position[0])
-        self.loader.document, self.steps_done, self.saved_step = self.position[1], saved["step"], saved["step"]
-        torch.set_rng_state(saved["rng"])
-        self.log.write(f"resumed: from step {self.steps_done} with {self.ranks.size} process(es)")
+    def __init__(self, cfg: Config):
+        local_rank, gpus = read_environment("LOCAL_RANK", 0), torch.cuda.device_count()
+        advice = "use --preset cpu, or --device cpu"
+        need(gpus > 0, f"--preset {cfg.preset}: wants a CUDA GPU and there is none; {advice}")
+        own = local_rank < gpus
+        advice = "start as many processes as GPUs"
+        need(own, f"process {local_rank} has no GPU of its own, there are {gpus}; {advice}")
+        torch.cuda.set_device(local_rank)
+        self.cfg, self.device, self.dtype = cfg, torch.device("cuda", local_rank), pick_dtype(cfg)
+        self.inputs: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
-    def hear(self, number: int, _frame) -> None:
-        """A signal: remembered for the end of the step if there is something to save, else the end, now."""
-        again = self.last_signal and time.monotonic() - self.last_signal[1] > 2             # torchrun's comes twice at once
-        self.last_signal = signal.Signals(number).name, time.monotonic()
-        if not self.leaving and (again or not self.cfg.save_on_stop or self.steps_done == self.began_at):
-            raise Stopped(self.last_signal[0])
+    def name(self) -> str:
+        return torch.cuda.get_device_name()
 
-    @torch.no_grad()
-    def group_norms(self) -> dict[str, float]:
-        return {name: float(p.norm(dtype=torch.float32)) for name, p in self.model.named_parameters()}
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
 
-    def validate(self, windows: tuple[int, int]) -> float:
-        """Plain cross-entropy, nats a token, over the whole validation stream."""
-        total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
-        for n in range(self.ranks.rank, self.validation.count, self.ranks.size):
-            total += self.evaluate(*self.validation.sequence(n), windows)
-        return self.finite(float(self.ranks.all_reduce(total)()) / self.validation.count, "validation", self.steps_done)
+    def matrix_ceiling(self) -> float:
+        return matrix_ceiling(self.device, self.dtype, 8192, self.synchronize)
 
-    @torch.no_grad()
-    def evaluate(self, tokens: Tensor, targets: Tensor, windows: tuple[int, int]) -> Tensor:
-        """One sequence's loss. On a CPU uncompiled: another length would compile for longer than all validation takes."""
-        device = self.ranks.device
-        model = self.model if device.type == "cuda" else self.model.eager()
-        return model(tokens.to(device), targets.to(device), torch.ones(1, device=device), windows, False)
+    def choose_kernels(self, env: DistEnv) -> Kernels:
+        self.compile_failure = compile_failure(self.cfg, self.device)
+        kernels = plain_kernels(static_grads=True)
+        if self.compile_failure is None:
+            kernels = replace(
+                kernels,
+                compile=partial(torch.compile, dynamic=False, fullgraph=True),
+                normuon_=torch.compile(normuon_, dynamic=False),
+                adam_=torch.compile(adam_, dynamic=False),
+            )
+        if self.cfg.reference or self.dtype != torch.bfloat16:
+            return kernels
+        return use_triton(self.cfg, self.device, kernels)
 
-    def warm_up(self) -> None:
-        """Compiles and runs every stage on dummy tokens, both optimizers and validation; then all is as it was."""
-        cfg, device, began = self.cfg, self.ranks.device, time.perf_counter()
-        state = [*self.model.parameters(), *(t for s in self.optimizer.state.values() for t in s.values())]
-        saved, tied = [t.detach().to("cpu", copy=True) for t in state], self.optimizer.tied
-        dummy = lambda size: split_targets(np.arange(size + 1) * 37 % cfg.vocab_size)  # noqa: E731, a BOS now and then
-        steps = range(cfg.num_steps)
-        plans = {(stage.batch_tokens // cfg.micro_batches, stage.windows) for stage in map(self.schedule.stage, steps)}
-        placed = {kind: self.place([dummy(kind[0])] * (cfg.micro_batches // self.ranks.size)) for kind in sorted(plans)}
-        upload(torch.tensor([*self.schedule.predict(0), 0.0]), self.dials)
-        for kind, batches in placed.items():
-            self.compute(batches[:1], kind[1])
-        validated = [*(steps[::cfg.val_every] if cfg.val_every else ()), cfg.num_steps]
-        for windows in sorted({self.schedule.val_windows(step) for step in validated}) if device.type == "cuda" else ():
-            self.evaluate(*dummy(cfg.val_seq_len), windows)
-        for self.optimizer.tied in {tied, False}:
-            for p in self.model.parameters():
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            if self.optimizer.sparse:
-                self.optimizer.sparse.announce(np.arange(8), last=True)
-            self.optimizer.step(cfg.adam_every - 1, lr_mul=0.0, momentum=0.9, untie=False)
-        if cfg.graphs and device.type == "cuda":
-            for kind, batches in placed.items():
-                self.graphs.capture(kind, partial(self.compute, batches, kind[1]))
-            for turn, self.optimizer.tied in {(False, tied), (False, False), (True, tied), (True, False)}:
-                self.graphs.capture((turn, self.optimizer.tied), partial(self.optimizer.move, turn))
-            torch._foreach_zero_([p.grad for p in self.model.parameters()])
-        with torch.no_grad():
-            for t, s in zip(state, saved):
-                t.copy_(s)
-        self.optimizer.tied = tied
-        self.log.write(f"warm-up: {time.perf_counter() - began:.1f} s outside the clock, {len(plans)} kind(s) of step")
+    def new_graphs(self, log: Log) -> "CudaGraphs | NoGraphs":
+        return CudaGraphs(log) if self.cfg.graphs else NoGraphs()
 
-    def report(self, unread: list[tuple], lag: int) -> None:
-        """A line for each step whose loss is due; ends the run when a loss is not finite."""
-        while len(unread) > lag:
-            step, result, wait, tokens, flops = unread.pop(0)
-            wait()
-            loss, stops = result.tolist()
-            if stops:
-                self.stop = self.last_signal[0] if self.last_signal else "a signal to another process"
-            value, seconds = self.finite(loss, "training", step), self.clock.seconds()
-            self.write_event(step, "", f" train_loss:{value:.4f} tokens_per_second:{tokens / seconds:.0f}"
-                                       f" mfu:{flops / seconds / self.ceiling:.3f}")
-            if self.average and value > 1.3 * self.average:
-                self.log.write(f"spike: train_loss {value:.4f} at step {step}, {self.average:.4f} before; {self.suspect()}")
-            self.average = 0.9 * (self.average or value) + 0.1 * value
+    def copy_batches(self, sequences: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """Micro-batches where the model reads them: in the same memory every time."""
+        length = len(sequences[0][0])
+        if length not in self.inputs:
+            empty = partial(torch.empty, length, dtype=torch.int64, device=self.device)
+            self.inputs[length] = [(empty(), empty()) for _ in sequences]
+        copies = []
+        for (tokens, targets), (to_tokens, to_targets) in zip(sequences, self.inputs[length], strict=True):
+            copies.append((copy_to_device(tokens, to_tokens), copy_to_device(targets, to_targets)))
+        return copies
 
-    def suspect(self) -> str:
-        """The parameter group that a loss gone wrong points to."""
-        now = self.group_norms()
-        if broken := [name for name, norm in now.items() if not math.isfinite(norm)]:
-            return f"not finite: {', '.join(broken)}"
-        name = max(now, key=lambda name: now[name] / (self.norms[name] + 1e-6) if self.norms[name] else 0.0)
-        return f"grown most since the last validation: {name}, from norm {self.norms[name]:.4g} to {now[name]:.4g}"
+    def copy_to_host(self, x: Tensor) -> tuple[Tensor, Callable[[], None]]:
+        """-> what is on the host, once the function has been called, which waits."""
+        host, event = torch.empty(x.shape, pin_memory=True), torch.cuda.Event()
+        host.copy_(x, non_blocking=True)
+        event.record()
+        return host, event.synchronize
 
-    def write_event(self, step: int, before: str, after: str) -> None:
-        """The form that every tool of this field reads; more key:value pairs only behind it."""
-        ms, at = 1e3 * self.clock.seconds(), f"step:{step}/{self.cfg.num_steps}"
-        self.log.write(f"{at} {before}train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms{after}")
+    def validating(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
 
-    def write_scalars(self) -> None:
-        """What people plot afterwards (seeds 003, 004): the learned scalars by layer, and what the run took."""
-        for name, p in self.model.named_parameters():
-            if name.endswith("_scale"):
-                self.log.write(f"scalars:{name} {json.dumps([round(v, 4) for v in p.flatten().tolist()])}", echo=False)
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)
-        peak = torch.cuda.max_memory_allocated() if self.ranks.device.type == "cuda" else resident
-        self.log.write(f"peak_memory:{peak / 2**20:.0f}MiB tokens:{self.tokens_seen}"
-                       f" mfu:{self.flops / max(self.clock.seconds(), 1e-9) / self.ceiling:.3f}")
+    def peak_memory(self) -> int:
+        """Bytes."""
+        return torch.cuda.max_memory_allocated()
 
-    def finite(self, loss: float, kind: str, step: int) -> float:
-        if not math.isfinite(loss) and not is_null(self.ranks.device):
-            raise RunFailed(f"the {kind} loss is {loss} at step {step} ({self.suspect()}); lower --muon_lr or --adam_lr")
-        return loss
 
-def train(cfg: Config, overrides: dict) -> float:
-    """One whole run; returns its final validation loss."""
-    run = Run(cfg, overrides)
+def use_triton(cfg: Config, device: torch.device, kernels: Kernels) -> Kernels:
+    """Each fast version that is right on a small input, whose arguments are as wide as the model, is
+    taken.
+    """
+    rng = torch.Generator().manual_seed(0)
+    D, T = cfg.model_dim, 384
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(*size, generator=rng).bfloat16()
+
+    cap = (cfg.softcap, cfg.softcap_shift, cfg.softcap_width)
+    targets, weights = torch.randint(cfg.vocab_size, (T, 2), generator=rng), torch.full((T, 2), 1 / T)
+    first_key = torch.arange(T) // 99 * 99
+    up_and_down = random(2, cfg.mlp_ratio * D, D) / D**0.5
+    head = random(D, cfg.vocab_rows) / D**0.5
+    trials = {
+        "attention": (triton_attention, [*random(3, T, 2, cfg.head_dim), first_key, T, torch.tensor(0.1)], 3),
+        "mlp": (triton_mlp, [random(T, D), *up_and_down, cfg.activation], 3),
+        "head_chunk": (triton_head_chunk, [random(T, D), head, targets, weights, cap, True, cfg.fp8_head], 0),
+        "symmetric_product": (triton_symmetric_product, [random(2, 2 * D, D).mT], 0),
+        "transpose_": (triton_transpose_, [random(D, T), random(T, D), True], 0),
+    }
+    notes, chosen = [], {}
+    for name, (fast, arguments, leaves) in trials.items():
+        wrong = matches_reference(getattr(kernels, name), fast, arguments, leaves, device)
+        if not wrong:
+            chosen[name] = fast
+        notes.append(f"{name} plain ({wrong})" if wrong else f"{name} by kernel")
+    return replace(kernels, note=", ".join(notes), **chosen)
+
+
+def matches_reference(
+    plain: Callable, fast: Callable, arguments: list, leaves: int, device: torch.device
+) -> str:
+    """Why a fast version cannot run here; '': it can.
+
+    Its results, and gradients by the first `leaves` arguments, are held against the plain one's in float32.
+    """
+
+    def results(operator: Callable, dtype: torch.dtype) -> list[Tensor]:
+        given = []
+        for a in arguments:
+            if isinstance(a, Tensor):
+                a = a.to(device, dtype if a.dtype == torch.bfloat16 else a.dtype, copy=True)
+            given.append(a)
+        inputs = [a.requires_grad_() for a in given[:leaves]]
+        output = operator(*given)
+        outputs = [output] if isinstance(output, Tensor) else list(output)
+        if inputs:
+            outputs.extend(torch.autograd.grad(outputs[0].float().square().sum(), inputs))
+        return outputs
+
     try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, run.hear)
-        if cfg.warmup:
-            run.warm_up()
-        return run.loop()
-    except (Stopped, RunFailed, RuntimeError) as error:
-        run.leaving = True                                      # before any call: from here on a signal is only noted
-        if isinstance(error, RuntimeError) and run.ranks.size > 1:
-            time.sleep(2)                                       # torchrun must see first who died, and name it
-            if run.last_signal:                                 # it did; or all were told to stop, and others left first
-                error = Stopped(run.last_signal[0])
-        done = f"{run.steps_done} of {cfg.num_steps} steps done, train_time:{1e3 * run.clock.seconds():.0f}ms"
-        stopped = isinstance(error, Stopped)
-        run.log.write(f"interrupted: {done} ({error})" if stopped else f"failed: {error}", echo=stopped)
-        raise error
-    finally:
-        run.leaving, run.graphs.kept = True, {}                 # NCCL's end waits for graphs that hold collectives
-        if run.ranks.size > 1 and (run.ranks.device.type == "cpu" or not sys.exc_info()[0]):    # nor for ranks that died
-            dist.destroy_process_group()
+        for ours, exact in zip(results(fast, torch.bfloat16), results(plain, torch.float32), strict=True):
+            error = float((ours - exact).detach().norm() / exact.detach().norm())
+            if not error < 0.05:
+                return f"relative error {error:.2g}"
+    except Exception as error:  # noqa: BLE001, whatever it is, the plain version stays
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return ""
 
-def main() -> None:
-    try:
-        cfg, overrides = parse_config(sys.argv[1:])
-        if cfg.plan:
-            need(Path(__file__).with_name("evals").is_dir(), "--plan: needs evals/plan.py, which is not beside this file")
-            sys.modules["train_gpt"] = sys.modules["__main__"]  # which evals/plan.py imports
-            from evals.plan import plan
-            return plan(cfg, cfg.plan)
-        train(cfg, overrides)
-    except (UserError, RunFailed) as error:
-        print(f"train_gpt.py: {'error' if isinstance(error, UserError) else 'failed'}: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 1)
-    except KeyboardInterrupt as error:
-        sys.exit(143 if str(error) == "SIGTERM" else 130)
+
+class NoGraphs:
+    """Work is called, not replayed."""
+
+    enabled = False
+
+    def run(self, key: object, work: Callable[[], None]) -> None:
+        work()
+
+    def clear(self) -> None:
+        pass
+
+
+class CudaGraphs:
+    """Work that is the same on every step of a kind: captured as a CUDA graph once, then replayed."""
+
+    enabled = True
+
+    def __init__(self, log: Log):
+        self.log, self.captured, self.pool = log, {}, None
+
+    def capture(self, key: object, work: Callable[[], None]) -> None:
+        """If something in it cannot be captured on this stack, the log says so, and it stays a plain call."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                work()
+            self.captured[key], self.pool = graph, graph.pool()
+            graph.replay()  # the first time takes longer
+        except RuntimeError as error:
+            self.log.write(f"graphs: no graph of {key} ({str(error).splitlines()[0]})")
+
+    def run(self, key: object, work: Callable[[], None]) -> None:
+        if key in self.captured:
+            self.captured[key].replay()
+        else:
+            work()
+
+    def clear(self) -> None:
+        self.captured = {}
+
+
+def warm_up(trainer: Trainer) -> None:
+    """Compiles and runs every stage on dummy tokens, both optimizers, validation; then all is as it was."""
+    began = time.perf_counter()
+    model, optimizer, tied = trainer.model, trainer.optimizer, trainer.optimizer.tied
+    states = [t for state in optimizer.state.values() for t in state.values()]
+    live = [*model.parameters(), *states]
+    kept = [t.detach().to("cpu", copy=True) for t in live]
+    inputs = run_dummy_steps(trainer)
+    run_dummy_validation(trainer)
+    for is_tied in dict.fromkeys((tied, False)):
+        optimizer.tied = is_tied
+        run_dummy_update(trainer)
+    if trainer.graphs.enabled:
+        capture_graphs(trainer, inputs, tied)
+    with torch.no_grad():
+        for t, value in zip(live, kept, strict=True):
+            t.copy_(value)
+    optimizer.tied = tied
+    seconds = time.perf_counter() - began
+    trainer.log.write(f"warm-up: {seconds:.1f} s outside the clock, {len(inputs)} kind(s) of step")
+
+
+StepKind = tuple[int, tuple[int, int]]  # tokens of a micro-batch, (short, long) window
+
+
+def run_dummy_steps(trainer: Trainer) -> dict[StepKind, list[tuple[Tensor, Tensor]]]:
+    """A micro-batch of each kind of step -> the memory that each kind reads its sequences from."""
+    cfg, schedule = trainer.cfg, trainer.schedule
+    copy_to_device(torch.tensor([*schedule.predict(0), 0.0]), trainer.step_scalars)
+    kinds = set()
+    for end in schedule.ends:
+        if end > 0:
+            stage = schedule.stage(end - 1)
+            kinds.add((stage.batch_tokens // cfg.micro_batches, stage.windows))
+    inputs = {}
+    for kind in sorted(kinds):
+        length, windows = kind
+        sequences = [dummy_sequence(cfg, length)] * (cfg.micro_batches // trainer.env.world_size)
+        inputs[kind] = trainer.machine.copy_batches(sequences)
+        trainer.accumulate_gradients(inputs[kind][:1], windows)
+    return inputs
+
+
+def run_dummy_validation(trainer: Trainer) -> None:
+    cfg = trainer.cfg
+    if not trainer.machine.compiles_validation:
+        return
+    steps = range(0, cfg.num_steps, cfg.val_every) if cfg.val_every else ()
+    for windows in sorted({trainer.schedule.val_windows(step) for step in (*steps, cfg.num_steps)}):
+        trainer.evaluate(*dummy_sequence(cfg, cfg.val_seq_len), windows)
+
+
+def run_dummy_update(trainer: Trainer) -> None:
+    """A step of both optimizers with learning rates of 0."""
+    for p in trainer.model.parameters():
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    if trainer.optimizer.sparse_grad is not None:
+        trainer.optimizer.sparse_grad.exchange_indices(np.arange(8), last=True)
+    trainer.optimizer.step(trainer.cfg.adam_every - 1, lr_mul=0.0, momentum=0.9, untie=False)
+
+
+def capture_graphs(trainer: Trainer, inputs: dict[StepKind, list[tuple[Tensor, Tensor]]], tied: bool) -> None:
+    """A graph for each kind of step, and for each kind of update."""
+    optimizer = trainer.optimizer
+    for kind, sequences in inputs.items():
+        trainer.graphs.capture(kind, partial(trainer.accumulate_gradients, sequences, kind[1]))
+    for is_tied in dict.fromkeys((tied, False)):
+        optimizer.tied = is_tied
+        for adam_turn in (False, True):
+            trainer.graphs.capture((adam_turn, is_tied), partial(optimizer.update, adam_turn))
+    torch._foreach_zero_([p.grad for p in trainer.model.parameters()])
+
+
+def dummy_sequence(cfg: Config, length: int) -> tuple[Tensor, Tensor]:
+    """(tokens, targets), (length,) each, with a BOS now and then."""
+    return split_targets(np.arange(length + 1) * 37 % cfg.vocab_size)
+
+
+# ===== E. CPU: what only a CPU needs. =====
+
+
+class Cpu:
+    """What the trainer asks of a CPU. Gpu has the same methods."""
+
+    step_lag = 0
+    compiles_validation = False
+
+    def __init__(self, cfg: Config):
+        self.cfg, self.device, self.dtype = cfg, torch.device("cpu"), pick_dtype(cfg)
+        processes = read_environment("LOCAL_WORLD_SIZE", 1)
+        if processes > 1:  # torchrun says 1 thread; a core without a thread is idle
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            torch.set_num_threads(max(1, cores // processes))
+        keep_freed_memory()
+
+    def name(self) -> str:
+        cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        names = re.findall(r"model name\s*: (.*)", cpuinfo)
+        name = names[0] if names else platform.processor() or platform.machine()
+        return f"{name}, {os.cpu_count()} cores"
+
+    def synchronize(self) -> None:
+        pass
+
+    def matrix_ceiling(self) -> float:
+        return matrix_ceiling(self.device, self.dtype, 2048, self.synchronize)
+
+    def choose_kernels(self, env: DistEnv) -> Kernels:
+        self.compile_failure = compile_failure(self.cfg, self.device)
+        lazy = self.cfg.bigram_momentum == 0
+        kernels = plain_kernels(
+            new_mantissa=new_float32_copy,
+            lazy_bigrams=lazy,
+            sparse_bigram_grad=lazy and env.world_size == 1,  # ranks exchange rows of a dense gradient
+        )
+        if self.compile_failure is None:
+            whole = partial(torch.compile, dynamic=False, fullgraph=True)
+            kernels = replace(kernels, compile=whole, adam_=flat_adam())
+        return kernels
+
+    def new_graphs(self, log: Log) -> NoGraphs:
+        return NoGraphs()
+
+    def copy_batches(self, sequences: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        return sequences
+
+    def copy_to_host(self, x: Tensor) -> tuple[Tensor, Callable[[], None]]:
+        return x, lambda: None
+
+    def validating(self) -> contextlib.AbstractContextManager:
+        """Uncompiled: another length would compile for longer than all validation takes."""
+        return torch.compiler.set_stance("force_eager")
+
+    def peak_memory(self) -> int:
+        """Bytes."""
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return resident if sys.platform == "darwin" else 1024 * resident
+
+
+def keep_freed_memory() -> None:
+    """glibc: freed memory stays ours. Large activations, mapped and zeroed anew by pages, cost a third
+    more.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of mallopt(3)
+    libc = ctypes.CDLL(None)
+    for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**28)):
+        libc.mallopt(option, value)
+
+
+QUERY_BLOCK = 128
+
+
+def banded_attention(
+    q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, window: int, scale: Tensor | float
+) -> Tensor:
+    """reference_attention by blocks of queries and the keys they reach, window >= i - first_key[i] + 1."""
+    T, H, d = q.shape
+    back = -(-(min(window, T) - 1) // QUERY_BLOCK) * QUERY_BLOCK  # keys before a block's own
+    blocks = -(-T // QUERY_BLOCK)
+    missing = blocks * QUERY_BLOCK - T
+    q, k, v = (F.pad(t, (0, 0, 0, 0, 0, missing)) for t in (q, k, v))
+    count = partial(torch.arange, dtype=torch.int32, device=q.device)
+    query = count(blocks * QUERY_BLOCK).view(blocks, 1, QUERY_BLOCK, 1)
+    key = query[:, :, :1] - back + count(back + QUERY_BLOCK)
+    first_key = F.pad(first_key.to(torch.int32), (0, missing)).view(blocks, 1, QUERY_BLOCK, 1)
+    q = (q * scale).to(v.dtype).view(blocks, QUERY_BLOCK, H, d).transpose(1, 2)  # (blocks, H, QUERY_BLOCK, d)
+    k, v = key_blocks(k, back), key_blocks(v, back)  # (blocks, H, back + QUERY_BLOCK, d)
+    hidden = (key < first_key) | (key > query)
+    return BlockAttention.apply(q, k, v, hidden).transpose(1, 2).reshape(-1, H, d)[:T]
+
+
+class BlockAttention(torch.autograd.Function):
+    """The softmax is kept in the dtype of v: on a CPU that costs less than to compute it again."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, hidden):
+        weights = (q @ k.mT).float().masked_fill(hidden, float("-inf")).softmax(dim=-1).to(v.dtype)
+        ctx.save_for_backward(q, k, v, weights)
+        return weights @ v
+
+    @staticmethod
+    def backward(ctx, dy):
+        q, k, v, weights = ctx.saved_tensors
+        d_weights = (dy @ v.mT).float()
+        d_scores = (weights * (d_weights - (d_weights * weights).sum(dim=-1, keepdim=True))).to(v.dtype)
+        return d_scores @ k, d_scores.mT @ q, weights.mT @ dy, None
+
+
+def key_blocks(x: Tensor, back: int) -> Tensor:
+    """x (T, H, d) -> for each block of queries the rows from `back` before it to its end."""
+    padded = F.pad(x, (0, 0, 0, 0, back, 0))
+    shifted = []  # slices have cheap gradients
+    for start in range(0, back + 1, QUERY_BLOCK):
+        shifted.append(padded[start : start + len(x)].unflatten(0, (-1, QUERY_BLOCK)))
+    return torch.cat(shifted, dim=1).transpose(1, 2)
+
+
+def new_float32_copy(p: Tensor) -> Tensor:
+    """In place of the missing mantissa bits: compilers make no vectors of those, which take ten times as
+    long.
+    """
+    return p.float()
+
+
+LARGE = 2**14  # values from which a compiled loop is faster than eager operators
+
+
+def flat_adam() -> Callable:
+    """adam_ for a CPU: one compiled loop for tables of every size, eager operators for gates and scalars."""
+    compiled = torch.compile(adam_, dynamic=True)
+
+    def flat_adam_(*tensors: Tensor | None, wd: float, betas: tuple[float, float], **rest: Any) -> None:
+        if tensors[0].numel() < LARGE:
+            return adam_(*tensors, wd=wd, betas=betas, **rest)
+        flat = [None if t is None else t.flatten() for t in tensors]
+        wd, *betas = torch.tensor([wd, *betas])  # numbers would be compiled in
+        compiled(*flat, wd=wd, betas=betas, **rest)
+
+    return flat_adam_
+
+
+def lazy_adam_(
+    adam_: Callable,
+    p: Tensor,
+    mantissa_lo: Tensor | None,
+    grad: Tensor,
+    state: dict[str, Tensor],
+    steps: Tensor,
+    beta2: float,
+) -> None:
+    """Adam without momentum: a row without a gradient stays, and only its second moment fades.
+
+    Here that waits until the row moves again: a step costs what its tokens cost, and not what the table does.
+    """
+    second_moment, last_step = state["second_moment"], state["last_step"]
+    grad = (grad if grad.is_sparse else grad.to_sparse(1)).coalesce()
+    rows, values = grad.indices()[0], grad.values().clone()  # torch compiles no views of sparse tensors
+    faded = second_moment[rows] * beta2 ** (steps - 1 - last_step[rows])
+    moved, low = p[rows], None if mantissa_lo is None else mantissa_lo[rows]
+    adam_(moved, low, values, torch.zeros_like(faded), faded)
+    p.index_copy_(0, rows, moved)
+    if mantissa_lo is not None:
+        mantissa_lo.index_copy_(0, rows, low)
+    second_moment.index_copy_(0, rows, faded)
+    last_step.index_copy_(0, rows, steps.expand(len(rows), 1))
+
+
+SPECTRAL_NEIGHBOURS = ((1, 1.0), (2, 0.7), (-1, 0.7))  # how far behind a token, how much that one counts
+
+
+def start_from_counts(cfg: Config, model: GPT, tokens: np.ndarray, env: DistEnv) -> None:
+    """Embedding and head from the first shard's neighbouring tokens; the first rank's result for all."""
+    start = spectral_start(cfg, tokens[: 2**24].astype(np.int64), env.device)
+    for p, value in zip((model.embed, model.lm_head), start, strict=True):
+        wait = env.all_reduce(value * (env.rank == 0))
+        p.data.copy_(wait())
+
+
+def spectral_start(cfg: Config, tokens: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """tokens (N,) -> embed (V, D) and lm_head (D, V), together a bigram model.
+
+    The embedding holds singular vectors of a matrix of smoothed pointwise mutual information (Levy and
+    Goldberg 2014), which is sparse, as a row's constant is nothing to a softmax; the head is the least
+    squares fit to the matrix of the next token.
+    """
+    V = cfg.vocab_rows
+    share = torch.from_numpy(np.bincount(tokens, minlength=V) + 0.5).float().to(device)[:, None]
+    share = share / share.sum()
+    root = share.sqrt()
+    blocks = []
+    for gap, weight in SPECTRAL_NEIGHBOURS:
+        blocks.append(neighbour_information(cfg, tokens, gap, weight, share, root))
+    nearby = torch.cat(blocks, dim=1)
+    basis = torch.randn(V, cfg.model_dim - 1, generator=torch.Generator().manual_seed(0)).to(device)
+    for _ in range(2):  # 0909.4061
+        basis = torch.linalg.qr(nearby @ (nearby.T @ basis)).Q
+    rest = nearby.T @ basis
+    squares, turn = torch.linalg.eigh(rest.T @ rest)
+    x = basis @ turn * squares.clamp_min(0).sqrt() / root
+    x = norm(F.pad(x, (0, 1), value=3 * float(x.square().mean().sqrt())))  # last: how common a token is
+    gram = (share * x).T @ x
+    gram.diagonal().add_(1e-4 * gram.diagonal().mean())
+    fit = (blocks[0].T @ (root * x) / root).T + torch.outer((share * x).sum(0), share[:, 0].log())
+    return cfg.embed_std * x, torch.linalg.solve(gram, fit)
+
+
+def neighbour_information(
+    cfg: Config, tokens: np.ndarray, gap: int, weight: float, share: Tensor, root: Tensor
+) -> Tensor:
+    """(V, V): how much more often than by chance a token has another `gap` behind it."""
+    V, device = cfg.vocab_rows, share.device
+    pairs, counts = np.unique(tokens[: -abs(gap)] * V + tokens[abs(gap) :], return_counts=True)
+    first, second = divmod(pairs, V)
+    rows = (first, second) if gap > 0 else (second, first)
+    place = torch.from_numpy(np.stack(rows)).to(device)
+    expected = cfg.spectral * share[place[1], 0]
+    lift = torch.log1p(torch.from_numpy(counts).float().to(device) / expected)
+    values = weight * lift * root[place, 0].prod(0)
+    block = torch.sparse_coo_tensor(place, values, (V, V), check_invariants=False)
+    return block.to_dense() if V <= 2**13 else block.coalesce()  # dense: several times as fast
+
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
