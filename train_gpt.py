@@ -313,7 +313,8 @@ PRESETS = {
         matrix_optimizer="adamw", num_steps=8600, epochs=16, adam_lr=6e-4, adam_wd=10/9, adam_every=2, final_lr=0.0,
         val_every=1500, bigram_rows=0, bigram_momentum=0.75, smear_chunk="", spectral=0.0, attn_chunk="",
         key_offset=False, qk_norm=False, rotary_share=1.0, head_dim=64, softmax_scale=1/8, activation="gelu",
-        scalar_lr=0.0, resid_scale=1.0, embed_std=0.02, matrix_std=0.64, untie_share=1.0),
+        scalar_lr=0.0, x0_lr=0.0, resid_scale=1.0, embed_std=0.02, matrix_std=0.64, qkv_std=0.64, o_std=0.64,
+        untie_share=1.0),
 }
 
 def parse_config(argv: list[str]) -> tuple[Config, dict]:
