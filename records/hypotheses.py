@@ -55,9 +55,9 @@ BASELINES = {
         "short", 1600, dict(value_embeds=".12.....012", value_embed_std=0.0, ve_chunk="18:30", ve_own_dims=0)
     ),
     "003": Baseline(
-        "medium", 6000, dict(value_embeds="012..........012", extra_inputs=0, value_embed_std=0.0)
+        "medium-2025", 6000, dict(value_embeds="012..........012", extra_inputs=0, value_embed_std=0.0)
     ),
-    "004": Baseline("medium", 6000, dict(extra_inputs=0)),
+    "004": Baseline("medium-2025", 6000, dict(extra_inputs=0)),
     "bigram": Baseline("short", 1547, {}),  # of no seed: `short` as it is
     "cpu": Baseline("cpu", 490, dict(bigram_signs=8192)),  # of no seed: what the cpu track's records changed
 }
@@ -119,7 +119,7 @@ COMMON_TOKENS = (
 
 def value_embed_decay(times: float) -> tuple:
     """Weight decay of the value embeddings, in Adam's, 5 in train_gpt.py."""
-    start = "init=normal(cfg.value_embed_std), betas=(0.75, 0.95), lr=75.0, wd="
+    start = "init=normal(cfg.value_embed_std), betas=(cfg.table_beta1, 0.95),\n                  lr=75.0, wd="
     return ((f"{start}5.0)", f"{start}{times})"),)
 
 

@@ -161,6 +161,18 @@ else:
         for t, grad in zip((x, up, down), plain[1:]):
             assert error(t.grad, grad) < 5e-3
 
+    def assert_symmetric(product: torch.Tensor, tolerance: float) -> None:
+        """A block of 128 x 128 and its mirror image are the same bits, as the kernel stores one product in both places.
+        Within a block on the diagonal the two halves are sums of their own: whether those agree to the bit is the affair of
+        whoever multiplies, here NumPy's library."""
+        mirrored = product.mT.contiguous()
+        for row in range(0, product.size(-2), 128):
+            here = slice(row, row + 128)
+            for column in range(0, row, 128):
+                there = slice(column, column + 128)
+                assert torch.equal(product[:, here, there], mirrored[:, here, there]), (row, column)
+            assert error(product[:, here, here], mirrored[:, here, here]) < tolerance, row
+
     SHAPES = {"blocks": (2, 256, 128), "parts": (3, 200, 72), "tall": (2, 136, 168), "one": (1, 8, 8)}
 
     @pytest.mark.parametrize("dtype, tolerance", [(BF16, 5e-3), (F32, 1e-6)])
@@ -182,7 +194,8 @@ else:
         }
         for name, view in views.items():
             product = tg.symmetric_product_triton(view)
-            assert product.dtype == dtype and torch.equal(product, product.mT), name
+            assert product.dtype == dtype, name
+            assert_symmetric(product, tolerance)
             assert error(product, tg.symmetric_product(view.float())) < tolerance, name
 
     @pytest.mark.parametrize("dtype, tolerance", [(BF16, 5e-3), (F32, 1e-6)])
@@ -190,9 +203,8 @@ else:
     def test_symmetric_product_with_both_terms(dtype, tolerance, turned):
         x = tg.symmetric_product(random(3, 200, 72) / 72).to(dtype)
         product = tg.symmetric_product_triton(x.mT if turned else x, -2.4, 0.7)
-        assert error(product, tg.symmetric_product(x.float(), -2.4, 0.7)) < tolerance and torch.equal(
-            product, product.mT
-        )
+        assert error(product, tg.symmetric_product(x.float(), -2.4, 0.7)) < tolerance
+        assert_symmetric(product, tolerance)
 
     def test_symmetric_product_error_against_float64_is_at_most_that_of_plain_bfloat16():
         x = random(2, 136, 264, dtype=BF16)

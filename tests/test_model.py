@@ -27,7 +27,10 @@ def randomise(model: tg.GPT, keep: tuple[str, ...] = (), std: float = 0.2) -> tg
             small = (
                 0.25 if name == "mlp" else 1.0
             )  # three factors of it in a product: it would drown the rest
-            p.data.copy_(torch.randn(p.shape, generator=rng) * std * small)
+            stream = float(
+                name == "resid_scale"
+            )  # about 1: a stream that fades out would hide what came in early
+            p.data.copy_(stream + torch.randn(p.shape, generator=rng) * std * small)
     return model
 
 
@@ -418,13 +421,15 @@ def test_one_step_down_the_gradient_lowers_the_loss_as_it_says():
 
 
 def test_how_each_parameter_is_optimized():
-    """The tables of model.md, section 3."""
+    """The tables of docs/model.md, "Optimizers"; extra inputs are tables and scalars like the others of their kind."""
     model = tg.GPT(tiny())
     adam = {
         "embed": (0.5, 0.95, 1, 150),
         "lm_head": (0.5, 0.95, 1, 150),
         "bigram_embed": (0.75, 0.95, 75, 5),
+        "input_embed_0": (0.75, 0.95, 75, 5),
         "x0_scale": (0.65, 0.95, 5, 0),
+        "input_scale": (0.65, 0.95, 5, 0),
         "attn_gate": (0.9, 0.99, 1, 1),
         "ve_gate": (0.9, 0.99, 1, 1),
         "smear_gate": (0.9, 0.99, 0.01, 0),
@@ -440,7 +445,6 @@ def test_how_each_parameter_is_optimized():
         for name, spec in model.specs.items()
         if spec.optimizer == "adam"
     }
-    del got["input_embed_0"], got["input_scale"]  # not in that table
     assert got == adam
     matrices = {
         name: (spec.lr, spec.wd, spec.second_lr)
@@ -451,7 +455,7 @@ def test_how_each_parameter_is_optimized():
 
 
 def test_initial_values():
-    """The figures in model.md's brackets."""
+    """The figures in docs/model.md's brackets."""
     model = tg.GPT(tiny(bigram_signs=64, extra_inputs=2))
     p = dict(model.named_parameters())
     constants = {
@@ -470,7 +474,7 @@ def test_initial_values():
         "ve_gate": 0,
         "bigram_embed": 0,
     }
-    normals = {"embed": 0.005, "input_embed_0": 0.005, "input_embed_1": 0.005} | {
+    normals = {"embed": 0.005, "input_embed_0": 1.0, "input_embed_1": 1.0} | {
         f"value_embed_{k}": 0.01 for k in "0123"
     }
     for name, value in constants.items():
@@ -480,12 +484,9 @@ def test_initial_values():
             p[name].std().item() == pytest.approx(std, rel=0.03) and abs(p[name].mean().item()) < std / 30
         ), name
         assert p[name].abs().max().item() > 3 * std, name  # not uniform
-    for name, bank in (("qkvo", p["qkvo"]), ("mlp", p["mlp"][:, 0])):
-        std = 0.5 / 64**0.5
-        assert bank.std().item() == pytest.approx(std, rel=0.02), name
-        assert 0.99 < bank.abs().max().item() / (3**0.5 * std) < 1.000001, (
-            name
-        )  # uniform: ends at sqrt(3) std
+    for k in range(4):  # q, k, v, o
+        assert_uniform(p["qkvo"][:, k], 0.5 / 64**0.5)
+    assert_uniform(p["mlp"][:, 0], 0.5 / 64**0.5)
     assert not p["mlp"][:, 1].any()
     assert torch.equal(p["lm_head"], p["embed"].T)
     assert not torch.equal(p["input_embed_0"], p["input_embed_1"])
@@ -494,6 +495,32 @@ def test_initial_values():
         and abs(model.bigram_sign.mean().item()) < 0.05
     )
     assert set(p) == set(constants) | set(normals) | {"lm_head", "qkvo", "mlp"}
+
+
+def assert_uniform(x: torch.Tensor, std: float) -> None:
+    """Its ends are at sqrt(3) std."""
+    assert x.std().item() == pytest.approx(std, rel=0.03)
+    assert 0.99 < x.abs().max().item() / (3**0.5 * std) < 1.000001
+
+
+def test_initial_values_of_medium():
+    """What docs/model.md says of them, in a narrow model: D = 64, so that 1 / sqrt(D) is 1/8."""
+    medium = tg.PRESETS["medium"]
+    names = (
+        "embed_std value_embed_std input_embed_std matrix_std qkv_std o_std resid_scale bigram_rows".split()
+    )
+    p = dict(tg.GPT(tiny(**{name: getattr(medium, name) for name in names})).named_parameters())
+    for k in range(3):  # q, k, v: std 1 / sqrt(D); o begins at 0
+        assert_uniform(p["qkvo"][:, k], 1 / 8)
+    assert not p["qkvo"][:, 3].any() and not p["mlp"][:, 1].any()
+    assert_uniform(p["mlp"][:, 0], 0.5 / 8)
+    assert (p["resid_scale"] == 1.05).all() and (p["qkv_scale"] == 0.5).all() and (p["o_scale"] == 1.0).all()
+    assert (p["skip_scale"] == -1.5).all() and (p["backout_scale"] == 0.5).all()
+    assert p["lm_head"].std().item() == pytest.approx(0.005, rel=0.03)
+    assert p["input_embed_0"].std().item() == pytest.approx(1.0, rel=0.03)
+    zero = [f"value_embed_{k}" for k in "0123"] + ["x0_scale", "input_scale", "smear_scale"]
+    zero += ["attn_gate", "ve_gate", "skip_gate", "smear_gate"]
+    assert not any(p[name].any() for name in zero)
 
 
 # =====================================================================================================================
@@ -539,7 +566,7 @@ ATTENTION = "qkvo qkv_scale o_scale attn_gate"
         case(rotary_share=0.0),
         case(rotary_share=1.0),
         case(rotary_base=64.0),
-        case(yarn=False),
+        case(yarn_limit=0),
         case(softmax_scale=0.3),
         case(softcap=0.0),
         case(softcap=30.0),
@@ -564,9 +591,12 @@ ATTENTION = "qkvo qkv_scale o_scale attn_gate"
         case(windows="-slssl", reshaped=ATTENTION),
         case(windows="------", value_embeds="......", gone=f"{ATTENTION} {TABLES} ve_gate"),
         case(seed=1, restarted=f"embed lm_head input_embed_0 {TABLES} qkvo mlp"),
-        case(embed_std=0.01, restarted="embed lm_head input_embed_0"),
+        case(embed_std=0.01, restarted="embed lm_head"),
+        case(input_embed_std=0.5, restarted="input_embed_0"),
         case(value_embed_std=0.0, restarted=TABLES),
-        case(matrix_std=0.25, restarted="qkvo mlp"),
+        case(matrix_std=0.25, restarted="mlp"),
+        case(qkv_std=0.25, restarted="qkvo"),
+        case(o_std=0.0, restarted="qkvo"),
         case(resid_scale=1.0, restarted="resid_scale"),
     ],
 )
@@ -807,9 +837,9 @@ def test_a_chain_of_long_windows():
     model = tg.GPT(tiny(stages=tg.SHORT.stages[:1], micro_batches=64, softmax_scale=0.1, head_dim=32))
     freqs, scale = [1024 ** (-j / 7) for j in range(8)], 0.1
     assert int(model.long_window) == 384
-    for before, after in ((384, 384), (384, 896), (896, 1408), (1408, 1408), (1408, 1664), (1664, 2560)):
+    for before, after in ((384, 384), (384, 896), (896, 1408), (1408, 1408), (1408, 1664), (1664, 1920)):
         model.set_long_window(after)
-        if after != before:
+        if after not in (before, 1920):  # yarn_limit is 1664: above it only the window grows
             ramps = [min(max((before * f / (2 * math.pi) - 1) / 31, 0), 1) for f in freqs]
             freqs = [f * (before / after + m * (1 - before / after)) for f, m in zip(freqs, ramps)]
             scale *= 0.2 * math.log(after / before) + 1
@@ -819,13 +849,12 @@ def test_a_chain_of_long_windows():
         torch.testing.assert_close(model.rotary_cos[:300], angles.cos(), atol=1e-4, rtol=0)
         torch.testing.assert_close(model.rotary_sin[:300], angles.sin(), atol=1e-4, rtol=0)
         assert int(model.long_window) == after
-    assert freqs[0] == 1 and freqs[-1] == pytest.approx(
-        384 / 2560 / 1024
-    )  # ends: never, and always, stretched
+    assert freqs[0] == 1 and freqs[-1] == pytest.approx(384 / 1664 / 1024)  # never, and always, stretched
+    assert float(model.softmax_scale) == pytest.approx(0.13178, abs=5e-6)
 
 
 def test_without_yarn_only_the_window_is_noted():
-    model, still = tg.GPT(tiny(yarn=False)), tg.GPT(tiny())
+    model, still = tg.GPT(tiny(yarn_limit=0)), tg.GPT(tiny())
     model.set_long_window(64)
     assert int(model.long_window) == 64
     for name in ("rotary_freqs", "rotary_cos", "rotary_sin", "softmax_scale"):
@@ -853,7 +882,7 @@ def test_paired_heads_are_interleaved_in_time():
     assert torch.equal(tg.unpair(paired), x)
 
 
-# The whole model once more, as model.md says it: float64, T x T attention, a layer and a head at a time. The softmax is
+# The whole model once more, as docs/model.md says it: float64, T x T attention, a layer and a head at a time. The softmax is
 # sharper for the test's sake: at scale 0.1 little follows from where a head looks.
 PLAIN = dict(
     windows="sslss-sl",
@@ -913,12 +942,12 @@ def plain_loss(P, signs, tokens, targets, weights, windows, freqs, scale):
 
     outputs, attending, valued, skipping = [], 0, 0, 0
     for i in range(8):
-        x = P["resid_scale"][i] * x + P["x0_scale"][i] * x0 + P["bigram_scale"][i] * bigram
-        x = x + P["input_scale"][i, 0] * extra[0] + P["input_scale"][i, 1] * extra[1]
-        if i in SKIP_FROM:
+        if i in SKIP_FROM:  # first, so that resid_scale holds for what comes in too
             share = 2 * sigmoid(x0[:, 10:22] @ P["skip_gate"][skipping, 0])
             x = x + sigmoid(P["skip_scale"][skipping]) * share[:, None] * outputs[SKIP_FROM[i]]
             skipping += 1
+        x = P["resid_scale"][i] * x + P["x0_scale"][i] * x0 + P["bigram_scale"][i] * bigram
+        x = x + P["input_scale"][i, 0] * extra[0] + P["input_scale"][i, 1] * extra[1]
         if PLAIN["windows"][i] != "-":
             m, (Wq, Wk, Wv, Wo), long = n(x), P["qkvo"][attending], PLAIN["windows"][i] == "l"
             q, k, v = ((P["qkv_scale"][attending] * m @ W.T).view(T, H, d) for W in (Wq, Wk, Wv))
@@ -943,7 +972,7 @@ def plain_loss(P, signs, tokens, targets, weights, windows, freqs, scale):
                 for h in range(H):
                     y[:, h] = plain_attention(q[:, h], k[:, h], v[:, h], start, window, freqs, scale)
             y = y * sigmoid(m[:, 22:34] @ P["attn_gate"][attending].T)[:, :, None]
-            x = x + P["o_scale"][attending] * y.reshape(T, H * d) @ Wo
+            x = x + P["o_scale"][attending] * y.reshape(T, H * d) @ Wo.T  # a row of Wo an output
             attending += 1
         W1, W2 = P["mlp"][i]
         x = x + (n(x) @ W1.T).clamp_min(0) ** 2 @ W2
@@ -1011,7 +1040,31 @@ SIZES = {
         "bigram_scale": 11,
         "backout_scale": 1,
     },
-    "medium": {  # 16 layers, 15 of them attend; 1024 dimensions, 8 heads of 128; one extra input
+    "medium": {  # 16 layers, all attend; 1024 dimensions, 8 heads of 128; one extra input, no bigrams
+        "embed": 51_511_296,  # 50304 * 1024
+        "lm_head": 51_511_296,
+        "input_embed_0": 51_511_296,
+        "value_embed_0": 51_511_296,  # 50304 * 8 * 128
+        "value_embed_1": 51_511_296,
+        "value_embed_2": 51_511_296,
+        "value_embed_3": 51_511_296,
+        "value_embed_4": 51_511_296,
+        "qkvo": 67_108_864,  # 16 * 4 * 1024 * 1024
+        "mlp": 134_217_728,  # 16 * 2 * 4096 * 1024
+        "attn_gate": 2_048,  # 16 * 8 * 16
+        "ve_gate": 1_280,  # 10 * 8 * 16
+        "smear_gate": 16,
+        "smear_scale": 1,
+        "skip_gate": 48,  # 3 skips * 16
+        "skip_scale": 3,
+        "qkv_scale": 16,
+        "o_scale": 16,
+        "resid_scale": 16,
+        "x0_scale": 16,
+        "input_scale": 16,  # 16 * 1
+        "backout_scale": 1,
+    },
+    "medium-2025": {  # 16 layers, 15 of them attend; 1024 dimensions, 8 heads of 128; one extra input
         "embed": 51_511_296,  # 50304 * 1024
         "lm_head": 51_511_296,
         "input_embed_0": 51_511_296,
@@ -1037,8 +1090,9 @@ SIZES = {
     },
 }
 # short: tables 7 * 38,633,472 + 193,167,360, matrices 23,592,960 + 51,904,512, the rest 1,160
-# medium: tables 6 * 51,511,296 + 257,556,480, matrices 62,914,560 + 134,217,728, the rest 2,163
-TOTALS = {"short": 539_100_296, "medium": 763_758_707}
+# medium: tables 8 * 51,511,296, matrices 67,108,864 + 134,217,728, the rest 3,477
+# medium-2025: tables 6 * 51,511,296 + 257,556,480, matrices 62,914,560 + 134,217,728, the rest 2,163
+TOTALS = {"short": 539_100_296, "medium": 613_420_437, "medium-2025": 763_758_707}
 
 
 @pytest.mark.parametrize("preset", SIZES)
@@ -1051,8 +1105,10 @@ def test_sizes_of_presets_by_name(preset):
 
 # A layer of short: its MLP 2 * 3072 * 768 = 4,718,592, scales of stream, x0 and bigram 3; attention 4 * 768 * 768 =
 # 2,359,296, 2 scales, gates 6 * 12 = 72; a value embedding's gates 6 * 12 = 72 more; a skip 1 scale and 12 of a gate.
-# A layer of medium: MLP 2 * 4096 * 1024 = 8,388,608, 4 scales (one extra input); attention 4 * 1024 * 1024 = 4,194,304,
-# 2 scales, gates 8 * 12 = 96; a value embedding's gates 96 more; a skip 13 more.
+# A layer of medium: MLP 2 * 4096 * 1024 = 8,388,608, scales of stream, x0 and extra input 3; attention 4 * 1024 * 1024 =
+# 4,194,304, 2 scales, gates 8 * 16 = 128; a value embedding's gates 128 more; a skip 17 more.
+# A layer of medium-2025: the same MLP, 4 scales (bigrams too); the same attention, gates 8 * 12 = 96; a value embedding's
+# gates 96 more; a skip 13 more.
 LAYER_SIZES = {
     "short": [
         7_077_965,
@@ -1068,6 +1124,24 @@ LAYER_SIZES = {
         7_078_037,
     ],
     "medium": [
+        12_583_173,
+        12_583_173,
+        12_583_173,
+        12_583_173,
+        12_583_173,
+        12_583_045,
+        12_583_045,
+        12_583_045,
+        12_583_045,
+        12_583_062,
+        12_583_062,
+        12_583_190,
+        12_583_173,
+        12_583_173,
+        12_583_173,
+        12_583_173,
+    ],
+    "medium-2025": [
         12_583_110,
         12_583_110,
         12_583_110,
@@ -1143,10 +1217,22 @@ def test_topology_of_short():
 
 
 def test_topology_of_medium():
-    medium = places("medium")
+    assert places("medium") == {
+        "long": [0, 4, 11, 15],
+        "none": [],
+        "paired": [],
+        "skip": [(6, 9), (4, 10), (2, 11)],
+        "backout": [11],
+        "value": [(i, str(i)) for i in range(5)] + [(11 + i, str(i)) for i in range(5)],
+    }
+
+
+def test_topology_of_medium_2025():
+    """What seeds 003 and 004 build on."""
+    medium = places("medium-2025")
     assert medium["long"] == [3, 11, 15] and medium["none"] == [
         7
-    ]  # every fourth, but for layer 7, which has none
+    ]  # every fourth, but layer 7 has no attention
     assert medium["paired"] == [] and medium["backout"] == [10]  # 2/3 of the depth
     assert medium["value"] == [(0, "0"), (1, "1"), (2, "2"), (13, "0"), (14, "1"), (15, "2")]
     skips = medium["skip"]  # U-Net: nested pairs around the middle
@@ -1155,13 +1241,28 @@ def test_topology_of_medium():
 
 
 def test_numbers_of_presets():
-    """Everything of model.md that is a number of the model and not of its layers."""
-    for cfg in (tg.PRESETS["short"], tg.PRESETS["medium"]):
+    """Everything of docs/model.md that is a number of the model and not of its layers."""
+    short, medium, older = (tg.PRESETS[name] for name in ("short", "medium", "medium-2025"))
+    for cfg in (short, medium, older):
         assert (cfg.head_dim, cfg.softmax_scale, cfg.rotary_base, cfg.rotary_share) == (128, 0.1, 1024, 0.5)
         assert (cfg.softcap, cfg.softcap_shift, cfg.softcap_width) == (23, 5, 7.5)
-        assert (cfg.smear_chunk, cfg.skip_chunk, cfg.attn_chunk) == ("0:12", "6:18", "18:30")
-        assert cfg.key_offset and cfg.qk_norm and cfg.yarn and cfg.activation == "relu2"
-        assert cfg.value_embed_std == 0.01 and cfg.embed_std == 0.005 and cfg.matrix_std == 0.5
+        assert cfg.key_offset and cfg.qk_norm and cfg.activation == "relu2" and cfg.bigram_signs == 0
+        assert cfg.embed_std == 0.005 and cfg.matrix_std == 0.5 and cfg.yarn_limit == 13 * 128
+        assert cfg.vocab_size == 50257 and cfg.vocab_rows == 50304 and cfg.bos_id == 50256
+    for cfg in (short, older):
+        assert (cfg.smear_chunk, cfg.skip_chunk, cfg.attn_chunk, cfg.ve_chunk) == (
+            "0:12",
+            "6:18",
+            "18:30",
+            "18:24",
+        )
+        assert (cfg.value_embed_std, cfg.qkv_std, cfg.o_std, cfg.resid_scale) == (0.01, 0.5, 0.5, 1.1)
+        assert (cfg.ve_own_dims, cfg.bigram_rows, cfg.final_long_window) == (6, 5, 20 * 128) and cfg.fp8_head
+    assert {medium.smear_chunk, medium.skip_chunk, medium.attn_chunk, medium.ve_chunk} == {"0:16"}
+    assert (medium.value_embed_std, medium.qkv_std, medium.o_std, medium.resid_scale) == (0.0, 1.0, 0.0, 1.05)
+    assert (medium.ve_own_dims, medium.bigram_rows, medium.final_long_window) == (0, 0, 27 * 128)
+    assert (medium.model_dim, medium.extra_inputs, medium.input_embed_std) == (1024, 1, 1.0)
+    assert not medium.fp8_head
 
 
 def plain_gpt2_loss(
@@ -1187,7 +1288,7 @@ def plain_gpt2_loss(
         x = (
             x
             + torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -math.inf).softmax(-1), v).flatten(1)
-            @ wo
+            @ wo.T
         )
         x = x + torch.nn.functional.gelu(norm(x) @ up.T) @ down
     return torch.nn.functional.cross_entropy(norm(x) @ p["lm_head"], targets)

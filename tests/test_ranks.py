@@ -57,7 +57,7 @@ class World:
             pipe.send((common | {"RANK": rank, "LOCAL_RANK": rank}, function, args))
         try:
             while waiting:
-                ready = connection.wait(waiting, timeout=60)
+                ready = connection.wait(waiting, timeout=240)  # seconds; a slow machine is no hang
                 assert ready, f"ranks {list(waiting.values())} hang in {function.__name__}"
                 for pipe in ready:
                     good, result = pickle.loads(pipe.recv_bytes())

@@ -285,7 +285,7 @@ def test_ctrl_c_ends_the_run_with_a_whole_log(tmp_path, corpus_dir):
         if seen == 2:
             process.send_signal(signal.SIGINT)
             break
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=240)
     assert process.returncode == 130 and "Traceback" not in err
     events = the_log(tmp_path / "logs")[2]
     trained = [line for line in events if "train_loss:" in line]
