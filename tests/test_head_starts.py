@@ -97,7 +97,9 @@ def test_it_needs_an_embedding_of_its_own():
 @pytest.mark.parametrize("sparse", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_move_as_in_adam_over_the_whole_table(dtype, sparse):
-    """The same gradients to both: one fades and moves every row on every step, the other those that were touched."""
+    """The same gradients to both: one fades and moves every row on every step, the other those that were
+    touched.
+    """
     cfg, ranks, results = tiny(bigram_momentum=0.0, adam_every=1), tg.Ranks(0, 1, CPU), []
     for by_rows in (False, True):
         model = tg.GPT(cfg, dtype)
