@@ -224,9 +224,7 @@ def _repair_casts(tl, ti, builder, is_bf16, up, down) -> None:
 
 
 def _repair_atomic_add(tl, ti, builder, is_bf16, up, down) -> None:
-    """Programs run one after another here, so load, add, store is exact; two lanes of one at the same address
-    are not.
-    """
+    """Programs run one after another here: load, add, store is exact, but for two lanes at one address."""
     original = builder.create_atomic_rmw
 
     def plain(access, *operands):  # Triton's versions differ in how many cache options follow

@@ -111,7 +111,7 @@ else:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
     @pytest.mark.parametrize("case", CASES)
     def test_values_and_gradients(monkeypatch, case, dtype, capability):
-        """No further from the truth than plain PyTorch; blocks by descriptors, and by pointers (GPUs before 90)."""
+        """No further from the truth than plain PyTorch; by descriptors and, as before Hopper, by pointers."""
         T, H, d, window, starts = CASES[case]
         monkeypatch.setattr(tg, "compute_capability", lambda: capability)
         (x, do), first_key, scale = inputs(T, H, d, dtype), intervals(T, window, starts), torch.tensor(0.12)

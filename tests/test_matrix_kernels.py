@@ -76,7 +76,7 @@ if not interpreter.ACTIVE:
 
     @pytest.mark.parametrize("cc", [80, 89, 120])
     def test_matrix_kernels_fit_elsewhere(cc):
-        """No spills, tensor cores, and no more shared memory than there is: 163 KB, on sm_89 and sm_120 99."""
+        """No spills, tensor cores, shared memory as there is: 163 KB on sm_80, 99 KB on sm_89 and sm_120."""
         for backward in (False, True):
             kernel = compiled(cc, tg.relu2_product, *mlp_inputs(4096, 768, backward))
             assert kernel.counts["mma"] and (kernel.counts["cpasync"] or kernel.counts["tma_ld"]), aot.row(
@@ -221,7 +221,7 @@ else:
 
     @pytest.mark.parametrize("shape", [(2, 72, 200), (2, 200, 72)])
     def test_polar_express_with_the_kernel(shape):
-        """As with products that round once; the plain version's, which round twice in bfloat16, are 5 % away."""
+        """As with products that round once; the plain ones, which round twice in bfloat16, are 5 % away."""
 
         def rounded_once(x, alpha=1.0, beta=0.0):
             return tg.symmetric_product(x.double(), alpha, beta).to(x.dtype)

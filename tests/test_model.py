@@ -21,7 +21,7 @@ CAP = (23.0, 5.0, 7.5)  # logits 23 sigmoid((z + 5) / 7.5)
 
 
 def randomise(model: tg.GPT, keep: tuple[str, ...] = (), std: float = 0.2) -> tg.GPT:
-    """Opens paths that a zero closes at the start. A parameter of a name gets the same values in all models."""
+    """Opens paths that a zero closes at the start. A name gets the same values in every model."""
     for name, p in model.named_parameters():
         if name not in keep:
             rng = torch.Generator().manual_seed(zlib.crc32(name.encode()))
