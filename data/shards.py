@@ -94,8 +94,13 @@ def say(line: str) -> None:
     """A line of output; a progress bar makes room for it."""
     from tqdm import tqdm
 
-    tqdm.write(one_line(line))
-    sys.stdout.flush()
+    try:
+        tqdm.write(one_line(line))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # a full disk behind > FILE
+        raise UserError(f"the output: {os_reason(error)}") from error
 
 
 # Files that are whole or not there
