@@ -9,8 +9,10 @@ import hashlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 import cli
@@ -42,11 +44,29 @@ def run_command(main: Callable[[list[str]], None]) -> NoReturn:
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (stays open until the process ends)
     signal.signal(signal.SIGTERM, end_by_signal)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as behind nohup
+        signal.signal(signal.SIGINT, end_by_signal)
     cli.command(main, INTERRUPTED)
 
 
-def end_by_signal(number: int, frame: object) -> NoReturn:
+def end_by_signal(number: int, frame: FrameType | None) -> None:
+    """Raises what ends the command. While torch is imported it would be swallowed, or abort: then a bit later."""
+    if is_importing(frame):
+        again = threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, number))
+        again.daemon = True
+        again.start()
+        return
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
     sys.exit(128 + number)
+
+
+def is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def reports_system_errors(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:

@@ -6,6 +6,7 @@ import os
 import random
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from conftest import ROOT, assert_user_error, run_command
 
 from cli import UserError
 from data import bpe, corpus, fineweb, prepare, shards
-from train_gpt import HEADER_BYTES, read_shard
+from train_gpt import HEADER_BYTES, Schedule, parse_config, read_shard
 
 BOS = corpus.BOS_ID
 COMMAND = [sys.executable, "-m", "data.corpus"]
@@ -300,6 +301,51 @@ def test_pip_out_of_reach_is_one_line(tmp_path):
     assert os.listdir(tmp_path / "new") == []
 
 
+def test_files_of_others_stay(corpus_dir, tmp_path, monkeypatch):
+    (tmp_path / "README.md").write_text("# My notes")
+    monkeypatch.setattr(corpus, "make", lambda out: pytest.fail("makes it"))
+    with pytest.raises(UserError, match="README.md: is there, and not the embedded corpus's"):
+        corpus.main(["--out", str(tmp_path)])
+    assert (tmp_path / "README.md").read_text() == "# My notes" and os.listdir(tmp_path) == ["README.md"]
+    with pytest.raises(UserError, match="names no folder"):
+        corpus.main(["--out", ""])
+    made = []
+    monkeypatch.setattr(corpus, "make", made.append)
+    older = tmp_path / "older"
+    older.mkdir()
+    (older / "README.md").write_bytes((corpus_dir / "README.md").read_bytes())
+    (older / corpus.TRAIN).write_bytes(b"an older version's")
+    corpus.main(["--out", str(older)])
+    assert made == [older]
+
+
+def test_bytes_of_each_token_are_added_to_an_older_folder(corpus_dir, tmp_path, monkeypatch, capsys):
+    for path in corpus_dir.iterdir():
+        if path.name != "token_bytes.npy":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(corpus, "make", lambda out: pytest.fail("makes all of it"))
+    corpus.main(["--out", str(tmp_path)])
+    assert "complete" in capsys.readouterr().out and corpus.missing(tmp_path) == []
+    lengths = np.load(tmp_path / "token_bytes.npy", allow_pickle=False)
+    assert lengths.dtype == np.uint16 and lengths.shape == (4096,) and lengths[BOS] == 0
+    tokens = read_shard(tmp_path / corpus.VAL, corpus.VOCAB_SIZE, BOS)
+    coder = bpe.encoding(bpe.load_vocab(tmp_path / corpus.VOCAB), BOS)
+    text = coder.decode_bytes([token for token in tokens.tolist() if token != BOS])
+    assert lengths[tokens].sum() == len(text)
+
+
+def test_without_pip_the_one_that_python_brings_is_used(monkeypatch, tmp_path):
+    find_spec = corpus.find_spec
+    monkeypatch.setattr(corpus, "find_spec", lambda name: None if name == "pip" else find_spec(name))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if find_spec("ensurepip"):
+        done = run_command([*corpus.pip_command(), "--version"])
+        assert done.returncode == 0 and done.stdout.startswith("pip "), done
+    monkeypatch.setattr(corpus, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="no pip"):
+        corpus.pip_command()
+
+
 # What a run needs
 
 
@@ -323,6 +369,34 @@ def test_shards_needed():
     ]
     with pytest.raises(UserError, match="100B"):
         prepare.shards_needed(10**10)
+
+
+def test_tokens_needed_are_counted_by_stages():
+    for flags in (["--preset", "short", "--num_steps", "97"], ["--preset", "medium", "--batch_mul", "0.5"]):
+        cfg = parse_config(flags)[0]
+        schedule = Schedule(cfg)
+        assert prepare.tokens_needed(cfg) == sum(schedule.stage(i).batch_tokens for i in range(cfg.num_steps))
+    long = replace(parse_config(["--preset", "cpu"])[0], num_steps=10**12)
+    assert prepare.tokens_needed(long) == 10**12 * long.stages[0].batch_tokens
+
+
+def read_only(part, path) -> None:
+    raise OSError(30, "Read-only file system")
+
+
+def test_prepare_adds_bytes_of_each_token_to_any_folder(tmp_path, monkeypatch, capsys):
+    flags = ["--preset", "cpu", "--data_dir", str(tmp_path)]
+    prepare.main(flags)
+    assert os.listdir(tmp_path) == []
+    bpe.save_vocab(tmp_path / "vocab.tiktoken", {bytes([b]): b for b in range(256)})
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "move", read_only)
+        prepare.main(flags)
+    printed = capsys.readouterr().err
+    assert printed.startswith("note: bits per byte") and "Read-only" in printed and printed.count("\n") == 1
+    assert os.listdir(tmp_path) == ["vocab.tiktoken"]
+    prepare.main(flags)
+    assert np.load(tmp_path / "token_bytes.npy").tolist() == [1] * 256 + [0]
 
 
 def test_gpt2_vocab_is_not_fetched_twice(tmp_path, monkeypatch):

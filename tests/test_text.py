@@ -751,8 +751,9 @@ def test_closed_and_full_outputs(tmp_path, vocab):
         assert len(done.stderr.splitlines()) == (name == "full"), (name, done.stderr)
 
 
-def test_sigterm_leaves_nothing_half_made(tmp_path):
-    """While it waits for text, before anything is saved."""
+@pytest.mark.parametrize("number, code, lines", [(signal.SIGTERM, 143, 0), (signal.SIGINT, 130, 1)])
+def test_signals_leave_nothing_half_made(tmp_path, number, code, lines):
+    """While it imports torch or waits for text, before anything is saved."""
     process = subprocess.Popen(
         [*map(str, COMMAND), str(tmp_path / "out"), "-", "--vocab", "train:300"],
         env=CLEAN_ENV,
@@ -765,9 +766,10 @@ def test_sigterm_leaves_nothing_half_made(tmp_path):
     until = time.monotonic() + 60
     while not (tmp_path / "out").exists() and time.monotonic() < until:
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 143 and process.stderr.read() == ""
-    process.communicate()
+    process.send_signal(number)
+    assert process.wait(60) == code
+    stderr = process.communicate()[1]
+    assert len(stderr.splitlines()) == lines and "Traceback" not in stderr, stderr
     assert os.listdir(tmp_path / "out") == []
 
 
