@@ -50,7 +50,7 @@ def run_command(main: Callable[[list[str]], None]) -> NoReturn:
 
 
 def end_by_signal(number: int, frame: FrameType | None) -> None:
-    """Raises what ends the command. While torch is imported it would be swallowed, or abort: then a bit later."""
+    """Raises what ends the command. While torch is imported it would be swallowed, or abort: then later."""
     if is_importing(frame):
         again = threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, number))
         again.daemon = True
