@@ -98,8 +98,8 @@ def test_seed_000_its_table_of_steps(capsys):
 def test_seed_001_its_records(capsys):
     """Its losses to the digit.
 
-    Its times were averaged in float32, which keeps 7 or 8 digits: its 112216.3906 and 84.2895 ms are what torch
-    makes of the list, and differ from the exact figures by the spacing of float32 there, 1/128 ms.
+    Its times were averaged in float32, which keeps 7 or 8 digits: its 112216.3906 and 84.2895 ms are
+    what torch makes of the list, and differ from the exact figures by the spacing of float32 there, 1/128 ms.
     """
     before, after = printed(capsys, "groups", NUMBERS / "seed_001.txt", "--target", 3.28, "--digits", 4)
     assert [before[n] for n in (1, 6, 7, 9)] == ["5", "3.2778", "0.0014", "0.0110"]
