@@ -1,9 +1,11 @@
 """Write a trained model as safetensors: weights and configuration in one file, the vocabulary beside it.
 
-    python -m evals.export CHECKPOINT FOLDER [--vocab FILE]        FOLDER/model.safetensors, FOLDER/vocab.tiktoken
+    python -m evals.export CHECKPOINT FOLDER [--vocab FILE]
 
-evals.model.load(FOLDER) reads them back, and the other commands take FOLDER for CHECKPOINT. What is in FOLDER already
-stays: a file of the same name that holds something else is an error.
+It makes FOLDER/model.safetensors and FOLDER/vocab.tiktoken.
+
+evals.model.load(FOLDER) reads them back, and the other commands take FOLDER for CHECKPOINT. What is in
+FOLDER already stays: a file of the same name that holds something else is an error.
 """
 
 import json
@@ -31,7 +33,9 @@ def main(argv: list[str]) -> None:
 
 
 def export(trained: Trained, folder: Path) -> Path:
-    """-> the file of the weights. UserError without a vocabulary or safetensors, or where nothing can be written."""
+    """-> the file of the weights. UserError without a vocabulary or safetensors, or where nothing can be
+    written.
+    """
     try:
         from safetensors.torch import save
     except ImportError:

@@ -1,10 +1,12 @@
 """HellaSwag (1905.07830): which of four endings does a trained model find likeliest?
 
-    python -m evals.hellaswag CHECKPOINT [FILE] [--items N]         FILE: JSON lines with ctx, endings and label
-    python -m evals.hellaswag CHECKPOINT --fetch                    gets the 10,042 validation items from the hub first
+    python -m evals.hellaswag CHECKPOINT [FILE] [--items N]
+    python -m evals.hellaswag CHECKPOINT --fetch
 
-An ending's score is the log-probability of its own tokens after the context, summed, or divided by their number. An
-item with an ending that is longer than the model's positions is skipped, and counted.
+FILE has JSON lines with ctx, endings and label; --fetch gets the 10,042 validation items from the hub first.
+
+An ending's score is the log-probability of its own tokens after the context, summed, or divided by their
+number. An item with an ending that is longer than the model's positions is skipped, and counted.
 """
 
 import argparse
@@ -108,7 +110,9 @@ Row = tuple[list[int], int]  # an ending: BOS, context and ending; how many of t
 
 
 def score(trained: Trained, items: list[Item]) -> Iterator[tuple[Tensor, int]]:
-    """For each item that fits: log-probabilities of its endings (2, endings), summed and a token, and the label."""
+    """For each item that fits: log-probabilities of its endings (2, endings), summed and a token, and the
+    label.
+    """
     most = min(PACK, trained.longest)
     waiting: list[tuple[Item, list[Row]]] = []
     for item in items:
@@ -133,7 +137,9 @@ def ending_rows(trained: Trained, item: Item) -> list[Row]:
 def score_pack(
     trained: Trained, pack: list[tuple[Item, list[Row]]], most: int
 ) -> Iterator[tuple[Tensor, int]]:
-    """Endings are documents, and documents need no padding: as many of them at a time as fit into `most` tokens."""
+    """Endings are documents, and documents need no padding: as many of them at a time as fit into `most`
+    tokens.
+    """
     rows = [row for _, rows in pack for row in rows]
     sums = iter(ending_scores(trained, rows, most))
     for item, item_rows in pack:
@@ -164,7 +170,9 @@ def group_scores(trained: Trained, group: list[Row]) -> Iterator[Tensor]:
 
 
 def fetch(file: Path) -> None:
-    """The validation items from the hub, as JSON lines. UserError: no hub in reach, or a package is missing."""
+    """The validation items from the hub, as JSON lines. UserError: no hub in reach, or a package is
+    missing.
+    """
     try:
         import huggingface_hub
         import pyarrow.parquet as parquet

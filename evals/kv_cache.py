@@ -1,7 +1,8 @@
 """A stream of tokens that a trained model goes on with, a few at a time: it remembers keys and values.
 
-Layer by layer this is GPT.hidden of train_gpt.py, whose functions it calls; the tests hold it to the whole pass, token
-by token. What differs is attention, over what is remembered, and that each matrix is scaled and laid out once.
+Layer by layer this is GPT.hidden of train_gpt.py, whose functions it calls; the tests hold it to the whole
+pass, token by token. What differs is attention, over what is remembered, and that each matrix is scaled and
+laid out once.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,9 @@ FEED_CHUNK = (
 
 @dataclass
 class DecodeWeights:
-    """A layer's matrices, scaled, in the long rows that memory delivers fastest: nearly twice as fast on a CPU."""
+    """A layer's matrices, scaled, in the long rows that memory delivers fastest: nearly twice as fast on
+    a CPU.
+    """
 
     qkv: Tensor | None  # (3 D, D)
     o: Tensor | None  # (D, D)
@@ -81,7 +84,9 @@ class KVCache:
 
     @torch.inference_mode()
     def feed(self, tokens: Tensor) -> Tensor:
-        """The next tokens (n,) -> (n, D), what the head reads: within rounding what hidden says of the stream."""
+        """The next tokens (n,) -> (n, D), what the head reads: within rounding what hidden says of the
+        stream.
+        """
         room = self.capacity - self.length
         assert 0 < len(tokens) <= room, f"{len(tokens)} tokens after {self.length} of {self.capacity}"
         return torch.cat(
@@ -140,7 +145,9 @@ def project_qkv(n: Tensor, qkv: Tensor, head_dim: int, qk_norm: bool) -> tuple[T
 
 
 class Chunk:
-    """The next few tokens of a stream on their way through the layers, and what layers that are alike share."""
+    """The next few tokens of a stream on their way through the layers, and what layers that are alike
+    share.
+    """
 
     def __init__(self, cache: KVCache, tokens: Tensor, is_first: Tensor):
         self.cache, self.is_first = cache, is_first
@@ -155,7 +162,9 @@ class Chunk:
         ] = {}  # by window and places of a token
 
     def attend(self, i: int, layer: tg.Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """train_gpt.attend for these tokens: q, k, v (n, H, d) -> (n, H, d), with few calls: they take the time."""
+        """train_gpt.attend for these tokens: q, k, v (n, H, d) -> (n, H, d), with few calls: they take
+        the time.
+        """
         cache, places = self.cache, places_of_token(layer.paired)
         is_long = layer.window == "long"
         if cache.model.cfg.key_offset and is_long:
@@ -174,7 +183,9 @@ class Chunk:
         return tg.unpair(y) if layer.paired else y
 
     def offset_key(self, i: int, k: Tensor) -> Tensor:
-        """The stationary half of k from the token before; the stream's first token has none, nor needs one."""
+        """The stationary half of k from the token before; the stream's first token has none, nor needs
+        one.
+        """
         turning = 2 * self.cache.model.rotary_cos.size(1)
         before = torch.cat((self.cache.last_key.get(i, k[:1]), k))[:-1, :, turning:]
         self.cache.last_key[i] = k[-1:]

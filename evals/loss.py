@@ -2,8 +2,9 @@
 
     python -m evals.loss CHECKPOINT [FILE ...] [--tokens N]
 
-Without FILE: the validation of the run that made it, as its log has it. A text file is one document; bits per byte
-count its UTF-8 bytes. Longer streams are cut into sequences of the run's --val_seq_len, as validation does.
+Without FILE: the validation of the run that made it, as its log has it. A text file is one document; bits
+per byte count its UTF-8 bytes. Longer streams are cut into sequences of the run's --val_seq_len, as
+validation does.
 """
 
 import argparse

@@ -75,7 +75,9 @@ class Trained:
         return self.model.hidden(tokens.to(self.device), self.windows)
 
     def logits(self, x: Tensor) -> Tensor:
-        """x (n, D) -> softcapped logits (n, vocab_size), float32, without the rows that only pad the table."""
+        """x (n, D) -> softcapped logits (n, vocab_size), float32, without the rows that only pad the
+        table.
+        """
         return self.padded_logits(x)[:, : self.cfg.vocab_size]
 
     def padded_logits(self, x: Tensor) -> Tensor:
@@ -111,10 +113,10 @@ def load(
 ) -> Trained:
     """A checkpoint (.pt), an export (.safetensors), or a folder: the newest of them in it.
 
-    vocab: a vocab.tiktoken, if not the export's own or the one beside the shards. device: a GPU where there is one.
-    dtype: of matrices and tables; the one that the model was trained in if not given. UserError: a file that is
-    missing, not whole, of another version of train_gpt.py, with weights that are not finite, or a vocabulary that is
-    not the model's.
+    vocab: a vocab.tiktoken, if not the export's own or the one beside the shards. device: a GPU where there
+    is one. dtype: of matrices and tables; the one that the model was trained in if not given. UserError: a
+    file that is missing, not whole, of another version of train_gpt.py, with weights that are not finite,
+    or a vocabulary that is not the model's.
     """
     device = pick_device(device)
     path = newest(Path(path))
@@ -204,7 +206,9 @@ def read_export(path: Path) -> Content:
 
 
 def read_config(text: str, path: Path) -> tg.Config:
-    """A configuration as train_gpt.settings writes it. A field more or less: the model may not mean the same."""
+    """A configuration as train_gpt.settings writes it. A field more or less: the model may not mean the
+    same.
+    """
     try:
         values = json.loads(text)
         known = {f.name for f in fields(tg.Config)}
@@ -249,7 +253,9 @@ def read_vocabulary(given: str | Path | None, model: Path, cfg: tg.Config) -> di
 
 
 def sequences(tokens: np.ndarray, length: int) -> Iterator[Tensor]:
-    """tokens (N,) in sequences of at most `length` targets, as validation cuts them; each with one token more."""
+    """tokens (N,) in sequences of at most `length` targets, as validation cuts them; each with one token
+    more.
+    """
     for start in range(0, len(tokens) - 1, length):
         yield torch.from_numpy(tokens[start : start + length + 1].astype(np.int64))
 

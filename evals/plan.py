@@ -1,6 +1,8 @@
-"""What a run takes on GPUs that nobody has rented yet: parameters, FLOPs, bytes, and the least time of a step.
+"""What a run takes on GPUs that nobody has rented yet: parameters, FLOPs, bytes, and the least time of a
+step.
 
-    python -m evals.plan short 8xH100 [--num_steps 1000 ...]       a preset, GPUs, then any flags of train_gpt.py
+    python -m evals.plan short 8xH100 [--num_steps 1000 ...]       a preset, GPUs, then any flags of
+    train_gpt.py
 
 Counts of this project's model and optimizer, rates of data sheets; nothing is measured, no GPU is needed.
 """
@@ -74,8 +76,8 @@ def on_paper(cfg: tg.Config, world_size: int) -> tg.Optimizer:
 def kept_values(cfg: tg.Config) -> int:
     """Activations a token that are kept for the backward pass, compiled and with the file's own kernels.
 
-    What enters a piece and its products; what is pointwise is computed again. A test counts the real ones; eager mode
-    keeps twice as many.
+    What enters a piece and its products; what is pointwise is computed again. A test counts the real ones;
+    eager mode keeps twice as many.
     """
     D = cfg.model_dim
     total = (
@@ -91,7 +93,9 @@ def kept_values(cfg: tg.Config) -> int:
 
 
 def planned_memory(cfg: tg.Config, world_size: int) -> dict[str, int]:
-    """Bytes on each GPU when the forward pass of its longest sequence ends. Their sum is the expected peak."""
+    """Bytes on each GPU when the forward pass of its longest sequence ends. Their sum is the expected
+    peak.
+    """
     optimizer = on_paper(cfg, world_size)
     tokens = max(stage.batch_tokens for stage in cfg.stages) // cfg.micro_batches
     head = optimizer.params["lm_head"]
@@ -110,7 +114,9 @@ def planned_memory(cfg: tg.Config, world_size: int) -> dict[str, int]:
 
 @dataclass
 class UpdateCost:
-    """Of a GPU's mean step: FLOPs of the optimizer, bytes that it and the gradients move, bytes sent to others."""
+    """Of a GPU's mean step: FLOPs of the optimizer, bytes that it and the gradients move, bytes sent to
+    others.
+    """
 
     flops: float = 0.0
     moved: float = 0.0
@@ -118,8 +124,8 @@ class UpdateCost:
 
 
 def update_cost(cfg: tg.Config, world_size: int, tied: bool, tokens: int) -> UpdateCost:
-    """tokens: of a micro-batch. Moved, at least: the update's states and weights, written and read; matrices, read in
-    both passes; gradients, written. No bigram twice: text has fewer rows.
+    """tokens: of a micro-batch. Moved, at least: the update's states and weights, written and read;
+    matrices, read in both passes; gradients, written. No bigram twice: text has fewer rows.
     """
     optimizer, cost, here = on_paper(cfg, world_size), UpdateCost(), cfg.micro_batches // world_size
     for name, p in optimizer.params.items():
@@ -148,7 +154,8 @@ def polar_express_flops(matrices: Tensor) -> int:
 def planned_stage(
     cfg: tg.Config, gpu: str, world_size: int, begin: int, end: int
 ) -> dict[str, int | float | str]:
-    """A column of the table: FLOPs, bytes and least time of a GPU's mean step, then seconds of the whole stage.
+    """A column of the table: FLOPs, bytes and least time of a GPU's mean step, then seconds of the whole
+    stage.
 
     Documents are as long as the stage allows. At the floor products, memory and link overlap.
     """

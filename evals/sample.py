@@ -1,6 +1,6 @@
 """Sample text from a trained model, printed as it is made.
 
-    python -m evals.sample CHECKPOINT ["prompt"] [--tokens 200] [--temperature 0.8] [--top_k 50] [--top_p 1] [--samples 1]
+    python -m evals.sample CHECKPOINT ["prompt"] [--tokens 200] [--temperature 0.8] [--samples 1]
 
 CHECKPOINT is a file, or a folder whose newest is taken (logs). The end of a document ends a sample.
 """
@@ -90,7 +90,9 @@ def complete(
 def generate(
     trained: Trained, past: KVCache, x: Tensor, count: int, pick: Callable[[Tensor], int]
 ) -> Iterator[int]:
-    """Up to count tokens, to the end of the document. x (1, D): what the head reads after the last token of past."""
+    """Up to count tokens, to the end of the document. x (1, D): what the head reads after the last token
+    of past.
+    """
     for n in range(count):
         token = pick(trained.logits(x)[0])
         if token == trained.cfg.bos_id:
@@ -101,7 +103,9 @@ def generate(
 
 
 def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, rng: torch.Generator) -> int:
-    """logits (vocab_size,) -> a token of the top_k likeliest (0: all) that are needed for a share of top_p, 1904.09751."""
+    """logits (vocab_size,) -> a token of the top_k likeliest (0: all) that are needed for a share of
+    top_p, 1904.09751.
+    """
     logits = logits.cpu()
     if temperature == 0:
         return int(logits.argmax())
@@ -114,7 +118,9 @@ def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, rng: to
 
 
 def write(trained: Trained, tokens: Iterator[int], show: Callable[[str], object]) -> int:
-    """Shows each token's text as soon as its characters are whole, as a token may be half of one -> number of tokens."""
+    """Shows each token's text as soon as its characters are whole, as a token may be half of one ->
+    number of tokens.
+    """
     decoder, vocabulary, count = codecs.getincrementaldecoder("utf-8")("replace"), trained.vocabulary, 0
     for count, token in enumerate(tokens, 1):  # noqa: B007
         show(decoder.decode(vocabulary.decode_single_token_bytes(token)))
@@ -128,5 +134,6 @@ def show(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="replace")
     command(main)
