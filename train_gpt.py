@@ -3320,11 +3320,16 @@ def find_checkpoint(cfg: Config, env: DistEnv) -> dict | None:
 
 
 def newest_checkpoint(cfg: Config) -> tuple[dict | None, Path | None]:
-    """The newest whole one: runs by the time that their newest file says, a run's files by their steps."""
+    """The newest whole one under log_dir, with its path; (None, None): there is none."""
     try:
         paths = [path for path in Path(cfg.log_dir).glob("*.step*.pt") if step_of(path) >= 0]
     except OSError as error:
         raise UserError(f"--log_dir {cfg.log_dir}: cannot be read ({error.strerror})") from None
+    return newest_of(paths)
+
+
+def newest_of(paths: list[Path]) -> tuple[dict | None, Path | None]:
+    """Runs are ordered by the time that their newest whole file says, a run's files by their steps."""
     newest_of_run: dict[str, tuple[dict, Path]] = {}
     for path in sorted(paths, key=step_of, reverse=True):
         run = path.name.partition(".step")[0]

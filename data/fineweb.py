@@ -1,9 +1,10 @@
 """Fetch FineWeb as GPT-2 tokens: the validation shard and the first N training shards, 100M tokens each.
 
-    python data/fineweb.py [N] [--dataset 10B|100B] [--out DIR]      default: 9 shards, enough for the short track
+    python -m data.fineweb [N] [--dataset 10B|100B] [--out DIR]     9 shards are enough for the short track
 
-Fetches only what is missing, and goes on in the middle of a file where it was stopped. A file gets its final name when
-it is whole, checked and on disk. HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN work as everywhere with huggingface_hub.
+Fetches only what is missing, and goes on in the middle of a file where it was stopped. A file gets its final
+name when it is whole, checked and on disk. HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN work as everywhere with
+huggingface_hub.
 """
 
 import errno
@@ -16,21 +17,24 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-if str(HERE.parent) not in sys.path:
-    sys.path.insert(0, str(HERE.parent))
+from cli import UserError, arguments, need
 from data.shards import (
+    VOCAB,
     alone_in,
-    arguments,
-    command,
+    folder_path,
     make_folder,
     move,
+    os_reason,
+    reports_system_errors,
+    run_command,
     say,
     sha256,
-    shard_is_whole,  # noqa: E402
-    user_error,
+    shard_is_whole,
+    shown,
+    write_once,
 )
 
+HERE = Path(__file__).resolve().parent
 TRAIN_SHARDS = {"10B": 103, "100B": 1029}
 SHARD_TOKENS = 100_000_000
 VOCAB_SIZE, BOS_ID = 50257, 50256
@@ -40,35 +44,32 @@ LONGEST_WAIT = 300  # seconds, if the hub names a time
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
+@reports_system_errors
 def main(argv: list[str]) -> None:
     parser = arguments(__doc__)
-    parser.add_argument(
-        "shards", nargs="?", type=int, default=9, metavar="N", help="training shards (default 9)"
-    )
-    parser.add_argument("--dataset", choices=TRAIN_SHARDS, default="10B")
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="default: data/fineweb10B or data/fineweb100B"
-    )
-    args = parser.parse_args(argv)
+    add = parser.add_argument
+    add("shards", nargs="?", type=int, default=9, metavar="N", help="training shards (default 9)")
+    add("--dataset", choices=TRAIN_SHARDS, default="10B")
+    add("--out", type=folder_path, metavar="DIR", help="default: data/fineweb10B or data/fineweb100B")
+    args = parser.parse_intermixed_args(argv)
     fetch(args.shards, args.dataset, args.out or HERE / f"fineweb{args.dataset}")
 
 
 def fetch(shards: int, dataset: str, out: Path) -> None:
-    """Makes `out` hold the validation shard and the first training shards. UserError: what is wrong, and where."""
+    """Makes `out` hold the validation shard and the first training shards."""
     most = TRAIN_SHARDS[dataset]
-    if not 1 <= shards <= most:
-        raise user_error(f"{shards} shards: FineWeb {dataset} has 1 to {most} training shards")
+    need(1 <= shards <= most, f"{shown(shards)} shards: FineWeb {dataset} has 1 to {most} training shards")
     names = ["fineweb_val_000000.bin"] + [f"fineweb_train_{i:06d}.bin" for i in range(1, shards + 1)]
     missing = [name for name in names if not shard_is_whole(out / name)]
     for name in missing:
         if (out / name).exists():
-            print(f"{out / name}: not a whole shard, fetching it again", flush=True)
+            say(f"{out / name}: not a whole shard, fetching it again")
     if missing:
-        print(f"{out}: {len(missing)} of {len(names)} shards are missing, fetching", flush=True)
+        say(f"{out}: {len(missing)} of {len(names)} shards are missing, fetching")
         with alone_in(make_folder(out)):
             Fetch(f"kjj0/fineweb{dataset}-gpt2", out, missing).run()
     add_vocab(out)
-    print(f"{out}: complete, {shards} training shards")
+    say(f"{out}: complete, {shards} training shards")
 
 
 class Broken(Exception):
@@ -93,7 +94,7 @@ class Remote:
 
 
 class Fetch:
-    """Fetches the named shards of a dataset into `out`, AT_ONCE at a time; unfinished ones are in out/.staging."""
+    """Fetches the named shards of a dataset into `out`, AT_ONCE at a time, by way of out/.staging."""
 
     def __init__(self, repo: str, out: Path, names: list[str]):
         self.repo, self.out, self.names = repo, out, names
@@ -109,18 +110,14 @@ class Fetch:
         logging.set_verbosity_error()  # its warnings name signed addresses
         first = self.persist(
             self.names[0], self.look_up
-        )  # a hub out of reach is said once, not by every thread
+        )  # a hub out of reach is said once, not by all threads
         total = len(self.names) * (first.size or 0)  # shards are of equal size, but for the last
         self.check_disk(total)
-        self.bar = tqdm(
-            total=total, unit="B", unit_scale=True, disable=None
-        )  # None: no bar where no terminal is
+        self.bar = tqdm(total=total, unit="B", unit_scale=True, disable=None)  # None: only on a terminal
         pool = ThreadPoolExecutor(AT_ONCE)
         try:
-            for done in wait(
-                [pool.submit(self.persist, name, self.fetch_file) for name in self.names],
-                return_when=FIRST_EXCEPTION,
-            ).done:
+            fetches = [pool.submit(self.persist, name, self.fetch_file) for name in self.names]
+            for done in wait(fetches, return_when=FIRST_EXCEPTION).done:
                 done.result()
         except Exception:  # nobody may write when this folder is free again
             self.stop.set()
@@ -130,16 +127,28 @@ class Fetch:
             self.stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
             self.bar.close()
-        shutil.rmtree(self.staging, ignore_errors=True)
+        self.clear_staging()
+
+    def unfinished(self) -> list[Path]:
+        return [
+            path for path in self.staging.iterdir() if re.fullmatch(r"fineweb_\w+\.bin\.\w+\.part", path.name)
+        ]
+
+    def clear_staging(self) -> None:
+        """Unfinished files of another revision, and the folder, unless somebody keeps other things there."""
+        for path in self.unfinished():
+            path.unlink()
+        if not any(self.staging.iterdir()):
+            self.staging.rmdir()
 
     def check_disk(self, total: int) -> None:
-        kept = sum(path.stat().st_size for path in self.staging.iterdir())
+        wanted = total - sum(path.stat().st_size for path in self.unfinished())
         free = shutil.disk_usage(self.out).free
-        if total - kept > free:
-            raise user_error(
-                f"{self.out}: {len(self.names)} shards need {(total - kept) / 1e9:.1f} GB, the disk has "
-                f"{free / 1e9:.1f} GB free; make room, fetch fewer, or choose another disk with --out"
-            )
+        need(
+            wanted <= free,
+            f"{shown(self.out)}: {len(self.names)} shards need {wanted / 1e9:.1f} GB, the disk has "
+            f"{free / 1e9:.1f} GB free; make room, fetch fewer, or choose another disk with --out",
+        )
 
     def persist(self, name: str, attempt):
         """attempt(name), again with growing waits while the failure is one that may pass."""
@@ -156,9 +165,8 @@ class Fetch:
                 most = max(most, self.have[name])
                 wrong += isinstance(error, WrongContent)
                 if self.stop.is_set() or final(error) or wrong == 2 or failures > len(WAITS):
-                    raise user_error(
-                        f"{self.out / name}: not fetched from {self.repo}: {reason(error)}"
-                    ) from error
+                    place = shown(self.out / name)
+                    raise UserError(f"{place}: not fetched from {self.repo}: {reason(error)}") from error
                 pause = min(max(WAITS[failures - 1], asked_wait(error)), LONGEST_WAIT)
                 self.say(f"{name}: {reason(error)}; again in {pause} s")
             self.stop.wait(pause)
@@ -167,9 +175,8 @@ class Fetch:
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
         found = get_hf_file_metadata(hf_hub_url(self.repo, name, repo_type="dataset"))
-        url = hf_hub_url(
-            self.repo, name, repo_type="dataset", revision=found.commit_hash
-        )  # no later version of it
+        revision = found.commit_hash  # not a later version of the file
+        url = hf_hub_url(self.repo, name, repo_type="dataset", revision=revision)
         content = found.etag if re.fullmatch("[0-9a-f]{64}", found.etag or "") else None
         return Remote(url, found.size, content)
 
@@ -199,9 +206,8 @@ class Fetch:
         if had == remote.size:
             return
         headers = build_hf_headers() | {"Range": f"bytes={had}-", "Accept-Encoding": "identity"}
-        with get_session().stream(
-            "GET", remote.url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
-        ) as answer:
+        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        with get_session().stream("GET", remote.url, headers=headers, timeout=timeout) as answer:
             hf_raise_for_status(answer)
             with open(part, "ab") as file:
                 if had and answer.status_code != 206:  # a server that knows no ranges sends it from the start
@@ -228,7 +234,7 @@ class Fetch:
 
 def check(part: Path, remote: Remote) -> None:
     """Size, the hub's hash, and what a loader asks of a shard; WrongContent says what does not hold."""
-    from train_gpt import UserError, read_shard
+    import train_gpt
 
     size = part.stat().st_size
     if remote.size not in (None, size):
@@ -236,8 +242,8 @@ def check(part: Path, remote: Remote) -> None:
     if remote.sha256 and sha256(part) != remote.sha256:
         raise WrongContent("what came has another sha256 than the hub promised")
     try:
-        read_shard(part, VOCAB_SIZE, BOS_ID)
-    except UserError as error:
+        train_gpt.read_shard(part, VOCAB_SIZE, BOS_ID)
+    except train_gpt.UserError as error:
         raise WrongContent("what came is no shard: " + str(error).removeprefix(f"{part}: ")) from error
 
 
@@ -245,7 +251,9 @@ def check(part: Path, remote: Remote) -> None:
 
 
 def about_the_fetch(error: Exception) -> bool:
-    """The hub, the network or the disk; anything else is a bug and keeps its trace."""
+    """The hub, the network or the disk; anything else is a bug, or a closed pipe (| head)."""
+    if isinstance(error, BrokenPipeError):
+        return False
     libraries = ("huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2")
     return isinstance(error, (Broken, OSError)) or type(error).__module__.split(".")[0] in libraries
 
@@ -291,8 +299,8 @@ def reason(error: Exception) -> str:
         return f"the hub answers with status {status_of(error)}"
     if getattr(error, "errno", None) in DISK:
         return f"{os.strerror(error.errno)}; a shard takes 200 MB, make room and run this again"
-    if getattr(error, "errno", None) is not None:
-        return os.strerror(error.errno)
+    if isinstance(error, OSError) and error.errno is not None:
+        return os_reason(error)
     if type(error).__name__ in ("UnsupportedProtocol", "InvalidURL", "LocalProtocolError"):
         return "no request can be made with this HF_ENDPOINT or HF_TOKEN"
     if type(error).__name__ in ("ConnectError", "ConnectTimeout"):
@@ -303,17 +311,19 @@ def reason(error: Exception) -> str:
 
 
 def add_vocab(out: Path) -> None:
-    """GPT-2's vocabulary beside the shards, for bits per byte and samples. Training does without it if need be."""
+    """GPT-2's vocabulary beside the shards, for bits per byte and samples. Training can do without it."""
+    from data.bpe import load_vocab, write_token_bytes
     from data.corpus import gpt2_vocab
-    from train_gpt import UserError
 
     try:
-        gpt2_vocab(out)
+        write_once(out / VOCAB, gpt2_vocab(out))
+        write_token_bytes(out, load_vocab(out / VOCAB))
     except UserError as error:
         print(
-            f"note: {out} has no vocab.tiktoken, so bits per byte will be missing: {error}", file=sys.stderr
+            f"note: {shown(out)} has no vocabulary, so bits per byte will be missing: {error}",
+            file=sys.stderr,
         )
 
 
 if __name__ == "__main__":
-    command(main)
+    run_command(main)

@@ -1,48 +1,70 @@
-"""Make or fetch the data that a run needs, if it is missing. Takes train_gpt.py's own flags; run.sh calls it first.
+"""Make or fetch the data that a run needs, if it is missing.
 
-    python data/prepare.py --preset cpu
+    python -m data.prepare --preset cpu
 
-A data_dir that is no preset's is the user's own: nothing to do.
+Takes train_gpt.py's own flags; run.sh calls it first.
+
+A data_dir that is no preset's is the user's own: only token_bytes.npy is made there, from its vocab.tiktoken.
 """
 
+import os
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-from data import corpus, fineweb  # noqa: E402
-from data.shards import command, user_error  # noqa: E402
+from cli import UserError, need
+from data import corpus, fineweb
+from data.shards import ROOT, TOKEN_BYTES, VOCAB, reports_system_errors, run_command
 
 
+@reports_system_errors
 def main(argv: list[str]) -> None:
     from train_gpt import PRESETS, find_data, parse_config
 
     cfg, _ = parse_config(argv)
-    folder = find_data(cfg).resolve()
-    if folder == (ROOT / PRESETS["cpu"].data_dir).resolve():
+    folder = os.path.realpath(find_data(cfg))
+    if folder == os.path.realpath(ROOT / PRESETS["cpu"].data_dir):
         corpus.main([])
-    elif folder == (ROOT / PRESETS["short"].data_dir).resolve():
-        fineweb.fetch(shards_needed(-(-tokens_needed(cfg) // cfg.epochs)), "10B", folder)
+    elif folder == os.path.realpath(ROOT / PRESETS["short"].data_dir):
+        tokens_per_epoch = -(-tokens_needed(cfg) // cfg.epochs)
+        fineweb.fetch(shards_needed(tokens_per_epoch), "10B", Path(folder))
+    add_token_bytes(Path(folder))
 
 
-def tokens_needed(cfg: "Config") -> int:  # noqa: F821
-    """Tokens that the run trains on; documents cut at the limit leave the rest unread, so shards hold more."""
+def tokens_needed(cfg: "Config") -> int:  # noqa: F821 (train_gpt's; it is imported only when needed)
+    """Tokens that the run trains on; documents cut at the limit leave a rest unread, so shards hold more."""
     from train_gpt import Schedule
 
-    return sum(stage.batch_tokens for stage in map(Schedule(cfg).stage, range(cfg.num_steps)))
+    total = begin = 0
+    for stage, end in zip(cfg.stages, Schedule(cfg).ends, strict=True):
+        end = min(end, cfg.num_steps)
+        total += max(end - begin, 0) * stage.batch_tokens
+        begin = max(begin, end)
+    return total
 
 
 def shards_needed(tokens: int) -> int:
-    """Twice the tokens that are trained on: a document is cut at the longest length, and the rest of it is skipped."""
+    """Twice the tokens that are trained on: of a document only the beginning is read, up to the limit."""
     shards, most = -(-2 * tokens // fineweb.SHARD_TOKENS), fineweb.TRAIN_SHARDS["10B"]
-    if shards > most:
-        raise user_error(
-            f"a run of {tokens:,} tokens needs {shards} shards, FineWeb 10B has {most}: fetch `python "
-            f"data/fineweb.py {shards} --dataset 100B` and pass --data_dir data/fineweb100B"
-        )
+    need(
+        shards <= most,
+        f"a run of {tokens:,} tokens needs {shards} shards, FineWeb 10B has {most}: fetch "
+        f"`python -m data.fineweb {shards} --dataset 100B` and pass --data_dir data/fineweb100B",
+    )
     return shards
 
 
+def add_token_bytes(folder: Path) -> None:
+    """For a folder that an older version made. One that cannot be written keeps no run from training."""
+    if (folder / TOKEN_BYTES).exists() or not (folder / VOCAB).is_file():
+        return
+    from data.bpe import load_vocab, write_token_bytes
+
+    ranks = load_vocab(folder / VOCAB)
+    try:
+        write_token_bytes(folder, ranks)
+    except UserError as error:
+        print(f"note: bits per byte will be missing: {error}", file=sys.stderr)
+
+
 if __name__ == "__main__":
-    command(main)
+    run_command(main)

@@ -1,69 +1,62 @@
 """Your own text as token shards: files, folders, JSON lines, standard input, Hugging Face datasets.
 
-    python data/text.py OUT INPUT... [--vocab gpt2|train:SIZE|FILE] [--val_tokens N] [--shard_tokens N] [--jobs N]
+    python -m data.text OUT INPUT... [--vocab gpt2|train:SIZE|FILE] [--max_doc_len N] [--jobs N]
 
-Every 20th document is for validation, until that has --val_tokens. The same inputs give the same shards, byte for byte,
-with any number of jobs, also if the command was killed in between and run again.
+Every 20th document is for validation, until that has --val_tokens. The same inputs give the same shards, byte
+for byte, with any number of jobs, also if the command was killed in between and run again.
 """
 
+import contextlib
 import itertools
 import json
 import os
 import shlex
-import sys
 import time
 import zlib
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple, NoReturn
 
-HERE = Path(__file__).resolve().parent
-if str(HERE.parent) not in sys.path:
-    sys.path.insert(0, str(HERE.parent))
-from data.shards import alone_in, arguments, command, make_folder, move, say, sha256, user_error, write_file  # noqa: E402
-from data.sources import Source, find_sources  # noqa: E402
+from cli import UserError, arguments, need, one_line
+from data.shards import (
+    ROOT,
+    TOKEN_BYTES,
+    VOCAB,
+    alone_in,
+    folder_path,
+    make_folder,
+    move,
+    os_reason,
+    reports_system_errors,
+    run_command,
+    say,
+    sha256,
+    shown,
+    write_file,
+    write_once,
+)
+from data.sources import Source, find_sources, halves
 
-STATE, VOCAB = ".text.json", "vocab.tiktoken"
+STATE = ".text.json"
 VAL_EVERY = 20
 VOCAB_CHARS = 2**26  # of the text's beginning that a vocabulary is trained on
 BATCH_CHARS = 2**18  # that one job encodes at a time
 SAVE_SECONDS = 20
+BOUNDS = {"val_tokens": (1, 2**40), "shard_tokens": (1, 2**30), "max_doc_len": (16, 2**20), "jobs": (1, 1024)}
 
-Place = tuple[int, int, int]  # number of the input, its documents that are done, their CRC-32
 
-
+@reports_system_errors
 def main(argv: list[str]) -> None:
-    parser = arguments(__doc__)
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the shards")
-    parser.add_argument(
-        "inputs", nargs="+", metavar="INPUT", help="file, folder, - or hf:OWNER/NAME[:CONFIG[:SPLIT]]"
-    )
-    parser.add_argument(
-        "--vocab", default="gpt2", help="gpt2 (default), train:SIZE with BOS, or a vocab.tiktoken"
-    )
-    parser.add_argument(
-        "--format", choices=("text", "json"), help="of the inputs; default: by their names, - is text"
-    )
-    parser.add_argument(
-        "--field", default="text", help="that holds the text in JSON lines and datasets (default text)"
-    )
-    parser.add_argument(
-        "--val_tokens", type=int, default=10_485_761, metavar="N", help="for validation, or a document more"
-    )
-    parser.add_argument(
-        "--shard_tokens", type=int, default=100_000_000, metavar="N", help="in a shard, at most"
-    )
-    parser.add_argument("--jobs", type=int, default=cores(), metavar="N", help="default: all cores")
-    args = parser.parse_args(argv)
-    for name, least, most in (("val_tokens", 1, 2**40), ("shard_tokens", 1, 2**30), ("jobs", 1, 1024)):
-        if not least <= getattr(args, name) <= most:
-            raise user_error(f"--{name} {getattr(args, name)}: must lie between {least} and {most}")
-    sources, others = find_sources(args.inputs, args.format, args.field)
-    if others:
+    args = parse(argv)
+    # two characters a token: of English, such documents are 500 to 1,000 tokens of the default's 1,024
+    sources, left_out = find_sources(args.inputs, args.format, args.field, cut=2 * args.max_doc_len)
+    if left_out:
         print(
-            f"{others} file(s) of the folders are left out: neither text nor JSON lines by their names",
+            f"{left_out} file(s) of the folders are left out: neither text nor JSON lines by their names, "
+            f"no files, or linked twice",
             flush=True,
         )
     stamps = json.dumps([source.stamp for source in sources]).encode()
@@ -72,9 +65,35 @@ def main(argv: list[str]) -> None:
         "vocab": vocab_stamp(args.vocab),
         "val_tokens": args.val_tokens,
         "shard_tokens": args.shard_tokens,
+        "max_doc_len": args.max_doc_len,
     }
     with alone_in(make_folder(args.out)):
-        Run(args.out, sources, settings).make(args.vocab, args.jobs)
+        ShardMaker(args.out, sources, settings).make(args.vocab, args.jobs)
+
+
+def parse(argv: list[str]):
+    parser = arguments(__doc__)
+    add = parser.add_argument
+    add("out", type=folder_path, metavar="OUT", help="folder for the shards")
+    add("inputs", nargs="+", metavar="INPUT", help="file, folder, - or hf:OWNER/NAME[:CONFIG[:SPLIT]]")
+    add("--vocab", default="gpt2", help="gpt2 (default), train:SIZE with BOS, or a vocab.tiktoken")
+    add("--format", choices=("text", "json"), help="of the inputs; default: by their names, - is text")
+    add("--field", default="text", help="that holds the text in JSON lines and datasets (default text)")
+    add("--val_tokens", type=int, default=10_485_761, metavar="N", help="for validation, or a document more")
+    add("--shard_tokens", type=int, default=100_000_000, metavar="N", help="in a shard, at most")
+    add(
+        "--max_doc_len",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="tokens: longer plain texts become several documents (default 1024; GPU presets read 2048)",
+    )
+    add("--jobs", type=int, default=cores(), metavar="N", help="default: all cores")
+    args = parser.parse_intermixed_args(argv)
+    for name, (low, high) in BOUNDS.items():
+        value = getattr(args, name)
+        need(low <= value <= high, f"--{name} {shown(value)}: must lie between {low} and {high}")
+    return args
 
 
 def cores() -> int:
@@ -90,43 +109,51 @@ def vocab_stamp(vocab: str) -> str:
         return vocab
     if vocab.startswith("train:"):
         size = vocab.removeprefix("train:")
-        if not (size.isdecimal() and 257 <= int(size) <= 2**16):
-            raise user_error(f"--vocab {vocab}: give train:SIZE with a SIZE from 257 to 65536")
+        fits = size.isdecimal() and len(size) < 9 and 257 <= int(size) <= 2**16
+        need(fits, f"--vocab {shown(vocab)}: give train:SIZE with a SIZE from 257 to 65536")
         return vocab
-    if not Path(vocab).is_file():
-        raise user_error(f"--vocab {vocab}: no such file; give gpt2, train:SIZE or a vocab.tiktoken")
+    there = Path(vocab).is_file()
+    need(there, f"--vocab {shown(vocab)}: no such file; give gpt2, train:SIZE or a vocab.tiktoken")
     return f"file {sha256(Path(vocab))}"
 
 
-def make_vocab(vocab: str, out: Path, documents: Iterator[tuple[Place, str]]) -> Iterator[tuple[Place, str]]:
-    """Puts vocab.tiktoken into `out`. Returns the documents again: a training takes some from the beginning."""
-    from data.bpe import load_vocab, save_vocab, train_bpe
+class Position(NamedTuple):
+    """How far the inputs were read: documents of the source with this number, and their CRC-32."""
+
+    source: int
+    documents: int
+    crc: int
+
+
+@dataclass
+class Document:
+    text: str
+    cuttable: bool  # plain text: of more tokens than --max_doc_len it becomes several documents
+    end: Position
+
+
+def vocab_content(vocab: str, out: Path, documents: Iterator[Document]) -> tuple[bytes, Iterator[Document]]:
+    """The file vocab.tiktoken; and the documents again, of which a training takes some from the beginning."""
+    from data.bpe import load_vocab, train_bpe, vocab_file, whole_characters
     from data.corpus import gpt2_vocab
 
-    head: list[tuple[Place, str]] = []
     if vocab == "gpt2":
-        gpt2_vocab(out)
-    elif vocab.startswith("train:"):
-        chars = 0
-        while chars < VOCAB_CHARS and (item := next(documents, None)):
-            head.append(item)
-            chars += len(item[1])
-        training = [text for n, text in enumerate(text for _, text in head if text.strip()) if n % VAL_EVERY]
-        print(f"training a vocabulary on {sum(map(len, training)):,} characters", flush=True)
-        save_vocab(
-            out / VOCAB, train_bpe(map(whole_characters, training), int(vocab.removeprefix("train:")) - 1)
-        )
-    else:
+        return gpt2_vocab(out), documents
+    if not vocab.startswith("train:"):
         ranks = load_vocab(Path(vocab))
-        if len(ranks) >= 2**16:
-            raise user_error(f"--vocab {vocab}: {len(ranks)} tokens and BOS do not fit 16 bits")
-        save_vocab(out / VOCAB, ranks)
-    return itertools.chain(head, documents)
-
-
-def whole_characters(text: str) -> str:
-    """As tiktoken reads it: JSON can hold halves of a surrogate pair."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        need(len(ranks) < 2**16, f"--vocab {shown(vocab)}: {len(ranks)} tokens and BOS do not fit 16 bits")
+        return vocab_file(ranks), documents
+    head, chars = [], 0
+    for document in documents:
+        head.append(document)
+        chars += len(document.text)
+        if chars >= VOCAB_CHARS:
+            break
+    texts = [document.text for document in head if document.text.strip()]
+    training = [whole_characters(text) for n, text in enumerate(texts) if n % VAL_EVERY]
+    print(f"training a vocabulary on {sum(map(len, training)):,} characters", flush=True)
+    ranks = train_bpe(training, int(vocab.removeprefix("train:")) - 1)
+    return vocab_file(ranks), itertools.chain(head, documents)
 
 
 # From documents to tokens
@@ -134,80 +161,94 @@ def whole_characters(text: str) -> str:
 
 @dataclass
 class Batch:
-    """Documents that are encoded together; empty ones are only counted. place: behind the last of them."""
+    """Documents that are encoded together; empty ones are only counted. end: behind the last of them."""
 
-    texts: list[str] = field(default_factory=list)
-    place: Place = (0, 0, 0)
+    documents: list[Document] = field(default_factory=list)
+    end: Position = Position(0, 0, 0)
     empty: int = 0
     bytes: int = 0
 
 
-def documents_from(sources: list[Source], place: Place) -> Iterator[tuple[Place, str]]:
-    """Each document behind `place`, with the place behind it. UserError if the text before `place` is not what it was."""
-    begin, done, known = place
-    for number in range(begin, len(sources)):
-        at = crc = 0
-        for at, text in enumerate(sources[number].documents(), 1):
+def documents_from(sources: list[Source], begin: Position) -> Iterator[Document]:
+    """Each document behind `begin`. UserError: the text before it is not what it was.
+
+    A source that was read to its end has then `last`, its last position.
+    """
+    for number in range(begin.source, len(sources)):
+        source, crc, count = sources[number], 0, 0
+        for count, text in enumerate(source.documents(), 1):
             crc = zlib.crc32(text.encode("utf-8", "surrogatepass"), crc)
-            if number > begin or at > done:
-                yield (number, at, crc), text
-            elif at == done and crc != known:
-                raise changed(sources[number])
-        if number == begin and at < done:
-            raise changed(sources[number])
+            if number > begin.source or count > begin.documents:
+                yield Document(text, source.kind == "text", Position(number, count, crc))
+            elif count == begin.documents and crc != begin.crc:
+                raise UserError(changed(source))
+        if number == begin.source and count < begin.documents:
+            raise UserError(changed(source))
+        source.last = Position(number, count, crc)
 
 
-def changed(source: Source) -> Exception:
-    return user_error(
-        f"{source.name}: its text is not what it was when this began; give the same again, or another OUT"
-    )
+def changed(source: Source) -> str:
+    name = shown(source.name)
+    return f"{name}: its text is not what it was when this began; give the same again, or another OUT"
 
 
-def batches(documents: Iterator[tuple[Place, str]]) -> Iterator[Batch]:
+def batches(documents: Iterator[Document]) -> Iterator[Batch]:
     batch, chars = Batch(), 0
-    for batch.place, text in documents:
-        if not text.strip():
+    for document in documents:
+        batch.end = document.end
+        if not document.text.strip():
             batch.empty += 1
             continue
-        batch.texts.append(text)
-        chars += len(text)
+        batch.documents.append(document)
+        chars += len(document.text)
         if chars >= BATCH_CHARS:
             yield batch
-            batch, chars = Batch(place=batch.place), 0
+            batch, chars = Batch(end=batch.end), 0
     yield batch
 
 
-def encode(coder, bos_id: int, batch: Batch):
-    """The batch's documents as rows of uint16, BOS first, as encode_ordinary has them."""
+def encode_batch(tokenizer, bos_id: int, max_doc_len: int, batch: Batch) -> list[list]:
+    """For each document of the batch its rows of uint16, BOS first: one, or several where it was cut."""
+    found = []
+    for document in batch.documents:
+        limit = max_doc_len if document.cuttable else None
+        rows, size = rows_of_text(tokenizer, bos_id, limit, document.text)
+        found.append(rows)
+        batch.bytes += size
+    return found
+
+
+def rows_of_text(tokenizer, bos_id: int, limit: int | None, text: str) -> tuple[list, int]:
+    """A text as rows of at most `limit` tokens, BOS included, and its bytes of UTF-8."""
     import numpy as np
 
-    rows = []
-    for text in batch.texts:
-        try:
-            tokens = coder.encode_to_numpy(
-                text, disallowed_special=()
-            )  # no list of Python numbers in between
-        except UnicodeEncodeError:
-            text = whole_characters(text)
-            tokens = coder.encode_to_numpy(text, disallowed_special=())
-        batch.bytes += len(text.encode())
-        rows.append(np.empty(len(tokens) + 1, dtype="<u2"))
-        rows[-1][0] = bos_id
-        rows[-1][1:] = tokens
-    return rows
+    from data.bpe import encode, whole_characters
+
+    rows, size, parts = [], 0, [text]
+    while parts:
+        part = parts.pop()
+        tokens = encode(tokenizer, part)
+        if limit is not None and len(tokens) >= limit:
+            parts += reversed(halves(part))
+            continue
+        row = np.empty(len(tokens) + 1, dtype="<u2")
+        row[0] = bos_id
+        row[1:] = tokens
+        rows.append(row)
+        size += len(whole_characters(part).encode())
+    return rows, size
 
 
 class Writer:
-    """The shards of one split. Tokens go to a .part file at once; it is sealed when the next document would not fit."""
+    """The shards of one split. Tokens go to a .part file, sealed when the next document would not fit.
+
+    shards: that are sealed; tokens: in the open one; total: in all of them.
+    """
 
     def __init__(self, out: Path, split: str, limit: int, shards: int, tokens: int, total: int):
         self.out, self.split, self.limit = out, split, limit
-        self.shards, self.tokens, self.total = (
-            shards,
-            tokens,
-            total,
-        )  # sealed ones, in the open one, in all of them
-        self.held, self.file, self.sealed = [], None, []
+        self.shards, self.tokens, self.total = shards, tokens, total
+        self.rows, self.file, self.unpublished = [], None, []
 
     def path(self, number: int) -> Path:
         return self.out / f"text_{self.split}_{number + (self.split == 'train'):06d}.bin"
@@ -216,27 +257,30 @@ class Writer:
         path = self.path(number)
         return path.with_name(f".{path.name}.part")
 
-    def go_on(self) -> None:
-        """Takes up what the state says: sealed shards that have no final name yet, and the tokens of an open one."""
+    def resume(self) -> None:
+        """Takes up what the state says: sealed shards without final names, and the tokens of an open one."""
         from train_gpt import HEADER_BYTES
 
         for number in range(self.shards):
+            path = self.path(number)
             if self.part(number).exists():
-                move(self.part(number), self.path(number))
-            if not self.path(number).exists():
-                raise user_error(f"{self.path(number)}: is gone; delete {self.out} and make it again")
+                self.publish_shard(number)
+            need(path.exists(), f"{shown(path)}: is gone; delete {shown(self.out)} and make it again")
         if self.tokens:
             part, size = self.part(self.shards), HEADER_BYTES + 2 * self.tokens
-            if not part.exists() or part.stat().st_size < size:
-                raise user_error(f"{part}: holds less than was written; delete {self.out} and make it again")
-            self.file = open(part, "r+b")
+            whole = part.exists() and part.stat().st_size >= size
+            need(
+                whole,
+                f"{shown(part)}: holds less than was written; delete {shown(self.out)} and make it again",
+            )
+            self.file = open(part, "r+b")  # noqa: SIM115 (open until it is sealed)
             self.file.truncate(size)
             self.file.seek(size)
 
     def add(self, row) -> None:
         if self.tokens and self.tokens + len(row) > self.limit:
             self.seal()
-        self.held.append(row)
+        self.rows.append(row)
         self.tokens += len(row)
         self.total += len(row)
 
@@ -245,12 +289,12 @@ class Writer:
 
         from train_gpt import HEADER_BYTES
 
-        if self.held:
+        if self.rows:
             if self.file is None:
-                self.file = open(self.part(self.shards), "wb")
+                self.file = open(self.part(self.shards), "wb")  # noqa: SIM115 (open until it is sealed)
                 self.file.write(bytes(HEADER_BYTES))
-            self.file.write(np.concatenate(self.held).data)
-            self.held = []
+            self.file.write(np.concatenate(self.rows).data)
+            self.rows = []
         if to_disk and self.file:
             self.file.flush()
             os.fsync(self.file.fileno())
@@ -264,192 +308,339 @@ class Writer:
         self.file.write(shard_header(self.tokens))
         self.write(to_disk=True)
         self.file.close()
-        self.sealed.append(self.shards)
+        self.unpublished.append(self.shards)
         self.file, self.tokens, self.shards = None, 0, self.shards + 1
 
     def publish(self) -> list[Path]:
-        paths = [self.path(number) for number in self.sealed]
-        for number in self.sealed:
-            move(self.part(number), self.path(number))
-        self.sealed = []
-        return paths
+        published = [self.publish_shard(number) for number in self.unpublished]
+        self.unpublished = []
+        return published
+
+    def publish_shard(self, number: int) -> Path:
+        path = self.path(number)
+        need(
+            not os.path.lexists(path),
+            f"{shown(path)}: is there, and this command did not make it; move it away",
+        )
+        move(self.part(number), path)
+        return path
+
+    def discard(self) -> None:
+        """Removes what never got a final name."""
+        if self.file:
+            self.file.close()
+            self.file = None
+        for number in (*self.unpublished, self.shards):
+            self.part(number).unlink(missing_ok=True)
+
+    def discard_published(self) -> None:
+        for number in range(self.shards):
+            self.path(number).unlink(missing_ok=True)
 
 
-class Run:
-    """Makes one folder of shards, from the beginning or from the place where an earlier call ended."""
+# One folder of shards
+
+
+def new_state(settings: dict) -> dict:
+    return {
+        "settings": settings,
+        "done": False,
+        "vocab": None,  # its sha256
+        "position": [0, 0, 0],
+        "stdin": None,  # the position at the end of standard input, once that was reached
+        "documents": 0,  # with text, as the inputs have them
+        "rows": 0,  # documents of the shards: more, where long texts were cut
+        "empty": 0,
+        "bytes": 0,
+        "train": {"shards": 0, "tokens": 0, "total": 0},
+        "val": {"shards": 0, "tokens": 0, "total": 0},
+    }
+
+
+def load_state(out: Path, settings: dict) -> dict | None:
+    """What an earlier call wrote into this folder; None: nothing. UserError: this call does not fit it."""
+    path = out / STATE
+    if not os.path.lexists(path):
+        need(
+            not any(out.glob("*.bin")),
+            f"{shown(out)}: holds shards that this command did not make; choose another folder",
+        )
+        return None
+    try:
+        state = json.loads(path.read_bytes())
+        counts = [
+            *state["position"],
+            *(state["stdin"] or ()),
+            *state["train"].values(),
+            *state["val"].values(),
+        ]
+        counts += [state[name] for name in ("documents", "rows", "empty", "bytes")]
+        whole = (
+            new_state({}).keys() == state.keys()
+            and new_state({})["train"].keys() == state["train"].keys() == state["val"].keys()
+            and len(state["position"]) == 3
+            and len(state["stdin"] or "...") == 3
+            and all(type(count) is int and count >= 0 for count in counts)
+        )
+        known = dict(state["settings"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        whole = False
+    need(whole, f"{shown(path)}: is not what this command writes; delete {shown(out)} and make it again")
+    for name in settings:
+        what = f"--{name}" if name != "inputs" else "inputs, or inputs that have changed since"
+        need(
+            known.get(name) == settings[name],
+            f"{shown(out)}: was begun with other {what}; give the same again, or another folder",
+        )
+    return state
+
+
+class ShardMaker:
+    """Makes one folder of shards, from the beginning or from the position where an earlier call ended."""
 
     def __init__(self, out: Path, sources: list[Source], settings: dict):
-        self.out, self.sources = out, sources
-        self.state = self.load(settings) or {
-            "settings": settings,
-            "done": False,
-            "vocab": None,
-            "place": (0, 0, 0),
-            "documents": 0,
-            "empty": 0,
-            "bytes": 0,
-            "train": {"shards": 0, "tokens": 0, "total": 0},
-            "val": {"shards": 0, "tokens": 0, "total": 0},
-        }
-        self.val_tokens, limit = settings["val_tokens"], settings["shard_tokens"]
+        self.out, self.sources, self.settings = out, sources, settings
+        found = load_state(out, settings)
+        self.state = found or new_state(settings)
+        self.is_saved = found is not None
+        self.written: list[Path] = []  # by this call, beside the shards
+        limit = settings["shard_tokens"]
         self.writers = {split: Writer(out, split, limit, **self.state[split]) for split in ("train", "val")}
-        self.saved = time.monotonic()
-
-    def load(self, settings: dict) -> dict | None:
-        path = self.out / STATE
-        if not path.exists():
-            if any(self.out.glob("*.bin")):
-                raise user_error(
-                    f"{self.out}: holds shards that this command did not make; choose another folder"
-                )
-            return None
-        try:
-            state = json.loads(path.read_bytes())
-            known = state["settings"]
-        except (OSError, ValueError, KeyError) as error:
-            raise user_error(f"{path}: cannot be read; delete {self.out} and make it again") from error
-        for name in settings:
-            if known.get(name) != settings[name]:
-                what = f"--{name}" if name != "inputs" else "inputs, or inputs that have changed since"
-                raise user_error(
-                    f"{self.out}: was begun with other {what}; give the same again, or another folder"
-                )
-        return state
+        self.saved_at = time.monotonic()
+        sizes = [source.size for source in sources]
+        self.bytes_before = None if None in sizes else list(itertools.accumulate(sizes, initial=0))
 
     def make(self, vocab: str, jobs: int) -> None:
-        state = self.state
-        for writer in self.writers.values():
-            writer.go_on()
-        documents = documents_from(self.sources, tuple(state["place"]))
-        if state["vocab"] is None:
-            documents = make_vocab(vocab, self.out, documents)
-            state["vocab"] = sha256(self.out / VOCAB)
-        elif not (self.out / VOCAB).exists() or sha256(self.out / VOCAB) != state["vocab"]:
-            raise user_error(
-                f"{self.out / VOCAB}: is not the one that was begun with; delete {self.out} and make it again"
-            )
-        if not state["done"]:
-            if any(state["place"]):
-                print(f"{self.out}: going on behind {state['documents']:,} documents", flush=True)
-            try:
-                self.encode_all(documents, jobs)
-            except OSError as error:
-                raise user_error(
-                    f"{self.out}: cannot be written: {error.strerror}; what is saved stays, make room and "
-                    f"run this again"
-                ) from error
+        try:
+            self.check_stdin()
+            self.make_shards(vocab, jobs)
+        except BaseException:
+            if not self.is_saved:
+                self.discard()
+            raise
         self.report()
 
-    def encode_all(self, documents: Iterator[tuple[Place, str]], jobs: int) -> None:
-        """Reads and writes in this thread, encodes in `jobs` others (tiktoken lets go of Python's lock), never far ahead."""
+    def check_stdin(self) -> None:
+        """Standard input has no size and time to know it by: where it is not read on, it is compared."""
+        known, state = self.state["stdin"], self.state
+        for number, source in enumerate(self.sources):
+            if source.name == "-" and known and (state["done"] or number < state["position"][0]):
+                for _ in documents_from([source], Position(0, *known[1:])):
+                    raise UserError(changed(source))  # there is more than there was
+
+    def make_shards(self, vocab: str, jobs: int) -> None:
+        state = self.state
+        for writer in self.writers.values():
+            writer.resume()
+        documents = documents_from(self.sources, Position(*state["position"]))
+        path = self.out / VOCAB
+        if state["vocab"] is None:
+            content, documents = vocab_content(vocab, self.out, documents)
+            self.write_beside(path, content)
+            state["vocab"] = sha256(content)
+        same = path.is_file() and sha256(path) == state["vocab"]
+        need(
+            same,
+            f"{shown(path)}: is not the one that was begun with; delete {shown(self.out)} and make it again",
+        )
+        self.write_token_bytes()
+        if state["done"]:
+            return
+        if any(state["position"]):
+            say(f"{self.out}: going on behind {state['documents']:,} documents")
+        try:
+            self.encode_all(documents, jobs)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise UserError(
+                f"{shown(self.out)}: cannot be written: {os_reason(error)}; what is saved stays, "
+                f"the same command goes on"
+            ) from error
+
+    def write_beside(self, path: Path, content: bytes) -> None:
+        if write_once(path, content):
+            self.written.append(path)
+
+    def write_token_bytes(self) -> None:
+        from data.bpe import load_vocab, token_bytes_file
+
+        self.write_beside(self.out / TOKEN_BYTES, token_bytes_file(load_vocab(self.out / VOCAB)))
+
+    def encode_all(self, documents: Iterator[Document], jobs: int) -> None:
+        """Reads and writes in this thread, encodes in `jobs` others (tiktoken lets go of Python's lock)."""
         from tqdm import tqdm
 
         from data.bpe import encoding, load_vocab
 
         ranks = load_vocab(self.out / VOCAB)
-        coder, bos_id = encoding(ranks, len(ranks)), len(ranks)
-        known = all(source.size for source in self.sources)
-        before = list(itertools.accumulate((source.size or 0 for source in self.sources), initial=0))
-        waiting: deque = deque()
+        tokenizer, bos_id = encoding(ranks, len(ranks)), len(ranks)
+        max_doc_len = self.settings["max_doc_len"]
+        waiting: deque[tuple[Batch, Future]] = deque()
         pool = ThreadPoolExecutor(jobs)
-        bar = tqdm(total=before[-1] if known else None, unit="B", unit_scale=True, disable=None)
+        total = self.bytes_before[-1] if self.bytes_before else None
+        bar = tqdm(total=total, unit="B", unit_scale=True, disable=None)
         try:
             for batch in batches(documents):
-                waiting.append((batch, pool.submit(encode, coder, bos_id, batch)))
-                if len(waiting) > 2 * jobs:
+                waiting.append((batch, pool.submit(encode_batch, tokenizer, bos_id, max_doc_len, batch)))
+                if len(waiting) > 2 * jobs:  # no further ahead: memory does not grow with the text
                     self.take(*waiting.popleft())
-                    number = self.state["place"][0]
-                    bar.update(
-                        (before[number] + self.sources[number].at if known else self.state["bytes"]) - bar.n
-                    )
-            for batch, rows in waiting:
-                self.take(batch, rows)
+                    bar.update(self.bytes_done() - bar.n)
+            for batch, encoded in waiting:
+                self.take(batch, encoded)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
             bar.close()
         if not self.writers["train"].total:
-            self.give_up()
+            self.refuse_too_little()
         for writer in self.writers.values():
             if writer.tokens:
                 writer.seal()
         self.state["done"] = True
         self.save()
 
-    def take(self, batch: Batch, rows) -> None:
+    def bytes_done(self) -> int:
+        """Of the inputs as they are on the disk, or of text where an input has no size."""
+        if self.bytes_before is None:
+            return self.state["bytes"]
+        number = self.state["position"][0]
+        return self.bytes_before[number] + self.sources[number].bytes_read
+
+    def take(self, batch: Batch, encoded: Future) -> None:
         """A batch's documents to their splits, in order. A state is saved only behind a whole batch."""
         state, train, val = self.state, self.writers["train"], self.writers["val"]
-        for row in rows.result():
-            to_val = state["documents"] % VAL_EVERY == 0 and val.total < self.val_tokens
-            (val if to_val else train).add(row)
+        for rows in encoded.result():
+            to_val = state["documents"] % VAL_EVERY == 0 and val.total < self.settings["val_tokens"]
+            for row in rows:
+                (val if to_val else train).add(row)
             state["documents"] += 1
-        state["place"] = batch.place
+            state["rows"] += len(rows)
+        state["position"] = list(batch.end)
         state["empty"] += batch.empty
         state["bytes"] += batch.bytes
         for writer in (train, val):
             writer.write()
-        if train.sealed or val.sealed or time.monotonic() > self.saved + SAVE_SECONDS:
+        if train.unpublished or val.unpublished or time.monotonic() > self.saved_at + SAVE_SECONDS:
             self.save()
 
     def save(self) -> None:
-        """The tokens first, then the state that counts them, then final names: a kill in between loses nothing."""
+        """Tokens first, then the state that counts them, then final names: a kill loses nothing."""
         for split, writer in self.writers.items():
             writer.write(to_disk=True)
             self.state[split] = {"shards": writer.shards, "tokens": writer.tokens, "total": writer.total}
+        for source in self.sources:
+            if source.name == "-" and source.last:
+                self.state["stdin"] = list(source.last)
         write_file(self.out / STATE, json.dumps(self.state, indent=1).encode())
+        self.is_saved = True
         for writer in self.writers.values():
             for path in writer.publish():
                 say(f"{path}: {(path.stat().st_size - 1024) // 2:,} tokens")
-        self.saved = time.monotonic()
+        self.saved_at = time.monotonic()
 
-    def give_up(self) -> None:
-        for writer in self.writers.values():
-            if writer.file:
-                writer.file.close()
-            writer.part(0).unlink(missing_ok=True)
-        for name in (STATE, VOCAB):
-            (self.out / name).unlink(missing_ok=True)
-        raise user_error(
+    def discard(self) -> None:
+        """Removes what this call wrote: nothing of it is counted anywhere yet."""
+        with contextlib.suppress(OSError):
+            for writer in self.writers.values():
+                writer.discard()
+            for path in self.written:
+                path.unlink(missing_ok=True)
+
+    def refuse_too_little(self) -> NoReturn:
+        """There is not one training document. What was written goes, so that the folder can be used again."""
+        self.discard()
+        if self.is_saved:
+            (self.out / STATE).unlink(missing_ok=True)
+            for writer in self.writers.values():
+                writer.discard_published()
+        raise UserError(
             f"{self.state['documents']} document(s) with text in the inputs: training needs two at least, "
-            f"one of them for validation (a text file is cut at {'<|endoftext|>'} and every 8,000 characters)"
+            f"one of them for validation (a text file is cut at <|endoftext|>, and after --max_doc_len)"
         )
 
     def report(self) -> None:
         state, train, val = self.state, self.state["train"], self.state["val"]
-        tokens = train["total"] + val["total"] - state["documents"]  # without BOS
-        print(
-            f"{self.out}: complete, {state['documents']:,} documents ({state['empty']:,} empty ones left out), "
-            f"{train['total']:,} training tokens in {train['shards']} shard(s), {val['total']:,} for validation, "
-            f"{state['bytes'] / max(tokens, 1):.2f} bytes a token"
+        tokens = train["total"] + val["total"] - state["rows"]  # without BOS
+        say(
+            f"{self.out}: complete, {state['rows']:,} documents ({state['empty']:,} empty ones left out), "
+            f"{train['total']:,} training tokens in {train['shards']} shard(s), {val['total']:,} for "
+            f"validation, {state['bytes'] / max(tokens, 1):.2f} bytes a token"
         )
-        print(training_command(self.out, val["total"]))
+        for line in training_command(self.out, train["total"], val["total"]):
+            print(line)
 
 
-def training_command(out: Path, val_tokens: int) -> str:
-    """How to train on it here: the machine's preset, and what of it must change to fit this text."""
+# How to train on it
+
+
+def training_command(out: Path, train_tokens: int, val_tokens: int) -> list[str]:
+    """Lines: how much of the text a run here reads, and its command: the machine's preset, made to fit."""
     from data.bpe import load_vocab
-    from train_gpt import Loader, Schedule, UserError, check_config, parse_config
+    from data.prepare import tokens_needed
+    from train_gpt import parse_config
 
     bos_id = len(load_vocab(out / VOCAB))
-    flags = {"data_dir": str(out.resolve()), "vocab_size": bos_id + 1, "bos_id": bos_id}
-    cfg = parse_config([part for name, value in flags.items() for part in (f"--{name}", str(value))])[0]
+    flags = {"data_dir": os.path.realpath(out), "vocab_size": bos_id + 1, "bos_id": bos_id}
+    cfg, _ = parse_config(flag_words(flags))
     flags = {"preset": cfg.preset} | flags
     if val_tokens <= cfg.val_tokens:
         size = min(cfg.val_seq_len, max((val_tokens - 1) // 128 * 128, 1))
         flags |= {"val_tokens": (val_tokens - 1) // size * size, "val_seq_len": size}
-    steps = cfg.num_steps
-    while steps:
-        try:
-            fewer = replace(cfg, num_steps=steps)
-            check_config(fewer)
-            Loader(fewer).check_enough(Schedule(fewer))
-            break
-        except UserError:
-            steps = flags["num_steps"] = steps * 9 // 10
-    if not steps or val_tokens == 1:
-        return "that is too little text for one step of training; add more and make it anew in another folder"
-    words = [f"--{name} {shlex.quote(str(value))}" for name, value in flags.items()]
-    return "train on it: python train_gpt.py " + " ".join(words)
+    steps = most_steps(flags, cfg.num_steps) if val_tokens > 1 else 0
+    if not steps:
+        return [
+            "that is too little text for one step of training; add more and make it anew in another folder"
+        ]
+    if steps < cfg.num_steps:
+        flags["num_steps"] = steps
+    read = tokens_needed(parse_config(flag_words(flags))[0])
+    script = "train_gpt.py" if Path.cwd() == ROOT else shell_word(str(ROOT / "train_gpt.py"))
+    words = " ".join(map(shell_word, flag_words(flags)))
+    share = min(read / train_tokens, 1)
+    return [
+        f"{steps:,} steps train on {read:,} tokens, {share:.0%} of the text's for training",
+        f"train on it: python {script} {words}",
+    ]
+
+
+def flag_words(flags: dict) -> list[str]:
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+
+
+def most_steps(flags: dict, num_steps: int) -> int:
+    """The most steps, up to num_steps, that the shards are enough for; 0: not for one."""
+    low, high = 0, num_steps  # enough for low
+    if is_enough(flags | {"num_steps": num_steps}):
+        return num_steps
+    while high - low > 1:
+        middle = (low + high) // 2
+        if is_enough(flags | {"num_steps": middle}):
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def is_enough(flags: dict) -> bool:
+    import train_gpt
+
+    try:
+        cfg, _ = train_gpt.parse_config(flag_words(flags))
+        train_gpt.Loader(cfg).check_enough(train_gpt.Schedule(cfg))
+    except train_gpt.UserError:
+        return False
+    return True
+
+
+def shell_word(text: str) -> str:
+    """text as a shell reads it; what a terminal would obey is written as $'...' with escapes."""
+    if one_line(text, limit=len(text)) == text:
+        return shlex.quote(text)
+    escaped = (
+        chr(b) if chr(b).isalnum() and b < 128 or b in b"/._- " else f"\\x{b:02x}" for b in os.fsencode(text)
+    )
+    return f"$'{''.join(escaped)}'"
 
 
 if __name__ == "__main__":
-    command(main)
+    run_command(main)

@@ -1,1 +1,1 @@
-"""What one does with a trained model. Each command runs as `python evals/NAME.py CHECKPOINT ...`; see README.md."""
+"""What one does with a trained model, and what a run would cost: `python -m evals.NAME`, see README.md."""

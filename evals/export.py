@@ -1,54 +1,62 @@
 """Write a trained model as safetensors: weights and configuration in one file, the vocabulary beside it.
 
-    python evals/export.py CHECKPOINT FOLDER [--vocab FILE]        FOLDER/model.safetensors, FOLDER/vocab.tiktoken
+    python -m evals.export CHECKPOINT FOLDER [--vocab FILE]
 
-evals.model.load(FOLDER) reads them back, and the other commands take FOLDER for CHECKPOINT.
+It makes FOLDER/model.safetensors and FOLDER/vocab.tiktoken.
+
+evals.model.load(FOLDER) reads them back, and the other commands take FOLDER for CHECKPOINT. What is in
+FOLDER already stays: a file of the same name that holds something else is an error.
 """
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-import train_gpt as tg  # noqa: E402
-from data.bpe import save_vocab  # noqa: E402
-from data.shards import arguments, command, make_folder, write_file  # noqa: E402
-from evals.model import EXTRAS, Trained, load, model_arguments  # noqa: E402
+import train_gpt as tg
+from cli import UserError, arguments, command, need
+from data.bpe import vocab_file
+from data.shards import make_folder, write_once
+from evals.model import EXTRAS, Trained, load, model_arguments
 
 
 def main(argv: list[str]) -> None:
     parser = arguments(__doc__)
     model_arguments(parser)
-    parser.add_argument("folder", type=Path, metavar="FOLDER")
-    args = parser.parse_args(argv)
+    parser.add_argument("folder", metavar="FOLDER")
+    args = parser.parse_intermixed_args(argv)
+    if not args.folder:
+        raise UserError("FOLDER '': name a folder (. is this one)")
     trained = load(args.checkpoint, args.vocab, args.device or "cpu", args.dtype)
-    file = export(trained, args.folder)
-    print(
-        f"export.py: {trained.source}, step {trained.step}: {file} ({file.stat().st_size >> 20} MiB) and vocab.tiktoken"
-    )
+    file = export(trained, Path(args.folder))
+    size = file.stat().st_size >> 20
+    print(f"export.py: {trained.source}, step {trained.step}: {file} ({size} MiB) and vocab.tiktoken")
 
 
 def export(trained: Trained, folder: Path) -> Path:
-    """-> the file of the weights. UserError without a vocabulary, without safetensors, or where nothing can be written."""
+    """-> the file of the weights. UserError without a vocabulary or safetensors, or where nothing can be
+    written.
+    """
     try:
         from safetensors.torch import save
     except ImportError:
-        raise tg.UserError(f"{folder}: exporting needs the package safetensors: {EXTRAS}") from None
-    assert trained.vocabulary  # a model that nobody can feed or read is not worth a file
+        raise UserError(f"{folder}: exporting needs the package safetensors: {EXTRAS}") from None
+    _ = trained.vocabulary  # UserError: a model that nobody can feed or read is not worth a file
     usual = tg.PRESETS.get(trained.cfg.preset, tg.SHORT)
     own = replace(
         trained.cfg,
-        data_dir=usual.data_dir,
-        log_dir=usual.log_dir,  # not this machine's folders
+        data_dir=usual.data_dir,  # not this machine's folders
+        log_dir=usual.log_dir,
         dtype=str(trained.model.dtype).removeprefix("torch."),
     )
     about = {"format": "pt", "config": json.dumps(tg.settings(own)), "step": str(trained.step)}
     data = save({name: t.contiguous() for name, t in trained.model.state_dict().items()}, metadata=about)
-    save_vocab(make_folder(folder) / "vocab.tiktoken", trained.ranks)
-    write_file(folder / "model.safetensors", data)
+    make_folder(folder)
+    files = {folder / "model.safetensors": data, folder / "vocab.tiktoken": vocab_file(trained.ranks)}
+    for file, content in files.items():  # both are looked at before one is written
+        other = file.exists() and file.read_bytes() != content
+        need(not other, f"{file}: is already there and holds something else; choose another folder")
+    for file, content in files.items():
+        write_once(file, content)
     return folder / "model.safetensors"
 
 

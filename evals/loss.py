@@ -1,26 +1,22 @@
 """Loss and bits per byte of a trained model on token shards and text files.
 
-    python evals/loss.py CHECKPOINT [FILE ...] [--tokens N]
+    python -m evals.loss CHECKPOINT [FILE ...] [--tokens N]
 
-Without FILE: the validation of the run that made it, as its log has it. A text file is one document; bits per byte count its
-UTF-8 bytes. Longer streams are cut into sequences of the run's --val_seq_len, as validation does.
+Without FILE: the validation of the run that made it, as its log has it. A text file is one document; bits
+per byte count its UTF-8 bytes. Longer streams are cut into sequences of the run's --val_seq_len, as
+validation does.
 """
 
 import argparse
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-import train_gpt as tg  # noqa: E402
-from data.shards import arguments, command  # noqa: E402
-from evals.model import Trained, load, model_arguments  # noqa: E402
-from train_gpt import need  # noqa: E402
+import train_gpt as tg
+from cli import UserError, arguments, command, need
+from data.bpe import token_bytes
+from evals.model import Trained, load, model_arguments, sequences
 
 
 def main(argv: list[str]) -> None:
@@ -29,7 +25,9 @@ def main(argv: list[str]) -> None:
     streams = {
         str(file): read_stream(file, trained) for file in args.files
     }  # all are read before one is measured
-    for name, tokens in (streams or {"the run's validation": tg.Validation(trained.cfg).tokens}).items():
+    if not streams:
+        streams["the run's validation"] = tg.Validation(trained.cfg).tokens
+    for name, tokens in streams.items():
         print(line(trained, tokens[: args.tokens + 1] if args.tokens else tokens, name), flush=True)
 
 
@@ -38,7 +36,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     model_arguments(parser)
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="a shard (.bin) or UTF-8 text")
     parser.add_argument("--tokens", type=int, default=0, help="only the first, of each file (default: all)")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     need(args.tokens >= 0, f"--tokens {args.tokens}: must not be negative")
     return args
 
@@ -53,37 +51,33 @@ def line(trained: Trained, tokens: np.ndarray, name: str) -> str:
 
 def total_loss(trained: Trained, tokens: np.ndarray) -> float:
     """Nats, summed over all tokens but the first."""
-    size, total = trained.cfg.val_seq_len, 0.0
-    for start in range(0, len(tokens) - 1, size):
-        part = torch.from_numpy(tokens[start : start + size + 1].astype(np.int64))
-        total += float(trained.losses(part).double().sum())
-    return total
+    return sum(
+        float(trained.losses(part).double().sum()) for part in sequences(tokens, trained.cfg.val_seq_len)
+    )
 
 
 def text_bytes(trained: Trained, tokens: np.ndarray) -> int | None:
     """Bytes of the text that the tokens stand for (BOS: none); None without a vocabulary."""
     if trained.ranks is None:
         return None
-    lengths = np.zeros(trained.cfg.vocab_size, dtype=np.int64)
-    for word, rank in trained.ranks.items():
-        lengths[rank] = len(word)
-    return int(lengths[tokens].sum())
+    return int(token_bytes(trained.ranks).astype(np.int64)[tokens].sum())
 
 
 def read_stream(file: Path, trained: Trained) -> np.ndarray:
     """A shard's tokens, or a text as one document (n,). UserError: not there, or neither of them."""
-    need(file.is_file(), f"{file}: not a file that can be read")
-    with file.open("rb") as opened:
-        magic = np.frombuffer(opened.read(4).ljust(4, b"\0"), dtype="<i4")[0]
-    if file.suffix == ".bin" or magic == tg.SHARD_MAGIC:
-        tokens = tg.read_shard(file, trained.cfg.vocab_size, trained.cfg.bos_id)
-    else:
-        try:
-            tokens = np.array(trained.encode(file.read_bytes().decode("utf-8")))
-        except UnicodeDecodeError as error:
-            raise tg.UserError(
-                f"{file}: byte {error.start} is not UTF-8; give text, or a shard (.bin)"
-            ) from None
+    try:
+        need(file.is_file(), f"{file}: not a file that can be read")
+        with file.open("rb") as opened:
+            magic = np.frombuffer(opened.read(4).ljust(4, b"\0"), dtype="<i4")[0]
+        if file.suffix == ".bin" or magic == tg.SHARD_MAGIC:
+            tokens = tg.read_shard(file, trained.cfg.vocab_size, trained.cfg.bos_id)
+        else:
+            text = file.read_bytes().decode("utf-8-sig")  # a byte order mark is no text
+            tokens = np.array(trained.encode(text))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: byte {error.start} is not UTF-8; give text, or a shard (.bin)") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
     need(len(tokens) > 1, f"{file}: no text in it to measure a loss on")
     return tokens
 

@@ -1,39 +1,29 @@
-"""A trained model, from a checkpoint or an export: its logits, its losses, and a cache with which it goes on token by token.
-
-The network is train_gpt.py's own GPT.hidden. Only how a cache's tokens come to their q, k and v is written a second time
-here, with fewer calls; the tests hold it to the whole pass.
-"""
+"""A trained model, from a checkpoint or an export: its logits, its losses. No code of the file is run."""
 
 import argparse
-import copy
 import json
-import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-import train_gpt as tg  # noqa: E402
-from data.bpe import encoding, load_vocab  # noqa: E402
-from train_gpt import need  # noqa: E402
+import train_gpt as tg
+from cli import UserError, need
+from data.bpe import encode, encoding, load_vocab
 
 EXTRAS = "pip install -r evals/requirements.txt"
 LOGITS_CHUNK = 1024  # tokens whose float32 logits exist at once
-FEED_CHUNK = (
-    256  # tokens that a cache takes at once: their scores are FEED_CHUNK x (window + FEED_CHUNK) a head
-)
 
 
 @dataclass
 class Trained:
-    """A model as it stood after `step` steps, with the windows that the run validated it with there."""
+    """A model as it stood after `step` steps."""
 
     model: tg.GPT
     step: int
@@ -46,59 +36,32 @@ class Trained:
 
     @property
     def windows(self) -> tuple[int, int]:
-        return tg.Schedule(self.cfg).windows(self.step)
+        """(short, long) that the run validated it with, tokens."""
+        return tg.Schedule(self.cfg).val_windows(self.step)
 
     @property
     def longest(self) -> int:
         """Tokens of the longest stream that it has rotary angles for."""
-        return len(self.model.rotary_cos) // max(each(row.paired) for row in self.model.layers)
+        places = max(places_of_token(layer.paired) for layer in self.model.layers)
+        return len(self.model.rotary_cos) // places
 
     @property
     def device(self) -> torch.device:
         return self.model.embed.device
 
     @cached_property
-    def one_by_one(self) -> tg.GPT:
-        """The model for a token at a time, when most of the work is to read its matrices: each is scaled once, and lies in
-        the long rows that memory delivers fastest, nearly twice as fast on a CPU."""
-        model, ready = copy.copy(self.model), {}
-
-        def once(matrix: Tensor, scale: Tensor | float = 1.0) -> Tensor:
-            if matrix.data_ptr() not in ready:
-                ready[matrix.data_ptr()] = (scale * matrix).T.contiguous().T
-            return ready[matrix.data_ptr()]
-
-        def project(
-            n: Tensor, qkvo: Tensor, scale: Tensor, head_dim: int, qk_norm: bool
-        ) -> tuple[Tensor, ...]:
-            """As train_gpt.project, with one norm for q and k."""
-            qkv = F.linear(n, once(qkvo[:3].flatten(0, 1), scale)).view(len(n), 3, -1, head_dim)
-            return *(tg.norm(qkv[:, :2]) if qk_norm else qkv[:, :2]).unbind(1), qkv[:, 2]
-
-        def mix(streams: list[Tensor], scales: Tensor) -> Tensor:
-            return (
-                scales.to(streams[0].dtype)[None] @ torch.cat(streams)
-                if len(streams[0]) == 1
-                else tg.mix(streams, scales)
-            )
-
-        model.project, model.mix = project, mix
-        model.mlp_block = lambda x, up, down, activation: tg.mlp_block(x, once(up), once(down), activation)
-        return model
-
-    @cached_property
     def vocabulary(self) -> tiktoken.Encoding:
         """UserError where there is none."""
+        places = f"beside it or in {tg.find_data(self.cfg)}"
         need(
             self.ranks is not None,
-            f"{self.source}: no vocab.tiktoken beside it or in {tg.find_data(self.cfg)}; "
-            "give its own with --vocab FILE",
+            f"{self.source}: no vocab.tiktoken {places}; give its own with --vocab FILE",
         )
         return encoding(self.ranks, self.cfg.bos_id)
 
     def encode(self, text: str) -> list[int]:
         """A document: BOS, then the text. What looks like a special token in it is text."""
-        return [self.cfg.bos_id, *self.vocabulary.encode_ordinary(text)]
+        return [self.cfg.bos_id, *encode(self.vocabulary, text).tolist()]
 
     def decode(self, tokens: list[int]) -> str:
         """Half a character becomes U+FFFD; BOS <|endoftext|>."""
@@ -106,202 +69,105 @@ class Trained:
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """(T,) -> (T, D), what the head reads. Documents, from one BOS to the next, do not see each other."""
-        need(
-            len(tokens) <= self.longest,
-            f"{self.source}: has positions for {self.longest} tokens, not {len(tokens)}; use a shorter text",
-        )
+        count = len(tokens)
+        fits = count <= self.longest
+        need(fits, f"{self.source}: has positions for {self.longest} tokens, not {count}; use a shorter text")
         return self.model.hidden(tokens.to(self.device), self.windows)
 
     def logits(self, x: Tensor) -> Tensor:
-        """x (n, D) -> softcapped logits (n, vocab_size), float32, without the rows that only pad the table."""
+        """x (n, D) -> softcapped logits (n, vocab_size), float32, without the rows that only pad the
+        table.
+        """
         return self.padded_logits(x)[:, : self.cfg.vocab_size]
 
     def padded_logits(self, x: Tensor) -> Tensor:
         """(n, vocab_rows): what the trained loss normalizes over."""
         cfg, z = self.cfg, (x @ self.model.lm_head).float()
-        return cfg.softcap * torch.sigmoid((z + cfg.softcap_shift) / cfg.softcap_width) if cfg.softcap else z
+        if cfg.softcap == 0:
+            return z
+        return cfg.softcap * torch.sigmoid((z + cfg.softcap_shift) / cfg.softcap_width)
 
     def losses(self, tokens: Tensor) -> Tensor:
         """(T + 1,) -> (T,), nats for each token but the first, on the CPU."""
-        parts = zip(
-            self.hidden(tokens[:-1]).split(LOGITS_CHUNK), tokens[1:].to(self.device).split(LOGITS_CHUNK)
-        )
-        return torch.cat(
-            [F.cross_entropy(self.padded_logits(x), targets, reduction="none") for x, targets in parts]
-        ).cpu()
+        hidden, targets = self.hidden(tokens[:-1]), tokens[1:].to(self.device)
+        losses = []
+        for x, y in zip(hidden.split(LOGITS_CHUNK), targets.split(LOGITS_CHUNK), strict=True):
+            losses.append(F.cross_entropy(self.padded_logits(x), y, reduction="none"))
+        return torch.cat(losses).cpu()
 
 
-class Cache:
-    """A stream of tokens that goes on: keys and values of all layers, and the one token that the next looks back at."""
-
-    def __init__(self, trained: Trained, capacity: int):
-        """capacity: tokens that the stream may grow to."""
-        model, cfg = trained.model, trained.cfg
-        need(
-            capacity <= trained.longest,
-            f"{trained.source}: has positions for {trained.longest} tokens, not {capacity}; "
-            "use a shorter prompt or fewer --tokens",
-        )
-        self.windows, self.capacity, self.scale = trained.windows, capacity, float(model.softmax_scale)
-        self.model = trained.one_by_one if trained.device.type == "cpu" else model
-        self.length, self.start = 0, 0  # tokens so far; where the last one's document starts
-        self.last = torch.empty(0, dtype=torch.int64, device=trained.device)
-        shapes = {
-            i: (1, 2, cfg.num_heads // each(row.paired), each(row.paired) * capacity, cfg.head_dim)
-            for i, row in enumerate(model.layers)
-            if row.window != "none"
-        }
-        self.kept = {
-            i: torch.empty(shape, dtype=model.dtype, device=trained.device) for i, shape in shapes.items()
-        }
-        self.last_key: dict[int, Tensor] = {}  # as it was before the key offset
-
-    def copy(self) -> "Cache":
-        """The same past, to go on from in another way."""
-        other = object.__new__(Cache)
-        other.__dict__ = self.__dict__ | {
-            "kept": {i: kept.clone() for i, kept in self.kept.items()},
-            "last_key": dict(self.last_key),
-        }
-        return other
-
-    @torch.inference_mode()
-    def feed(self, tokens: Tensor) -> Tensor:
-        """The next tokens (n,) -> (n, D), what the head reads: within rounding what hidden says of the whole stream."""
-        assert 0 < len(tokens) <= self.capacity - self.length, (
-            f"{len(tokens)} tokens after {self.length} of {self.capacity}"
-        )
-        found = []
-        for part in tokens.to(self.last.device).split(FEED_CHUNK):
-            stream, self.again = (
-                torch.cat((self.last, part)),
-                len(self.last),
-            )  # smear and bigrams look one token back
-            self.starts, self.reached, self.turns = self.document_starts(part.tolist()), {}, {}
-            found.append(self.model.hidden(stream, self.windows, self))
-            self.length, self.start, self.last = self.length + len(part), self.starts[-1], part[-1:]
-        return torch.cat(found)
-
-    def document_starts(self, tokens: list[int]) -> list[int]:
-        """Where the document of each new token starts, in places of the whole stream."""
-        starts, start = [], self.start
-        for place, token in enumerate(tokens, self.length):
-            start = place if token == self.model.cfg.bos_id else start
-            starts.append(start)
-        return starts
-
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        first: Tensor,
-        _starts: Tensor,
-        _cos: Tensor,
-        _sin: Tensor,
-        _scale: Tensor,
-        reach: int,
-        paired: bool,
-        key_offset: bool,
-    ) -> Tensor:
-        """train_gpt.attend for the next tokens of the stream: q, k, v (n, H, d) -> (n, H, d). With as few calls as it takes:
-        they are most of a token's time."""
-        m, turning = each(paired), 2 * self.model.rotary_cos.size(1)
-        if key_offset:  # the stream's first token has none before it, nor needs one
-            before = torch.cat((self.last_key.get(layer, k[:1]), k))[:-1, :, turning:]
-            self.last_key[layer] = k[-1:]
-            k = torch.cat(
-                (k[..., :turning], torch.where(first[:, None, None], k[..., turning:], before)), dim=-1
-            )
-        x = torch.cat((q, k, v), dim=1)
-        x, v = (tg.pair(x) if paired else x).tensor_split((2 * q.size(1) // m,), dim=1)
-        q, k = self.rotary(x, m).chunk(2, dim=1)
-        q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))  # (1, H, n, d)
-        low, end, visible = self.reach(reach, m)
-        keys, values = self.kept[layer].unbind(1)
-        keys[:, :, m * self.length : end], values[:, :, m * self.length : end] = k, v
-        y = F.scaled_dot_product_attention(
-            q, keys[:, :, low:end], values[:, :, low:end], visible, scale=self.scale
-        )[0]
-        y = y.transpose(0, 1)
-        return tg.unpair(y) if paired else y
-
-    def rotary(self, x: Tensor, m: int) -> Tensor:
-        """train_gpt.rotary of q and k of the next tokens, x (m n, heads, d); of one token as a product with a matrix."""
-        place = slice(m * self.length, m * self.length + len(x))
-        cos, sin = self.model.rotary_cos[place], self.model.rotary_sin[place]
-        if len(x) > m or x.dtype != torch.float32:
-            return tg.rotary(x, cos, sin)
-        if m not in self.turns:  # the same in all layers
-            self.turns[m] = tg.rotary(torch.eye(x.size(-1), device=x.device).expand(m, -1, -1), cos, sin)
-        return x @ self.turns[m]
-
-    def reach(self, reach: int, m: int) -> tuple[int, int, Tensor | None]:
-        """The keys low .. end that the new tokens see, m places each, and which of them sees which; None: all see all."""
-        if (reach, m) not in self.reached:  # layers are alike in this
-            begin, end = m * self.length, m * (self.length + len(self.starts))
-            lo = [max(m * self.starts[i // m], begin + i - reach + 1) for i in range(end - begin)]
-            visible = None
-            if end - begin > 1:
-                key, place = (torch.arange(first, end, device=self.last.device) for first in (lo[0], begin))
-                visible = (key >= torch.tensor(lo, device=key.device)[:, None]) & (key <= place[:, None])
-            self.reached[reach, m] = lo[0], end, visible
-        return self.reached[reach, m]
-
-
-def each(paired: bool) -> int:
+def places_of_token(paired: bool) -> int:
     """Places that a token takes in a layer's attention."""
     return 2 if paired else 1
 
 
 def pick_device(given: str | None) -> str:
-    """As given, else a GPU where there is one."""
-    return given or ("cuda" if torch.cuda.is_available() else "cpu")
+    """As given, else a GPU where there is one. UserError: a GPU is wanted and there is none."""
+    there = torch.cuda.is_available()
+    need(given != "cuda" or there, "--device cuda: there is no CUDA GPU here; use --device cpu")
+    return given or ("cuda" if there else "cpu")
 
 
 def load(
     path: str | Path, vocab: str | Path | None = None, device: str | None = None, dtype: str | None = None
 ) -> Trained:
-    """A checkpoint (.pt), an export (.safetensors), or a folder: the newest of them in it. No code of the file is run.
+    """A checkpoint (.pt), an export (.safetensors), or a folder: the newest of them in it.
 
-    vocab: a vocab.tiktoken, if not the export's own or the one beside the shards. device: a GPU where there is one.
-    dtype: of matrices and tables; the one that the model was trained in if not given. UserError: a file that is missing,
-    not whole, of another version of train_gpt.py, or a vocabulary that is not the model's.
+    vocab: a vocab.tiktoken, if not the export's own or the one beside the shards. device: a GPU where there
+    is one. dtype: of matrices and tables; the one that the model was trained in if not given. UserError: a
+    file that is missing, not whole, of another version of train_gpt.py, with weights that are not finite,
+    or a vocabulary that is not the model's.
     """
+    device = pick_device(device)
     path = newest(Path(path))
-    config, step, state = (read_export if path.suffix == ".safetensors" else read_checkpoint)(path)
+    config, step, state = read_export(path) if path.suffix == ".safetensors" else read_checkpoint(path)
     cfg = read_config(config, path)
-    kind = dtype or tg.pick_dtype(cfg)
+    need(0 <= step <= cfg.num_steps, f"{path}: stands at step {step} of {cfg.num_steps}; not a file of a run")
+    kind = getattr(torch, dtype) if dtype else tg.pick_dtype(cfg)
     with torch.device("meta"):  # only names, shapes and types: the values are in the file
-        model = tg.GPT(cfg, getattr(torch, kind) if isinstance(kind, str) else kind)
-    model.declare_buffers()
-    kinds = {name: t.dtype for name, t in model.state_dict().items()}
-    try:
-        model.load_state_dict({name: t.to(kinds.get(name)) for name, t in state.items()}, assign=True)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise tg.UserError(f"{path}: its weights are not those of its configuration ({reason})") from None
-    trained = Trained(model.requires_grad_(False).to(pick_device(device)), step, path, None)
-    model.turn_rotary()
-    model.set_long_window(trained.windows[1])
+        model = tg.GPT(cfg, kind)
+    model.add_buffers()
+    load_weights(model, state, path)
+    trained = Trained(model.requires_grad_(False).to(device), step, path, None)
+    model.update_rotary()
+    model.set_long_window(
+        tg.Schedule(cfg).windows(step)[1]
+    )  # a checkpoint is written before its step's change
     trained.ranks = read_vocabulary(vocab, path, cfg)
     return trained
 
 
+def load_weights(model: tg.GPT, state: dict[str, Tensor], path: Path) -> None:
+    """UserError for other names or shapes than the model's, and for values that are not finite."""
+    expected = model.state_dict()
+    shapes = {name: t.shape for name, t in expected.items()}
+    found = {name: t.shape for name, t in state.items() if isinstance(t, Tensor)}
+    different = [name for name in sorted({*shapes, *found}) if shapes.get(name) != found.get(name)]
+    names = ", ".join(different[:5])
+    need(not different, f"{path}: its weights are not those of its configuration ({names})")
+    for name, t in state.items():
+        finite = not t.is_floating_point() or bool(t.isfinite().all())
+        need(finite, f"{path}: {name} holds values that are not finite; use an older checkpoint")
+    model.load_state_dict({name: t.to(expected[name].dtype) for name, t in state.items()}, assign=True)
+
+
 def newest(path: Path) -> Path:
-    need(
-        path.exists(),
-        f"{path}: no such file or folder; a run with --save_every 40 leaves checkpoints in its --log_dir",
-    )
-    if path.is_file():
-        return path
-    found = [*tg.by_age(path, "*.step*.pt")[:1], *tg.by_age(path, "*.safetensors")[:1]]
-    need(
-        len(found) > 0,
-        f"{path}: no checkpoint in this folder; a run with --save_every 40 leaves some in its --log_dir",
-    )
-    return max(found, key=lambda file: file.stat().st_mtime_ns)
+    """A file as it is; of a folder the newest checkpoint or export, by what the files say of their time."""
+    advice = "a run with --save_every 40 leaves checkpoints in its --log_dir"
+    try:
+        need(path.exists(), f"{path}: no such file or folder; {advice}")
+        if not path.is_dir():
+            return path
+        checkpoints = [file for file in path.glob("*.step*.pt") if tg.step_of(file) >= 0]
+        exports = sorted(path.glob("*.safetensors"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    need(checkpoints or exports, f"{path}: no checkpoint in this folder; {advice}")
+    if not checkpoints:
+        return exports[-1]
+    _, newest_file = tg.newest_of(checkpoints)
+    need(newest_file, f"{path}: none of its {len(checkpoints)} checkpoints is whole; {advice}")
+    return newest_file
 
 
 Content = tuple[str, int, dict[str, Tensor]]  # configuration, step, state of the model
@@ -310,11 +176,18 @@ Content = tuple[str, int, dict[str, Tensor]]  # configuration, step, state of th
 def read_checkpoint(path: Path) -> Content:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return content["config"], int(content["step"]), dict(content["model"])
+        assert isinstance(content, dict), type(content)
+        text, step, state, version = (content.get(name) for name in ("config", "step", "model", "format"))
     except Exception as error:  # noqa: BLE001, half a file can fail in many ways
-        raise tg.UserError(
-            f"{path}: not a whole checkpoint of train_gpt.py ({type(error).__name__})"
-        ) from None
+        kind = type(error).__name__
+        raise UserError(f"{path}: not a whole checkpoint of train_gpt.py ({kind})") from None
+    need(
+        version == tg.CHECKPOINT_FORMAT,
+        f"{path}: a checkpoint of another version of train_gpt.py; use that one",
+    )
+    right = isinstance(text, str) and type(step) is int and isinstance(state, dict)
+    need(right, f"{path}: not a whole checkpoint of train_gpt.py")
+    return text, step, dict(state)
 
 
 def read_export(path: Path) -> Content:
@@ -322,43 +195,48 @@ def read_export(path: Path) -> Content:
     try:
         import safetensors
     except ImportError:
-        raise tg.UserError(f"{path}: reading it needs the package safetensors: {EXTRAS}") from None
+        raise UserError(f"{path}: reading it needs the package safetensors: {EXTRAS}") from None
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             about = file.metadata()
-            return about["config"], int(about["step"]), {name: file.get_tensor(name) for name in file.keys()}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
+            return about["config"], int(about["step"]), state
     except Exception as error:  # noqa: BLE001, as above
-        raise tg.UserError(
-            f"{path}: not a whole export of evals/export.py ({type(error).__name__})"
-        ) from None
+        raise UserError(f"{path}: not a whole export of evals/export.py ({type(error).__name__})") from None
 
 
 def read_config(text: str, path: Path) -> tg.Config:
-    """A configuration as train_gpt.settings writes it. A field more or less: the model may not mean the same."""
+    """A configuration as train_gpt.settings writes it. A field more or less: the model may not mean the
+    same.
+    """
     try:
         values = json.loads(text)
-        differing = (
-            {f.name for f in fields(tg.Config)} ^ set(values)
-        ) - tg.MAY_DIFFER  # those say nothing of the model
-        values = {
-            name: value
-            for name, value in values.items()
-            if name not in tg.MAY_DIFFER or hasattr(tg.SHORT, name)
-        }
+        known = {f.name for f in fields(tg.Config)}
+        differing = sorted((known ^ set(values)) - tg.MAY_DIFFER)  # those say nothing of the model
+        names = ", ".join(map(str, differing[:5]))
         need(
             not differing,
-            f"{path}: of another version of train_gpt.py (which differs in {', '.join(sorted(differing))}); "
-            "its log begins with the source to use",
+            f"{path}: of another version of train_gpt.py (which differs in {names}); use that one",
         )
-        rows = [
-            row | {"windows": tuple(row["windows"]), "predict": tuple(map(tuple, row["predict"]))}
-            for row in values["stages"]
-        ]
-        cfg = tg.Config(**values | {"stages": tuple(tg.Stage(**row) for row in rows)})
+        values = {name: value for name, value in values.items() if name in known}
+        for f in fields(tg.Config):
+            if f.name in values and f.name != "stages":
+                right = isinstance(values[f.name], (int, float) if f.type is float else f.type)
+                need(right, f"{path}: its configuration cannot be read ({f.name} {values[f.name]!r})")
+        values["stages"] = tuple(read_stage(row) for row in values["stages"])
+        cfg = tg.Config(**values)
         tg.check_config(cfg)
-        return cfg
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise tg.UserError(f"{path}: its configuration cannot be read ({type(error).__name__})") from None
+    except tg.UserError as error:
+        raise UserError(f"{path}: no run can have its configuration ({error})") from None
+    except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: its configuration cannot be read ({type(error).__name__})") from None
+    return cfg
+
+
+def read_stage(row: dict) -> tg.Stage:
+    predict = tuple((float(start), float(end)) for start, end in row["predict"])
+    short, long = row["windows"]
+    return tg.Stage(**row | {"windows": (int(short), int(long)), "predict": predict})
 
 
 def read_vocabulary(given: str | Path | None, model: Path, cfg: tg.Config) -> dict[bytes, int] | None:
@@ -368,20 +246,25 @@ def read_vocabulary(given: str | Path | None, model: Path, cfg: tg.Config) -> di
     if file is None:
         return None
     ranks = load_vocab(file)
-    need(
-        len(ranks) == cfg.bos_id == cfg.vocab_size - 1,
-        f"{file}: {len(ranks)} tokens and BOS, but the model has {cfg.vocab_size}; give its own with --vocab FILE",
-    )
+    fits = len(ranks) == cfg.bos_id == cfg.vocab_size - 1
+    has = f"{len(ranks)} tokens and BOS, but the model has {cfg.vocab_size}"
+    need(fits, f"{file}: {has}; give its own with --vocab FILE")
     return ranks
+
+
+def sequences(tokens: np.ndarray, length: int) -> Iterator[Tensor]:
+    """tokens (N,) in sequences of at most `length` targets, as validation cuts them; each with one token
+    more.
+    """
+    for start in range(0, len(tokens) - 1, length):
+        yield torch.from_numpy(tokens[start : start + length + 1].astype(np.int64))
 
 
 def model_arguments(parser: argparse.ArgumentParser, dtype: str = "the one it was trained in") -> None:
     """What every command needs to load a model. dtype: its default, in words."""
-    parser.add_argument(
-        "checkpoint", type=Path, metavar="CHECKPOINT", help="a file, or a folder whose newest is taken"
-    )
-    parser.add_argument(
-        "--vocab", type=Path, metavar="FILE", help="if not vocab.tiktoken beside CHECKPOINT or its shards"
-    )
+    checkpoint = "a file, or a folder whose newest is taken"
+    vocab = "if not vocab.tiktoken beside CHECKPOINT or its shards"
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=checkpoint)
+    parser.add_argument("--vocab", type=Path, metavar="FILE", help=vocab)
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help=f"default: {dtype}")

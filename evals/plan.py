@@ -1,177 +1,223 @@
-"""What a run takes on GPUs that nobody has rented yet: parameters, FLOPs, bytes, and the least time of a step.
+"""What a run takes on GPUs that nobody has rented yet: parameters, FLOPs, bytes, and the least time of a
+step.
 
-    python train_gpt.py --preset short --plan 8xH100
+    python -m evals.plan short 8xH100 [--num_steps 1000 ...]       a preset, GPUs, then any flags of
+    train_gpt.py
 
 Counts of this project's model and optimizer, rates of data sheets; nothing is measured, no GPU is needed.
 """
 
 import re
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
+import train_gpt as tg
+from cli import command, need
 from data.prepare import tokens_needed
-from train_gpt import (
-    GPT,
-    HEAD_CHUNK,
-    POLAR_EXPRESS,
-    Config,
-    Optimizer,
-    Ranks,
-    Schedule,
-    need,
-    pick_dtype,
-    step_flops,
-    topology,
-)
 
-GPUS = {  # vendors' data sheets, no sparsity: TFLOP/s in bf16 (sums in float32), FP8; GB, TB/s; GB/s to others, one way
-    "H100": (989, 1979, 80, 3.35, 450),  # SXM, NVLink
-    "H200": (989, 1979, 141, 4.8, 450),  # SXM, NVLink
-    "A100": (312, 0, 80, 2.039, 300),  # SXM with 80 GB, NVLink; no FP8
-    "L40S": (362, 733, 48, 0.864, 32),  # PCIe 4.0
-    "RTX4090": (165.2, 330.3, 24, 1.008, 32),  # PCIe 4.0
-    "RTX5090": (209.5, 419, 32, 1.792, 64),  # PCIe 5.0
+
+@dataclass(frozen=True)
+class GpuSpec:
+    """A vendor's data sheet, without sparsity."""
+
+    bf16: float  # TFLOP/s, sums in float32
+    fp8: float  # TFLOP/s; 0: it has none
+    memory: float  # GB
+    bandwidth: float  # TB/s
+    link: float  # GB/s to other GPUs, one way
+
+
+GPUS = {
+    "H100": GpuSpec(989, 1979, 80, 3.35, 450),  # SXM, NVLink
+    "H200": GpuSpec(989, 1979, 141, 4.8, 450),  # SXM, NVLink
+    "A100": GpuSpec(312, 0, 80, 2.039, 300),  # SXM with 80 GB, NVLink
+    "L40S": GpuSpec(362, 733, 48, 0.864, 32),  # PCIe 4.0
+    "RTX4090": GpuSpec(165.2, 330.3, 24, 1.008, 32),  # PCIe 4.0
+    "RTX5090": GpuSpec(209.5, 419, 32, 1.792, 64),  # PCIe 5.0
 }
 
 
-def on_paper(cfg: Config, ranks: int) -> Optimizer:
+def main(argv: list[str]) -> None:
+    if not argv or {"-h", "--help"} & set(argv):
+        print(__doc__ or "python -m evals.plan PRESET GPUS [flags of train_gpt.py]")
+        return
+    need(len(argv) >= 2, "give a preset and GPUs: python -m evals.plan short 8xH100")
+    preset, order, *flags = argv
+    need(preset in tg.PRESETS, f"{preset}: no preset; choose from {', '.join(tg.PRESETS)}")
+    cfg, _ = tg.parse_config(["--preset", preset, *flags])
+    count, gpu = read_order(order)
+    shared = cfg.micro_batches % count == 0
+    need(shared, f"{order}: {count} GPUs cannot share --micro_batches {cfg.micro_batches}")
+    print_plan(cfg, count, gpu)
+
+
+def read_order(order: str) -> tuple[int, str]:
+    """ "8xH100" -> 8, "H100"; without a number, 1."""
+    match = re.fullmatch(r"(?:(\d{1,4}) ?X ?)?(\w+)", order.upper(), re.ASCII)
+    known = match and match[2] in GPUS and int(match[1] or 1) > 0
+    need(known, f"{order}: write 8xH100, say; the GPUs are {', '.join(GPUS)}")
+    return int(match[1] or 1), match[2]
+
+
+def on_paper(cfg: tg.Config, world_size: int) -> tg.Optimizer:
     """Parameters and states as the first of so many GPUs has them, on meta tensors."""
-    with torch.device("meta"):
-        optimizer = Optimizer(
-            cfg, GPT(cfg, pick_dtype(replace(cfg, device="cuda"))), Ranks(0, 1, torch.device("meta"))
-        )
-    optimizer.ranks.size = ranks  # only now: there are no processes to connect
+    meta = torch.device("meta")
+    with meta:
+        model = tg.GPT(cfg, tg.pick_dtype(replace(cfg, device="cuda")))
+        optimizer = tg.Optimizer(cfg, model, tg.DistEnv(0, 1, meta))
+    optimizer.env.world_size = world_size  # only now: there are no processes to connect
     optimizer.state = {name: optimizer.new_state(name) for name in optimizer.params}
     return optimizer
 
 
-def kept_values(cfg: Config) -> int:
-    """Activations a token that are kept for the backward pass, compiled and with this file's kernels: what enters a piece
-    and its products; what is pointwise is computed again. A test counts the real ones; eager mode keeps twice as many."""
-    D, W = cfg.model_dim, cfg.num_heads * cfg.head_dim
+def kept_values(cfg: tg.Config) -> int:
+    """Activations a token that are kept for the backward pass, compiled and with the file's own kernels.
+
+    What enters a piece and its products; what is pointwise is computed again. A test counts the real ones;
+    eager mode keeps twice as many.
+    """
+    D = cfg.model_dim
     total = (
         4 + 2 * cfg.extra_inputs + (cfg.bigram_rows > 0)
     ) * D  # embedding, x0; into the last norm; the head's dx
-    for row in topology(cfg):  # into norm, normed; project's product; q, k, y, y gated
-        attending = (
-            2 * D + (7 + 2 * row.paired + (row.value_embed is not None) * (2 - row.paired)) * W
-        )  # v, y copied
-        total += (3 + cfg.mlp_ratio) * D + (
-            row.window != "none"
-        ) * attending  # into mix; the MLP's: x, normed, relu^2
+    for layer in tg.topology(cfg):
+        total += (3 + cfg.mlp_ratio) * D  # into mix; the MLP's: x, normed, relu^2
+        if layer.attends:  # into norm, normed; project_qkv's product; q, k, y, y gated
+            total += 9 * D + (2 * D if layer.paired else 0)
+            if layer.value_embed is not None:  # v and y are copied
+                total += D if layer.paired else 2 * D
     return total
 
 
-def planned_memory(cfg: Config, ranks: int) -> dict[str, int]:
-    """Bytes on each GPU when the forward pass of its longest sequence ends. Their sum is the expected peak."""
-    optimizer, tokens = (
-        on_paper(cfg, ranks),
-        max(stage.batch_tokens for stage in cfg.stages) // cfg.micro_batches,
-    )
-    head, weights = optimizer.params["lm_head"], sum(p.nbytes for p in optimizer.params.values())
-    chunk = (
-        2 * tokens * len(head) + min(tokens, HEAD_CHUNK["cuda"]) * head.size(1)
-    ) * head.itemsize + 8 * head.numel()
+def planned_memory(cfg: tg.Config, world_size: int) -> dict[str, int]:
+    """Bytes on each GPU when the forward pass of its longest sequence ends. Their sum is the expected
+    peak.
+    """
+    optimizer = on_paper(cfg, world_size)
+    tokens = max(stage.batch_tokens for stage in cfg.stages) // cfg.micro_batches
+    head = optimizer.params["lm_head"]
+    D, V = head.shape
+    weights = sum(p.nbytes for p in optimizer.params.values())
+    states = sum(t.nbytes for state in optimizer.state.values() for t in state.values())
+    logits = min(tokens, tg.HEAD_CHUNK["cuda"]) * V
     return {
         "weights": weights,
         "gradients": weights,
-        "head's chunk": chunk,
-        "optimizer states": sum(t.nbytes for state in optimizer.state.values() for t in state.values()),
+        "head's chunk": (2 * tokens * D + logits) * head.itemsize + 8 * head.numel(),
+        "optimizer states": states,
         "activations": tokens * kept_values(cfg) * head.itemsize + head.nbytes,
     }
 
 
-def planned_stage(cfg: Config, gpu: str, ranks: int, begin: int, end: int) -> dict[str, int | float | str]:
-    """A column of the table: FLOPs, bytes and least time of a GPU's mean step, then seconds of the whole stage.
-
-    Documents as long as the stage allows and no bigram twice: text has less. Moved, at least: activations and the update's
-    states and weights, written and read; matrices, read in both passes; gradients, written. At the floor all overlap.
+@dataclass
+class UpdateCost:
+    """Of a GPU's mean step: FLOPs of the optimizer, bytes that it and the gradients move, bytes sent to
+    others.
     """
-    bf16, fp8, _, bandwidth, link = GPUS[gpu]
-    optimizer, schedule, here, update, sent = (
-        on_paper(cfg, ranks),
-        Schedule(cfg),
-        cfg.micro_batches // ranks,
-        0,
-        0.0,
-    )
-    stage, tied = schedule.stage(begin), (begin + end) / 2 < schedule.untie_step * (cfg.untie_share > 0)
+
+    flops: float = 0.0
+    moved: float = 0.0
+    sent: float = 0.0
+
+
+def update_cost(cfg: tg.Config, world_size: int, tied: bool, tokens: int) -> UpdateCost:
+    """tokens: of a micro-batch. Moved, at least: the update's states and weights, written and read;
+    matrices, read in both passes; gradients, written. No bigram twice: text has fewer rows.
+    """
+    optimizer, cost, here = on_paper(cfg, world_size), UpdateCost(), cfg.micro_batches // world_size
+    for name, p in optimizer.params.items():
+        rows = optimizer.padded_rows(name, p.detach())
+        shard = optimizer.local_shard(name, rows)
+        state = sum(t.nbytes for t in optimizer.state[name].values())
+        muon = optimizer.is_muon(name)
+        turn = 1 if muon else (not tied or name != "embed") / cfg.adam_every  # of steps, on which it moves
+        if muon:
+            cost.flops += polar_express_flops(shard)
+        passes = 3 if muon or name == "lm_head" else 1
+        cost.moved += here * p.nbytes * passes + turn * (2 * state + 3 * shard.nbytes)
+        reduced = rows.nbytes
+        if name == "bigram_embed":
+            touched = min(cfg.adam_every * here * tokens, len(p))
+            reduced = touched * (8 + p[0].nbytes)  # rows, with an index each
+        cost.sent += turn * (reduced + rows.nbytes) * (1 - 1 / world_size)
+    return cost
+
+
+def polar_express_flops(matrices: Tensor) -> int:
+    short, long = sorted(matrices.shape[1:])
+    return len(tg.POLAR_EXPRESS) * len(matrices) * (4 * short**2 * long + 2 * short**3)
+
+
+def planned_stage(
+    cfg: tg.Config, gpu: str, world_size: int, begin: int, end: int
+) -> dict[str, int | float | str]:
+    """A column of the table: FLOPs, bytes and least time of a GPU's mean step, then seconds of the whole
+    stage.
+
+    Documents are as long as the stage allows. At the floor products, memory and link overlap.
+    """
+    spec, schedule, here = GPUS[gpu], tg.Schedule(cfg), cfg.micro_batches // world_size
+    stage = schedule.stage(begin)
+    tied = cfg.untie_share > 0 and (begin + end) / 2 < schedule.untie_step
     tokens = torch.full((stage.batch_tokens // cfg.micro_batches,), -1)
     tokens[:: stage.max_doc_len] = cfg.bos_id
-    flops = step_flops(cfg, here * [(tokens, tokens)], stage.windows)
-    moved = 2 * here * len(tokens) * kept_values(cfg) * optimizer.params["lm_head"].itemsize
-    for name, p in optimizer.params.items():
-        units, muon = optimizer.units(name, p.detach()), optimizer.specs[name].optimizer == "muon"
-        own, state = optimizer.own(name, units), sum(t.nbytes for t in optimizer.state[name].values())
-        turn = 1 if muon else (not tied or name != "embed") / cfg.adam_every
-        if muon:
-            short, long = sorted(own.shape[1:])
-            update += len(POLAR_EXPRESS) * len(own) * (4 * short**2 * long + 2 * short**3)
-        moved += here * p.nbytes * (3 if muon or name == "lm_head" else 1) + turn * (
-            2 * state + 3 * own.nbytes
-        )
-        touched = min(cfg.adam_every * here * len(tokens), len(p)) * (
-            8 + p[0].nbytes
-        )  # rows, with an index each
-        sent += (
-            turn * ((touched if name == "bigram_embed" else units.nbytes) + units.nbytes) * (1 - 1 / ranks)
-        )
-    steps, model, other = end - begin, sum(flops.values()), flops["attention"] + update  # other: never in FP8
-    rest = (moved / bandwidth / 1e12, "memory"), (sent / link / 1e9, "link")
-    floors = {
-        dtype: max((((model + update - other) / rate + other / bf16) / 1e12, "products"), *rest)
-        for dtype, rate in (("bf16", bf16), ("FP8", fp8 or bf16))
-    }
-    return {
-        "steps": steps,
-        "tokens a step": stage.batch_tokens,
-        **{f"TFLOP {part}": n / 1e12 for part, n in flops.items()},
-        "TFLOP optimizer": update / 1e12,
+    flops = tg.step_flops(cfg, here * [(tokens, tokens)], stage.windows)
+    cost = update_cost(cfg, world_size, tied, len(tokens))
+    activations = here * len(tokens) * kept_values(cfg) * 2  # bfloat16
+    moved = 2 * activations + cost.moved
+    rest = ((moved / spec.bandwidth / 1e12, "memory"), (cost.sent / spec.link / 1e9, "link"))
+    model, never_fp8 = sum(flops.values()), flops["attention"] + cost.flops
+    floors = {}
+    for dtype, rate in (("bf16", spec.bf16), ("FP8", spec.fp8 or spec.bf16)):
+        products = (model + cost.flops - never_fp8) / rate + never_fp8 / spec.bf16
+        floors[dtype] = max((products / 1e12, "products"), *rest)
+    steps = end - begin
+    column: dict[str, int | float | str] = {"steps": steps, "tokens a step": stage.batch_tokens}
+    column |= {f"TFLOP {part}": count / 1e12 for part, count in flops.items()}
+    column |= {
+        "TFLOP optimizer": cost.flops / 1e12,
         "GB moved at least": moved / 1e9,
-        "GB sent at most": sent / 1e9,
-        **{f"ms floor in {dtype}": f"{1e3 * time:.2f} {bound}" for dtype, (time, bound) in floors.items()},
-        **{f"s floor in {dtype}": steps * time for dtype, (time, _) in floors.items()},
-        **{f"s at {p} % of bf16": steps * max(floors["bf16"][0], model / bf16 / p / 1e10) for p in (60, 40)},
+        "GB sent at most": cost.sent / 1e9,
     }
+    column |= {f"ms floor in {dtype}": f"{1e3 * time:.2f} {bound}" for dtype, (time, bound) in floors.items()}
+    column |= {f"s floor in {dtype}": steps * time for dtype, (time, _) in floors.items()}
+    for percent in (60, 40):
+        at_rate = model / spec.bf16 / percent / 1e10
+        column[f"s at {percent} % of bf16"] = steps * max(floors["bf16"][0], at_rate)
+    return column
 
 
-def plan(cfg: Config, order: str) -> None:
-    """Prints what a run takes on GPUs such as 8xH100. UserError: an unknown GPU, or a number that cannot share the work."""
-    count, gpu = re.match(r"(?:(\d+) ?X ?)?(.*)", order.upper()).groups("1")
-    need(gpu in GPUS and int(count) > 0, f"--plan {order}: write 8xH100, say; the GPUs are {', '.join(GPUS)}")
-    need(
-        cfg.micro_batches % int(count) == 0,
-        f"--micro_batches {cfg.micro_batches}: {count} GPUs cannot share them",
-    )
-    memory, optimizer, sizes = planned_memory(cfg, int(count)), on_paper(cfg, int(count)), Counter()
+def print_plan(cfg: tg.Config, count: int, gpu: str) -> None:
+    spec, memory, optimizer = GPUS[gpu], planned_memory(cfg, count), on_paper(cfg, count)
+    sizes: Counter[str] = Counter()
     for name, p in optimizer.params.items():
-        sizes[name.rstrip("_0123456789") if optimizer.specs[name].sharded else "gates and scalars"] += (
-            p.numel()
-        )
-    peak, room, ends = sum(memory.values()), GPUS[gpu][2] * 1e9, [0, *Schedule(cfg).ends]
-    columns = [
-        planned_stage(cfg, gpu, int(count), *steps) for steps in zip(ends, ends[1:]) if steps[0] < steps[1]
-    ]
-    print(
-        "{} on {} x {}: {} TFLOP/s in bf16, {} in FP8, {} GB at {} TB/s, {} GB/s to others; by stage:".format(
-            cfg.preset, count, gpu, *GPUS[gpu]
-        )
-    )
-    print(f"parameters {sizes.total():,}:", ", ".join(f"{group} {size:,}" for group, size in sizes.items()))
-    print(
-        f"peak memory {peak / 1e9:.1f} GB,",
-        "fits:" if peak <= room else "DOES NOT FIT:",
-        ", ".join(f"{part} {size / 1e9:.2f}" for part, size in memory.items()),
-    )
+        group = name.rstrip("_0123456789") if optimizer.specs[name].sharded else "gates and scalars"
+        sizes[group] += p.numel()
+    ends = [0, *tg.Schedule(cfg).ends]
+    columns = []
+    for begin, end in zip(ends, ends[1:], strict=False):
+        if begin < end:
+            columns.append(planned_stage(cfg, gpu, count, begin, end))
+    rates = f"{spec.bf16} TFLOP/s in bf16, {spec.fp8} in FP8, {spec.memory} GB at {spec.bandwidth} TB/s"
+    print(f"{cfg.preset} on {count} x {gpu}: {rates}, {spec.link} GB/s to others; by stage:")
+    groups = ", ".join(f"{group} {size:,}" for group, size in sizes.items())
+    print(f"parameters {sizes.total():,}: {groups}")
+    peak = sum(memory.values())
+    fits = "fits" if peak <= spec.memory * 1e9 else "DOES NOT FIT"
+    parts = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in memory.items())
+    print(f"peak memory {peak / 1e9:.1f} GB, {fits}: {parts}")
+    forms = {int: ",", float: ",.2f", str: ""}
     for label, value in columns[0].items():
-        form = {int: ",", float: ",.2f", str: ""}[type(value)]
-        print(f"{label:20}", *(f"{column[label]:>16{form}}" for column in columns))
-    seconds = {
-        label: sum(column[label] for column in columns) for label in columns[0] if label.startswith("s ")
-    }
-    print(
-        f"{cfg.num_steps:,} steps, {tokens_needed(cfg):,} tokens:",
-        ", ".join(f"{n:.1f} {s}" for s, n in seconds.items()),
-    )
+        print(f"{label:20}", *(f"{column[label]:>16{forms[type(value)]}}" for column in columns))
+    totals = []
+    for label in columns[0]:
+        if label.startswith("s "):
+            totals.append(f"{sum(column[label] for column in columns):.1f} {label}")
+    print(f"{cfg.num_steps:,} steps, {tokens_needed(cfg):,} tokens: {', '.join(totals)}")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,16 +1,19 @@
 """Run hypotheses against each other: each with N seeds, interleaved, and the table at the end.
 
-    python records/ablate.py --list [NAME...]
-    python records/ablate.py NAME NAME... --out DIR [--on cpu] [--seeds 5] [--num_steps N] [-- FLAGS of train_gpt.py]
+    python -m records.ablate --list [NAME...]
+    python -m records.ablate NAME NAME... --out DIR [--on cpu] [--seeds 5] [-- FLAGS of train_gpt.py]
 
-A NAME is one of records/hypotheses.py, or the beginning of several: 003 is all of seed 003, 003-no its removals. The first
-is the baseline. A round runs every hypothesis once, with one seed; each round begins with another, so that a drift of the
-machine hits all alike. The same command goes on after an interruption: finished runs stay, the one that was cut is run
-again. More seeds or names may be added in the same DIR. A run that diverges is kept as such and not repeated.
+A NAME is one of records/hypotheses.py, or the beginning of several: 003 is all of seed 003, 003-no its
+removals. The first is the baseline. A round runs every hypothesis once, with one seed; each round begins
+with another, so that a drift of the machine hits all alike. The same command goes on after an interruption:
+finished runs stay, the one that was cut is run again. More seeds or names may be added in the same DIR. A
+run that diverges is kept as such and not repeated.
 
-DIR/NAME/seedK.txt are the logs; DIR/table.txt, .md, .csv, pairs.txt and numbers.txt what compare.py makes of them.
+DIR/NAME/seedK.txt are the logs; DIR/table.txt, .md, .csv, pairs.txt and numbers.txt what compare.py makes
+of them.
 """
 
+import argparse
 import fcntl
 import hashlib
 import json
@@ -24,19 +27,33 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-from records.compare import group_of, groups_table, numbers_text, pairs_table  # noqa: E402
-from records.logs import UserError, arguments, command, extra, need, read_file, read_places, result, warn  # noqa: E402
-from records.tables import FORMATS, table  # noqa: E402
+from cli import UserError, arguments, command, need, one_line
+from records.compare import PAIRS_NOTE, Style, groups_note, groups_table, pairs_table
+from records.files import (
+    LOSS,
+    MARK,
+    extra,
+    file_kind,
+    number_flag,
+    path_flag,
+    read_text,
+    reason,
+    say,
+    warn,
+    write_text,
+)
+from records.groups import Group, comparison_warnings, group_of, numbers_text
+from records.plot import difference_picture, in_words
+from records.reader import read_file, read_paths, result
+from records.tables import FORMATS, table
 
+ROOT = Path(__file__).resolve().parent.parent
 TARGETS = {"short": 3.28, "one-gpu": 3.28, "medium": 2.92}
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run. Its log is written in `place` and moved to `log` when it is whole."""
+    """One run. Its log is written in `folder` and moved to `log` when it is whole."""
 
     name: str
     seed: int
@@ -50,7 +67,7 @@ class Job:
         return self.out / self.name / f"seed{self.seed}.txt"
 
     @property
-    def place(self) -> Path:
+    def folder(self) -> Path:
         return self.out / ".running" / f"{self.name}-seed{self.seed}"
 
 
@@ -80,21 +97,13 @@ def plan(
         steps = {name: tg.parse_config(list(given))[0].num_steps for name, given in flags.items()}
     except tg.UserError as error:
         raise UserError(str(error)) from None
-    source = (ROOT / "train_gpt.py").read_text()
+    source = read_text(ROOT / "train_gpt.py")
     edited = {one.name: source_of(one, source) if one.edits else "" for one in hypotheses}
     for seed in range(seeds):
         first = seed % len(hypotheses)
         for one in hypotheses[first:] + hypotheses[:first]:
-            jobs.append(
-                Job(
-                    one.name,
-                    seed,
-                    (*flags[one.name], f"--seed={seed}"),
-                    steps[one.name],
-                    out,
-                    edited[one.name],
-                )
-            )
+            given = (*flags[one.name], f"--seed={seed}")
+            jobs.append(Job(one.name, seed, given, steps[one.name], out, edited[one.name]))
     return jobs
 
 
@@ -108,7 +117,7 @@ def check_plan(jobs: list[Job], out: Path, file: Path) -> None:
     try:
         known = json.loads(path.read_text()) if path.exists() else {"source_sha256": source, "flags": {}}
         before, flags = known["source_sha256"], dict(known["flags"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OSError, RecursionError):
         raise UserError(f"{path}: damaged; use another --out") from None
     need(
         before == source,
@@ -116,18 +125,20 @@ def check_plan(jobs: list[Job], out: Path, file: Path) -> None:
     )
     for job in jobs:
         wanted = [*job.flags[:-1], *([f"source:{sha256(job.edited)}"] if job.edited else [])]
-        need(
-            flags.setdefault(job.name, wanted) == wanted,
-            f"{out}: {job.name} ran there with {shlex.join(flags[job.name])}; use another --out, or these flags and source",
-        )
-    part = path.with_name(".plan.json.part")
-    part.write_text(json.dumps({"source_sha256": source, "flags": flags}, indent=1))
-    os.replace(part, path)
+        ran = flags.setdefault(job.name, wanted)
+        is_list = isinstance(ran, list) and all(isinstance(word, str) for word in ran)
+        need(is_list, f"{path}: damaged; use another --out")
+        remedy = "use another --out, or these flags and source"
+        need(ran == wanted, f"{out}: {job.name} ran there with {shlex.join(ran)}; {remedy}")
+    write_text(path, json.dumps({"source_sha256": source, "flags": flags}, indent=1))
 
 
 def lock(out: Path) -> int:
-    """One runner a folder. Its runs hold the lock too, so that one which outlives a killed runner is not run beside."""
-    handle = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)
+    """One runner a folder. Its runs hold the lock too: none outlives a killed runner unseen."""
+    try:
+        handle = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({reason(error)})") from None
     for wait in range(300):  # a run whose runner was killed needs a moment to end
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -143,7 +154,7 @@ def lock(out: Path) -> int:
 
 def whole_log(job: Job) -> Path | None:
     """The log of a run that got to its end or diverged, but was not moved yet."""
-    for path in job.place.glob("*.txt"):
+    for path in job.folder.glob("*.txt"):
         runs, _ = read_file(path)
         if runs and (result(runs[-1])[0] or (runs[-1].failure() or "").startswith("failed: ")):
             return path
@@ -153,7 +164,7 @@ def whole_log(job: Job) -> Path | None:
 def keep(job: Job, path: Path) -> None:
     job.log.parent.mkdir(exist_ok=True)
     os.replace(path, job.log)
-    shutil.rmtree(job.place)
+    shutil.rmtree(job.folder)
 
 
 def die_with_parent():
@@ -161,54 +172,69 @@ def die_with_parent():
     import ctypes
 
     prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
-    return lambda: prctl and prctl(1, signal.SIGTERM)
+
+    def ask_for_signal() -> None:
+        if prctl is not None:
+            prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+
+    return ask_for_signal
 
 
-def edited_place(job: Job) -> Path:
+def edited_path(job: Job) -> Path:
     return job.out / ".edited" / job.name / "train_gpt.py"
 
 
 def write_edited(job: Job, file: Path) -> Path:
     """The job's edited source as a file, with the data that is beside train_gpt.py beside it, too."""
-    place = edited_place(job)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.write_text(job.edited)
-    if not (place.parent / "data").is_symlink():
-        (place.parent / "data").symlink_to(file.parent / "data")
-    return place
+    path = edited_path(job)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(job.edited)
+    data = path.parent / "data"
+    if not data.is_symlink():
+        data.symlink_to(file.parent / "data")
+    return path
 
 
-def run(job: Job, launch: list[str], file: Path, handle: int, bar) -> None:
-    """Trains, and puts the log in its place. UserError if the run ended in a way that the next would, too."""
-    shutil.rmtree(job.place, ignore_errors=True)
-    job.place.mkdir(parents=True)
-    errors, at = job.place / "errors", 0
-    file = write_edited(job, file) if job.edited else file
-    with errors.open("w") as stderr:
-        process = subprocess.Popen(
-            [*launch, str(file), *job.flags, f"--log_dir={job.place}"],
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-            errors="replace",
-            pass_fds=[handle],
-            preexec_fn=die_with_parent(),
-        )
+def train(job: Job, launch: list[str], file: Path, handle: int, bar) -> int:
+    """Runs the job's training and moves the bar with its steps -> exit code. Its stderr goes to `errors`."""
+    command_line = [*launch, str(file), *job.flags, f"--log_dir={job.folder}"]
+    step = 0
+    with (job.folder / "errors").open("w") as stderr:
+        try:
+            process = subprocess.Popen(
+                command_line,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                errors="replace",
+                pass_fds=[handle],
+                preexec_fn=die_with_parent(),
+            )
+        except OSError as error:
+            raise UserError(f"--launch {launch[0]}: cannot be started ({reason(error)})") from None
         try:
             for line in process.stdout:
-                step = line[5:].partition("/")[0]
-                if line.startswith("step:") and step.isdecimal() and int(step) > at:
-                    bar.update(int(step) - at)
-                    at = int(step)
-            code = process.wait()
+                word = line[5:].partition("/")[0]
+                if line.startswith("step:") and word.isdecimal() and int(word) > step:
+                    bar.update(int(word) - step)
+                    step = int(word)
+            return process.wait()
         except BaseException:
             process.terminate()
             process.wait()
             raise
+
+
+def run(job: Job, launch: list[str], file: Path, handle: int, bar) -> None:
+    """Trains, and puts the log in its place. UserError if the run ended in a way that the next would, too."""
+    shutil.rmtree(job.folder, ignore_errors=True)
+    job.folder.mkdir(parents=True)
+    code = train(job, launch, write_edited(job, file) if job.edited else file, handle, bar)
     path = whole_log(job)
     if path and code in (0, 1):
         keep(job, path)
         return
+    errors = job.folder / "errors"
     last = errors.read_text(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
     raise UserError(
         f"{job.name}, seed {job.seed}, ended with code {code}: {last[0][:300]} (all of it: {errors}); "
@@ -218,12 +244,11 @@ def run(job: Job, launch: list[str], file: Path, handle: int, bar) -> None:
 
 def describe(job: Job) -> str:
     runs, problem = read_file(job.log)
-    found, problem = result(runs[-1]) if runs else (None, problem)
-    return f"{job.name} seed {job.seed}: " + (
-        f"{found.loss:.4f} after {found.seconds:.1f} s"
-        if found
-        else f"no result, {runs[-1].failure() if runs else problem}"
-    )
+    found = result(runs[-1])[0] if runs else None
+    if found is not None:
+        return f"{job.name} seed {job.seed}: {found.loss:.4f} after {found.seconds:.1f} s"
+    why = runs[-1].failure() if runs else problem
+    return one_line(f"{job.name} seed {job.seed}: no result, {why}")
 
 
 def run_all(jobs: list[Job], launch: list[str], file: Path, out: Path) -> None:
@@ -244,7 +269,7 @@ def run_missing(jobs: list[Job], launch: list[str], file: Path, handle: int) -> 
         if path:
             keep(job, path)
     left = [job for job in jobs if not job.log.exists()]
-    print(f"{len(jobs)} runs, {len(jobs) - len(left)} of them done", flush=True)
+    say(f"{len(jobs)} runs, {len(jobs) - len(left)} of them done")
     with tqdm(total=sum(job.steps for job in left), unit="step", disable=None) as bar:
         for job in left:
             bar.set_description(f"{job.name} seed {job.seed}")
@@ -253,23 +278,51 @@ def run_missing(jobs: list[Job], launch: list[str], file: Path, handle: int) -> 
             except KeyboardInterrupt:
                 warn(f"interrupted in {job.name}, seed {job.seed}: the same command goes on")
                 raise
-            tqdm.write(describe(job), file=sys.stdout)
-            sys.stdout.flush()
+            with tqdm.external_write_mode():
+                say(describe(job))
 
 
 def compare(jobs: list[Job], out: Path, target: float | None) -> str:
-    """Writes and returns the table of the runs that are there."""
+    """Writes the tables and the picture of the runs that are there; returns what is to be printed."""
     names = list(dict.fromkeys(job.name for job in jobs))
-    paths = {
-        name: sorted({job.log for job in jobs if job.name == name and job.log.exists()}) for name in names
-    }
-    groups = [group_of(name, read_places(paths[name], warn)) for name in names]
-    for form, suffix in zip(FORMATS, ("txt", "md", "csv")):
-        (out / f"table.{suffix}").write_text(groups_table(groups, target, form) + "\n")
+    groups = []
+    for name in names:
+        logs = sorted({job.log for job in jobs if job.name == name and job.log.exists()})
+        groups.append(group_of(name, read_paths(logs, warn)))
+    notes = [line for group in groups for line in left_out_lines(group)]
+    notes += [groups_note(groups, target), *(f"note: {line}" for line in comparison_warnings(groups))]
+    shown = "\n".join([groups_table(groups, target), "", *notes])
+    for form, suffix in (("markdown", "md"), ("csv", "csv")):
+        write_text(out / f"table.{suffix}", groups_table(groups, target, Style(form)) + "\n")
+    write_text(out / "table.txt", shown + "\n")
+    write_text(out / "numbers.txt", numbers_text(groups) + "\n")
     if len(groups) > 1:
-        (out / "pairs.txt").write_text(pairs_table(groups, first=True) + "\n")
-    (out / "numbers.txt").write_text(numbers_text(groups) + "\n")
-    return groups_table(groups, target)
+        pairs = f"{pairs_table(groups, first=True)}\n\n{PAIRS_NOTE}"
+        write_text(out / "pairs.txt", pairs + "\n")
+        shown += f"\n\n{pairs}"
+        draw(groups, out / "loss.png")
+    return shown
+
+
+def left_out_lines(group: Group) -> list[str]:
+    return [f"{group.name}: {line}" for line in group.left_out]
+
+
+def draw(groups: list[Group], path: Path) -> None:
+    """How far each step's loss is from the first hypothesis's. A picture that is not ours stays."""
+    key = (
+        "train_loss"
+        if all(run.points("train_loss") for group in groups for run in group.runs)
+        else "val_loss"
+    )
+    named = [(in_words(group.name), group.runs) for group in groups if group.runs]
+    mine = file_kind(path) == "missing" or MARK.encode() in path.read_bytes()
+    if len(named) < 2 or not groups[0].runs or not mine:
+        return
+    try:
+        difference_picture(named, path, key, begin=0)
+    except UserError as error:  # runs of one step have nothing to draw
+        warn(f"no picture: {error}")
 
 
 def list_table(names: list[str], form: str) -> str:
@@ -277,71 +330,91 @@ def list_table(names: list[str], form: str) -> str:
 
     rows = []
     for one in find(names) if names else HYPOTHESES:
-        baseline = BASELINES[one.seed]
-        flags = " ".join(as_flags(one.flags | ({"num_steps": one.steps} if one.steps else {})))
-        flags += (" + edit" if flags else "edit") if one.edits else ""
-        rows.append([one.name, baseline.preset, one.says, flags, " ".join("--" + name for name in one.needs)])
+        changed = one.flags | ({"num_steps": one.steps} if one.steps else {})
+        words = [*as_flags(changed), *(["edit"] if one.edits else [])]
+        flags = " ".join(words[:-1] + ["+ edit"] if one.edits and changed else words)
+        needs = " ".join(f"--{name}" for name in one.needs)
+        rows.append([one.name, BASELINES[one.seed].preset, one.says, flags, needs])
     head = ["name", "layers of", "what it is", "flags beyond its baseline", "needs"]
-    return table(head, rows, form, left=(0, 1, 2, 3, 4)) + (
-        f"\n{len(rows)} hypotheses" if form == "text" else ""
-    )
+    count = f"\n{len(rows)} hypotheses" if form == "text" else ""
+    return table(head, rows, form, left=(0, 1, 2, 3, 4)) + count
 
 
 def on_signal(number: int, _frame) -> None:
     raise KeyboardInterrupt
 
 
-def main(argv: list[str]) -> None:
+def flags() -> argparse.ArgumentParser:
     parser = arguments(__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--list", action="store_true", help="print the hypotheses and end")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where logs and tables go")
+    parser.add_argument("--out", type=path_flag, metavar="DIR", help="where logs and tables go")
     parser.add_argument(
-        "--on", default="cpu", metavar="PRESET", help="whose sizes: cpu (default), short, medium, one-gpu"
-    )
-    parser.add_argument("--seeds", type=int, default=5, help="runs of each (default 5)")
-    parser.add_argument(
-        "--num_steps", type=int, help="of the baseline; hypotheses with other steps keep their proportion"
+        "--on", default="cpu", metavar="PRESET", help="whose sizes: cpu, short, medium, one-gpu"
     )
     parser.add_argument(
-        "--target", type=float, help="loss to be reached (default: the track's; cpu has none)"
+        "--seeds", type=number_flag(1, 1000, whole=True), default=5, help="runs of each (default 5)"
     )
+    parser.add_argument(
+        "--num_steps",
+        type=number_flag(1, 10**9, whole=True),
+        help="of the baseline; hypotheses with other steps keep their proportion",
+    )
+    parser.add_argument("--target", type=LOSS, help="loss to be reached (default: the track's; cpu has none)")
     parser.add_argument(
         "--launch",
-        default=sys.executable,
+        default=shlex.quote(sys.executable),
         metavar="COMMAND",
         help="starts train_gpt.py, e.g. 'torchrun --standalone --nproc_per_node=8' (default: this Python)",
     )
     parser.add_argument("--dry_run", action="store_true", help="print the commands in their order and end")
     parser.add_argument("--table", action="store_true", help="only make the table of the runs that are done")
     parser.add_argument("--format", choices=FORMATS, default="text", help="of --list")
+    return parser
+
+
+def launch_words(text: str) -> list[str]:
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"--launch {one_line(text, 100)}: {error}") from None
+    need(words, "--launch: empty; give the command that starts train_gpt.py")
+    return words
+
+
+def make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: no folder can be made there ({reason(error)})") from None
+
+
+def main(argv: list[str]) -> None:
     split = argv.index("--") if "--" in argv else len(argv)
-    args, more = parser.parse_args(argv[:split]), argv[split + 1 :]
+    args, more = flags().parse_intermixed_args(argv[:split]), argv[split + 1 :]
     if args.list:
-        print(list_table(args.names, args.format))
+        say(list_table(args.names, args.format))
         return
     need(args.names and args.out, "give names and --out DIR, or --list")
-    need(
-        args.seeds >= 1 and (args.num_steps is None or args.num_steps >= 1),
-        "--seeds and --num_steps: at least 1",
-    )
-    out, train = args.out.resolve(), ROOT / "train_gpt.py"
+    launch, out = launch_words(args.launch), args.out.absolute()
     jobs = plan(args.names, args.on, args.seeds, out, args.num_steps, more)
     if args.dry_run:
         for job in jobs:
-            file = edited_place(job) if job.edited else "train_gpt.py"
-            print(shlex.join([*shlex.split(args.launch), str(file), *job.flags]))
+            file = edited_path(job) if job.edited else "train_gpt.py"
+            say(shlex.join([*launch, str(file), *job.flags]))
         return
-    extra("scipy.stats"), extra("tqdm")  # what is missing is said now, not after the last run
+    for module in (
+        "scipy.stats",
+        "tqdm",
+        "matplotlib",
+    ):  # what is missing is said now, not after the last run
+        extra(module)
     if not args.table:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {args.out}: no folder can be made there ({error.strerror})") from None
+        make_folder(out)
         signal.signal(signal.SIGTERM, on_signal)
-        run_all(jobs, shlex.split(args.launch), train, out)
-    need(out.is_dir(), f"--out {args.out}: not there")
-    print(compare(jobs, out, args.target if args.target is not None else TARGETS.get(args.on)))
+        run_all(jobs, launch, ROOT / "train_gpt.py", out)
+    need(file_kind(out) == "folder", f"--out {args.out}: not there")
+    say(compare(jobs, out, args.target if args.target is not None else TARGETS.get(args.on)))
 
 
 if __name__ == "__main__":

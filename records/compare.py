@@ -1,191 +1,65 @@
 """Compare groups of runs as the seeds' tables do.
 
-    python records/compare.py groups   GROUP GROUP...            time and loss of each; the first group is the baseline
-    python records/compare.py steps    GROUP...                  how many steps fewer still reach the target
-    python records/compare.py pairs    GROUP GROUP...            each group against each, or, with --first, the first against each
-    python records/compare.py crossing GROUP... --level 2.92     when runs cross a loss, the earliest first
+    python -m records.compare groups      GROUP GROUP...         time and loss of each; the first: baseline
+    python -m records.compare steps       GROUP...               how many steps fewer still reach the target
+    python -m records.compare pairs       GROUP GROUP...         each with each; --first: the first with each
+    python -m records.compare crossing    GROUP... --level 2.92  when runs cross a loss, the earliest first
+    python -m records.compare side        RUN RUN...             the validations of single runs, side by side
+    python -m records.compare power [GROUP] --effect 0.002       how many runs find such a difference
+    python -m records.compare leaderboard FOLDER --target 3.28   a folder's record folders, the fastest first
 
-A GROUP is a folder of logs, one log, or a file with raw numbers as `groups --numbers` prints them; NAME=PATH names it.
+A GROUP is a folder of logs, one log, or a file with raw numbers: as `groups --numbers` prints them, or a
+README with lists such as `losses = [3.27, 3.28]`. NAME=PATH names it, PATH@STEP reads its losses at that
+step.
 
-Times: Welch's t-test against the first group, two-sided. Losses: one-sided one-sample t-test, whether the mean is under
---target (the speedrun's 3.28 or 2.92); without --target a Welch test against the first group, two-sided. Deviations
-are those of a sample (n - 1). `**` p < 0.01, `*` p < 0.05. Times are in seconds, or in the unit of a file of numbers.
+Times: Welch's t-test against the first group, two-sided. Losses: one-sided one-sample t-test, whether the
+mean is under --target (the speedrun's 3.28 or 2.92); without --target a Welch test against the first group,
+two-sided. Deviations are those of a sample (n - 1). `**` p < 0.01, `*` p < 0.05. Times are in seconds, or
+in the unit of a file of numbers.
 """
 
-import json
+import argparse
 import math
-import re
-import statistics
-import sys
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import combinations
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-from records.logs import Run, arguments, command, extra, need, read_file, read_places, result, warn  # noqa: E402
-from records.tables import FORMATS, table  # noqa: E402
+from cli import arguments, command, need
+from records.files import DIGITS, LOSS, STEP, number_flag, say, warn
+from records.groups import (
+    Group,
+    comparison_warnings,
+    group_of,
+    named_path,
+    numbers_text,
+    read_groups,
+)
+from records.leaderboard import leaderboard
+from records.reader import Run, read_paths
+from records.stats import MOST_RUNS, TESTS, Sample, below, holm, paired, runs_needed, stars, welch
+from records.tables import FORMATS, table
+
+MOST_ROWS = 40  # of `side`
+POWERS = (0.5, 0.8, 0.9, 0.99)
 
 
 @dataclass(frozen=True)
-class Sample:
-    """Numbers, or what is known of them: how many, their mean and their deviation (n - 1; nan if there is just one)."""
+class Style:
+    """How a table is printed: one of FORMATS, digits of times, losses and p."""
 
-    n: int
-    mean: float
-    std: float
-    values: tuple[float, ...] = ()
+    form: str = "text"
+    digits: int = 2
+    loss_digits: int = 4
+    p_digits: int = 4
 
-    @staticmethod
-    def of(values: list[float]) -> "Sample":
-        if not values:
-            return Sample(0, math.nan, math.nan)
-        finite = all(map(math.isfinite, values))
-        std = statistics.stdev(values) if finite and len(values) > 1 else math.nan
-        return Sample(len(values), statistics.fmean(values) if finite else math.nan, std, tuple(values))
+    def time(self, value: float) -> str:
+        return number(value, self.digits)
 
+    def loss(self, value: float) -> str:
+        return number(value, self.loss_digits)
 
-def below(sample: Sample, target: float) -> float:
-    """p that a mean as low comes by chance if the true one is target: one-sided one-sample t-test; nan for one number."""
-    if sample.n < 2 or not math.isfinite(sample.std):
-        return math.nan
-    distance, error = sample.mean - target, sample.std / math.sqrt(sample.n)
-    if error == 0:
-        return math.nan if distance == 0 else float(distance > 0)
-    return float(extra("scipy.stats").t.cdf(distance / error, sample.n - 1))
-
-
-def welch(a: Sample, b: Sample) -> float:
-    """p of Welch's t-test, two-sided; nan where one of the two has a single number, or neither varies."""
-    if min(a.n, b.n) < 2 or not a.std + b.std > 0:
-        return math.nan
-    return float(
-        extra("scipy.stats")
-        .ttest_ind_from_stats(a.mean, a.std, a.n, b.mean, b.std, b.n, equal_var=False)
-        .pvalue
-    )
-
-
-def paired(a: dict[int, float], b: dict[int, float]) -> float:
-    """p of a paired t-test over the seeds that both have, two-sided; nan for fewer than two, or equal differences."""
-    differences = Sample.of([b[seed] - a[seed] for seed in sorted(a.keys() & b.keys())])
-    return (
-        min(1.0, 2 * min(below(differences, 0), 1 - below(differences, 0))) if differences.n > 1 else math.nan
-    )
-
-
-def holm(values: list[float]) -> list[float]:
-    """Holm's correction for many tests; nan stays and does not count."""
-    order = sorted((n for n, p in enumerate(values) if not math.isnan(p)), key=lambda n: values[n])
-    corrected, largest = list(values), 0.0
-    for place, n in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - place) * values[n]))
-        corrected[n] = largest
-    return corrected
-
-
-def stars(p: float) -> str:
-    return "**" if p < 0.01 else "*" if p < 0.05 else ""
-
-
-@dataclass
-class Group:
-    name: str
-    losses: Sample
-    times: Sample
-    by_seed: dict[int, float] = field(
-        default_factory=dict
-    )  # loss of each seed, where logs tell and no seed comes twice
-    steps: int | None = None  # that its runs were read at, if that is one number
-    runs: list[Run] = field(default_factory=list)
-
-
-def seed_of(run: Run) -> int | None:
-    """Where its log names one."""
-    return (run.config or {}).get("seed")
-
-
-def group_of(name: str, runs: list[Run], step: int | None = None, key: str = "val_loss") -> Group:
-    """Runs that do not have the step are left out, with a word."""
-    found, seeds = [], []
-    for run in runs:
-        one, problem = result(run, step, key)
-        if one is None:
-            warn(f"{name}: {run.name} left out, it {problem}")
-            continue
-        found.append((run, one))
-        seeds.append(seed_of(run))
-    by_seed = (
-        {seed: one.loss for seed, (_, one) in zip(seeds, found)} if len(set(seeds)) == len(seeds) else {}
-    )
-    steps = {one.step for _, one in found}
-    times = [one.seconds for _, one in found if not math.isnan(one.seconds)]
-    return Group(
-        name,
-        Sample.of([one.loss for _, one in found]),
-        Sample.of(times),
-        by_seed,
-        steps.pop() if len(steps) == 1 else None,
-        [run for run, _ in found],
-    )
-
-
-NUMBERS = re.compile(
-    r"^ *(losses|times|loss_summary|time_summary) *= *(\[[^\]]{0,1000000}\])\s*$", re.MULTILINE
-)
-
-
-def read_numbers(text: str, path: Path) -> list[Group]:
-    """Groups as the seeds write them: a line `NAME:`, then indented `losses = [..]` and `times = [..]`, or, where only that
-    is known, `loss_summary = [n, mean, deviation]` and `time_summary`; `steps = N` if wanted. No other line counts."""
-    groups = []
-    for name, block in re.findall(r"^(\S[^\n]*)\n((?:[ \t][^\n]*(?:\n|\Z))+)", text, re.MULTILINE):
-        found: dict[str, list[float]] = {}
-        for key, numbers in NUMBERS.findall(block):
-            try:
-                found[key] = [float(value) for value in json.loads(numbers)]
-            except (ValueError, TypeError):
-                need(False, f"{path}: {name}: {key} is no list of numbers")
-        samples = []
-        for key in ("loss", "time"):
-            summary = found.get(f"{key}_summary")
-            need(
-                summary is None or len(summary) == 3,
-                f"{path}: {name}: {key}_summary wants [n, mean, deviation]",
-            )
-            samples.append(
-                Sample(int(summary[0]), *summary[1:])
-                if summary
-                else Sample.of(found.get({"loss": "losses", "time": "times"}[key], []))
-            )
-        steps = re.search(r"^ *steps *= *(\d{1,12})\s*$", block, re.MULTILINE)
-        if samples[0].n:
-            groups.append(Group(name.strip().rstrip(":"), *samples, steps=int(steps[1]) if steps else None))
-    return groups
-
-
-def named_place(text: str) -> tuple[str, Path]:
-    """`NAME=PATH`, or a path, whose last part is then the name."""
-    name, _, path = text.rpartition("=") if not Path(text).exists() else ("", "", text)
-    need(Path(path).exists(), f"{path}: not there; give folders of logs, logs, or a file of numbers")
-    return name or Path(path).resolve().name, Path(path)
-
-
-def read_groups(places: list[str], step: int | None, key: str) -> list[Group]:
-    """The groups that a command line names, in its order."""
-    groups = []
-    for place in places:
-        name, path = named_place(place)
-        if path.is_file() and path.stat().st_size < 2**20 and not read_file(path)[0]:
-            numbers = read_numbers(path.read_text(errors="replace"), path)
-            need(numbers, f"{path}: neither a log nor a file of numbers")
-            groups += numbers
-            continue
-        group = group_of(name, read_places([path], warn), step, key)
-        need(group.losses.n, f"{path}: no run there has the {key} that is asked for")
-        groups.append(group)
-    return groups
+    def p(self, value: float) -> str:
+        return number(value, self.p_digits)
 
 
 def number(value: float, digits: int) -> str:
@@ -193,225 +67,347 @@ def number(value: float, digits: int) -> str:
 
 
 def loss_test(group: Group, first: Group, target: float | None) -> float:
-    """p of a group's losses: of being under the target, or, without one, of differing from the first group's."""
+    """p that a group's losses are under the target, or, without one, differ from the first group's."""
     if target is not None:
         return below(group.losses, target)
     return math.nan if group is first else welch(group.losses, first.losses)
 
 
-def groups_table(groups: list[Group], target: float | None, form: str = "text", digits: int = 2) -> str:
+def groups_table(groups: list[Group], target: float | None, style: Style = Style()) -> str:
     """Seed 000's first table: each group's times and losses, against the first group and the target."""
     first, rows = groups[0], []
     for group in groups:
-        same = group is first
+        time_p = math.nan if group is first else welch(group.times, first.times)
         loss_p = loss_test(group, first, target)
         rows.append(
             [
                 group.name,
-                str(group.losses.n),
-                number(group.times.mean, digits),
-                number(group.times.std, digits),
-                number(group.times.mean - first.times.mean, digits),
-                number(math.nan if same else welch(group.times, first.times), 4),
-                number(group.losses.mean, 4),
-                number(group.losses.std, 4),
-                number(group.losses.mean - first.losses.mean, 4),
-                number(loss_p, 4),
+                group.count,
+                group.steps_text,
+                style.time(group.times.mean),
+                style.time(group.times.std),
+                style.time(group.times.mean - first.times.mean),
+                style.p(time_p),
+                style.loss(group.losses.mean),
+                style.loss(group.losses.std),
+                style.loss(group.losses.mean - first.losses.mean),
+                style.p(loss_p),
                 stars(loss_p),
             ]
         )
-    head = [
-        "group",
-        "runs",
-        "time μ",
-        "time σ",
-        "time Δ",
-        "time p",
-        "loss μ",
-        "loss σ",
-        "loss Δ",
-        "loss p",
-        "sig",
-    ]
-    return table(head, rows, form, left=(0, 10))
+    columns = ["time μ", "time σ", "time Δ", "time p", "loss μ", "loss σ", "loss Δ", "loss p", "sig"]
+    return table(["group", "runs", "steps", *columns], rows, style.form, left=(0, 11))
 
 
-def steps_table(groups: list[Group], target: float | None, form: str = "text", digits: int = 2) -> str:
+def groups_note(groups: list[Group], target: float | None) -> str:
+    if target is not None:
+        return (
+            f"loss p decides: the target counts as reached at p < 0.01, one-sided t-test of mean < {target:g}"
+        )
+    if len(groups) == 1:
+        return "one group: nothing to test without --target"
+    if all(group.by_seed for group in groups):
+        return "`pairs` decides, paired by the seeds that logs name. loss p: Welch's test against the first"
+    return "loss p decides: Welch's test against the first group"
+
+
+def steps_table(groups: list[Group], target: float | None, style: Style = Style()) -> str:
     """Seed 000's second table: groups by their number of steps, the most first; Δ against the first line."""
-    ordered = sorted(groups, key=lambda group: -(group.steps or 0))
+    ordered = sorted(groups, key=lambda group: -group.steps[0])
     rows = []
     for group in ordered:
         p = loss_test(group, ordered[0], target)
         rows.append(
             [
-                str(group.steps),
-                str(group.steps - ordered[0].steps),
-                str(group.losses.n),
-                number(group.times.mean, digits),
-                number(group.times.std, digits),
-                number(group.losses.mean, 4),
-                number(group.losses.std, 4),
-                number(p, 4),
+                str(group.steps[0]),
+                str(group.steps[0] - ordered[0].steps[0]),
+                group.count,
+                style.time(group.times.mean),
+                style.time(group.times.std),
+                style.loss(group.losses.mean),
+                style.loss(group.losses.std),
+                style.p(p),
                 stars(p),
             ]
         )
     head = ["steps", "Δ", "runs", "time μ", "time σ", "loss μ", "loss σ", "loss p", "sig"]
-    return table(head, rows, form, left=(8,))
+    return table(head, rows, style.form, left=(8,))
 
 
 def by_steps(groups: list[Group], key: str = "val_loss") -> list[Group]:
-    """The runs of all groups, grouped anew by the number of steps that they were planned for; numbers without logs stay."""
+    """The runs of all groups, grouped anew by the steps they were planned for; raw numbers stay."""
     runs: dict[int, list[Run]] = {}
     for run in [run for group in groups for run in group.runs]:
         runs.setdefault(run.planned or run.last_step, []).append(run)
-    return [group_of(f"{steps} steps", found, key=key) for steps, found in runs.items()] + [
-        g for g in groups if not g.runs
-    ]
+    made = [group_of(f"{steps} steps", found, key=key) for steps, found in runs.items()]
+    return made + [group for group in groups if not group.runs and group.losses.n]
 
 
-def pairs_table(groups: list[Group], form: str = "text", digits: int = 2, first: bool = False) -> str:
-    """Every two groups, or the first with each: Welch's test of losses and of times, and a paired one of losses by seed,
-    where logs name it; each Holm-corrected for the number of pairs. Runs of one seed begin alike and read the same text:
-    the paired test sees more."""
-    pairs = [(groups[0], group) for group in groups[1:]] if first else list(combinations(groups, 2))
-    plain, times = ([welch(getattr(a, of), getattr(b, of)) for a, b in pairs] for of in ("losses", "times"))
-    seeds, rows = [paired(a.by_seed, b.by_seed) for a, b in pairs], []
-    for (a, b), p, p_holm, s, s_holm, t, t_holm in zip(
-        pairs, plain, holm(plain), seeds, holm(seeds), times, holm(times)
-    ):
+def pairs_table(groups: list[Group], style: Style = Style(), first: bool = False) -> str:
+    """Every two groups, or the first with each: Welch's test of losses and times, a paired one of losses.
+
+    The paired test is over the seeds that both groups' logs name. Each test is Holm-corrected for the
+    number of pairs.
+    """
+    pairs = list(combinations(groups, 2))
+    if first:
+        pairs = pairs[: len(groups) - 1]
+    plain = [welch(a.losses, b.losses) for a, b in pairs]
+    times = [welch(a.times, b.times) for a, b in pairs]
+    by_seed = [paired(a.by_seed, b.by_seed) for a, b in pairs]
+    plain_holm, times_holm, by_seed_holm = holm(plain), holm(times), holm(by_seed)
+    rows = []
+    for n, (a, b) in enumerate(pairs):
         rows.append(
             [
                 a.name,
                 b.name,
-                number(b.losses.mean - a.losses.mean, 4),
-                number(p, 4),
-                number(p_holm, 4),
-                stars(p_holm),
-                number(s, 4),
-                number(s_holm, 4),
-                stars(s_holm),
-                number(b.times.mean - a.times.mean, digits),
-                number(t, 4),
-                number(t_holm, 4),
+                style.loss(b.losses.mean - a.losses.mean),
+                style.p(plain[n]),
+                style.p(plain_holm[n]),
+                stars(plain_holm[n]),
+                str(len(a.by_seed.keys() & b.by_seed.keys())),
+                style.p(by_seed[n]),
+                style.p(by_seed_holm[n]),
+                stars(by_seed_holm[n]),
+                style.time(b.times.mean - a.times.mean),
+                style.p(times[n]),
+                style.p(times_holm[n]),
             ]
         )
-    head = [
-        "group",
-        "against it",
-        "loss Δ",
-        "p",
-        "p Holm",
-        "sig",
-        "p by seed",
-        "p by seed Holm",
-        "sig",
-        "time Δ",
-        "time p",
-        "time p Holm",
-    ]
-    return table(head, rows, form, left=(0, 1, 5, 8))
+    losses = ["loss Δ", "p", "p Holm", "sig", "seeds", "p by seed", "p by seed Holm", "sig"]
+    head = ["group", "against it", *losses, "time Δ", "time p", "time p Holm"]
+    return table(head, rows, style.form, left=(0, 1, 5, 9))
 
 
-def crossing(run: Run, level: float, key: str = "val_loss") -> tuple[float, float] | None:
-    """(step, seconds) at which a run's loss first is at or under level, on the line between two validations; None: never."""
+PAIRS_NOTE = (
+    "p by seed Holm decides where seeds are shared: runs of one seed begin alike and read the same text,\n"
+    "and a paired test sees more; else p Holm decides. Holm: corrected for the number of lines"
+)
+
+
+@dataclass(frozen=True)
+class Crossing:
+    step: float
+    seconds: float
+
+
+def crossing(run: Run, level: float, key: str = "val_loss") -> Crossing | None:
+    """Where a run's loss first is at or under level, on the line between two validations; None: never."""
     before = None
-    for step, seconds, value in zip(*run.curve(key)):
-        if value <= level:
-            if before is None or before[2] == value:
-                return float(step), seconds
-            share = (before[2] - level) / (before[2] - value)
-            return before[0] + share * (step - before[0]), before[1] + share * (seconds - before[1])
-        before = (step, seconds, value)
+    for point in run.points(key):
+        if not point.value <= level:
+            before = point
+            continue
+        if before is None or not math.isfinite(before.value):
+            return Crossing(float(point.step), point.seconds)
+        share = (before.value - level) / (before.value - point.value)
+        step = before.step + share * (point.step - before.step)
+        return Crossing(step, before.seconds + share * (point.seconds - before.seconds))
     return None
 
 
-def crossing_table(groups: list[Group], level: float, form: str = "text", key: str = "val_loss") -> str:
-    """Seed 003's list: the groups in the order in which their runs cross a loss, by mean time (by step without times)."""
+def crossing_table(groups: list[Group], level: float, style: Style = Style(), key: str = "val_loss") -> str:
+    """Seed 003's list: the groups in the order in which their runs cross a loss.
+
+    The largest share of runs that cross comes first, then the least mean time, or step where logs have no
+    times.
+    """
+    ranked = []
+    for group in groups:
+        crossings = [crossing(run, level, key) for run in group.runs]
+        found = [one for one in crossings if one is not None]
+        steps = Sample.of([one.step for one in found])
+        times = Sample.of([one.seconds for one in found if not math.isnan(one.seconds)])
+        share = len(found) / len(group.runs)
+        speed = steps.mean if math.isnan(times.mean) else times.mean
+        cells = [group.name, f"{len(found)} of {len(group.runs)}", number(times.mean, style.digits)]
+        cells += [number(times.std, style.digits), number(steps.mean, 1), number(steps.std, 1)]
+        ranked.append((-share, speed if found else math.inf, cells))
+    ranked.sort(key=lambda row: row[:2])
+    rows = [[str(rank), *cells] for rank, (_, _, cells) in enumerate(ranked, start=1)]
+    head = ["", "group", f"runs under {level:g}", "seconds μ", "σ", "step μ", "step σ"]
+    return table(head, rows, style.form, left=(1,))
+
+
+def side_table(runs: list[tuple[str, Run]], style: Style = Style(), key: str = "val_loss") -> str:
+    """The validations that all runs have: losses, times, and what they differ from the first run's."""
+    curves = [{point.step: point for point in run.points(key)} for _, run in runs]
+    common = sorted(set.intersection(*(set(curve) for curve in curves)))
+    names = ", ".join(name for name, _ in runs)
+    need(common, f"{names}: no step at which all of them have {key}")
+    stride = math.ceil(len(common) / MOST_ROWS)
+    shown = [step for n, step in enumerate(reversed(common)) if n % stride == 0][::-1]
+    head = ["step"]
+    for n, (name, _) in enumerate(runs):
+        head += [f"{name}: loss", *(["loss Δ"] if n else []), "time", *(["time Δ"] if n else [])]
     rows = []
-    for group in groups:
-        found = [at for at in (crossing(run, level, key) for run in group.runs) if at]
-        steps, times = Sample.of([at[0] for at in found]), Sample.of([at[1] for at in found])
-        order = (times.mean if not math.isnan(times.mean) else steps.mean) if found else math.inf
-        rows.append(
-            (
-                order,
-                [
-                    group.name,
-                    f"{len(found)} of {len(group.runs)}",
-                    number(times.mean, 2),
-                    number(times.std, 2),
-                    number(steps.mean, 1),
-                    number(steps.std, 1),
-                ],
-            )
-        )
-    ordered = [
-        [str(place), *row] for place, (_, row) in enumerate(sorted(rows, key=lambda row: row[0]), start=1)
-    ]
-    return table(
-        ["", "group", f"runs under {level:g}", "seconds μ", "σ", "step μ", "step σ"], ordered, form, left=(1,)
-    )
+    for step in shown:
+        row, first = [str(step)], curves[0][step]
+        for n, curve in enumerate(curves):
+            point = curve[step]
+            loss_change = [style.loss(point.value - first.value)] if n else []
+            time_change = [style.time(point.seconds - first.seconds)] if n else []
+            row += [point.text, *loss_change, style.time(point.seconds), *time_change]
+        rows.append(row)
+    return table(head, rows, style.form, left=())
 
 
-def numbers_text(groups: list[Group]) -> str:
-    """The raw numbers, as read_numbers reads them."""
-    blocks = []
-    for group in groups:
-        lines = [f"{group.name}:"]
-        for word, plural, sample in (("loss", "losses", group.losses), ("time", "times", group.times)):
-            if sample.values:
-                lines.append(f"  {plural} = {json.dumps([round(value, 6) for value in sample.values])}")
-            elif sample.n:
-                lines.append(f"  {word}_summary = {json.dumps([sample.n, sample.mean, sample.std])}")
-        blocks.append("\n".join(lines + ([f"  steps = {group.steps}"] if group.steps is not None else [])))
-    return "\n\n".join(blocks)
+def power_table(effect: float, sd: float, alpha: float, style: Style = Style()) -> str:
+    """For each test, how many runs find an effect with a chance of 50, 80, 90, 99 %."""
+    rows = []
+    for test, words in TESTS.items():
+        needed = [runs_needed(test, effect, sd, alpha, wanted) for wanted in POWERS]
+        rows.append([test, *(f"> {MOST_RUNS}" if n is None else str(n) for n in needed), words])
+    head = ["test", *(f"{100 * wanted:.0f} %" for wanted in POWERS), "what it is"]
+    return table(head, rows, style.form, left=(0, len(head) - 1))
 
 
-def main(argv: list[str]) -> None:
+# ---- the command
+
+USES = {  # flags of each comparison, beyond --format, --digits, --loss_digits and --p_digits
+    "groups": {"target", "step", "loss", "numbers"},
+    "steps": {"target", "loss", "numbers"},
+    "pairs": {"first", "step", "loss", "numbers"},
+    "crossing": {"level", "loss"},
+    "side": {"loss"},
+    "power": {"effect", "sd", "alpha", "step", "loss"},
+    "leaderboard": {"target", "step", "loss"},
+}
+
+
+def flags() -> argparse.ArgumentParser:
     parser = arguments(__doc__)
-    parser.add_argument("what", choices=("groups", "steps", "pairs", "crossing"))
-    parser.add_argument("groups", nargs="+", metavar="GROUP")
-    parser.add_argument("--target", type=float, help="loss to be reached, 3.28 for short, 2.92 for medium")
-    parser.add_argument("--level", type=float, help="of crossing")
+    parser.add_argument("what", choices=tuple(USES))
+    parser.add_argument("groups", nargs="*", metavar="GROUP")
+    parser.add_argument("--target", type=LOSS, help="loss to be reached, 3.28 for short, 2.92 for medium")
+    parser.add_argument("--level", type=LOSS, help="of crossing: the loss to be crossed")
     parser.add_argument(
         "--first", action="store_true", help="pairs: only the first group with each of the others"
     )
     parser.add_argument(
-        "--step", type=int, metavar="N", help="compare at this step (default: the last planned)"
+        "--step", type=STEP, metavar="N", help="compare at this step (default: the last planned)"
     )
-    parser.add_argument(
-        "--loss", default="val_loss", metavar="KEY", help="which loss of an event line (default val_loss)"
-    )
-    parser.add_argument("--format", choices=FORMATS, default="text")
-    parser.add_argument("--digits", type=int, default=2, help="of times (default 2)")
+    parser.add_argument("--loss", metavar="KEY", help="which loss of an event line (default val_loss)")
     parser.add_argument("--numbers", action="store_true", help="print the raw numbers, too")
-    args = parser.parse_args(argv)
-    need(0 <= args.digits <= 12, f"--digits {args.digits}: 0 to 12")
-    if args.what == "crossing":
-        need(args.level is not None, "crossing: give --level, the loss to be crossed")
-        groups = [
-            Group(name, Sample.of([]), Sample.of([]), runs=read_places([path], warn))
-            for name, path in map(named_place, args.groups)
-        ]
-        for group in groups:
-            need(group.runs, f"{group.name}: no logs there")
-        print(crossing_table(groups, args.level, args.format, args.loss))
-        return
-    groups = read_groups(args.groups, args.step, args.loss)
-    if args.what == "groups":
-        print(groups_table(groups, args.target, args.format, args.digits))
-    elif args.what == "steps":
-        groups = by_steps(groups, args.loss)
-        need(
-            all(group.steps is not None for group in groups),
-            "steps: a group of numbers needs a line `steps = N`",
-        )
-        print(steps_table(groups, args.target, args.format, args.digits))
+    parser.add_argument("--effect", type=number_flag(1e-9, 1e6), help="of power: the difference to be found")
+    parser.add_argument(
+        "--sd", type=number_flag(1e-9, 1e6), help="of power: deviation (default: the GROUP's)"
+    )
+    parser.add_argument("--alpha", type=number_flag(1e-9, 0.5), help="of power: p that counts (default 0.01)")
+    parser.add_argument("--format", choices=FORMATS, default="text")
+    parser.add_argument("--digits", type=DIGITS, default=2, help="of times (default 2)")
+    parser.add_argument("--loss_digits", type=DIGITS, default=4, help="of losses (default 4)")
+    parser.add_argument("--p_digits", type=DIGITS, default=4, help="of p (default 4)")
+    return parser
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """UserError for a flag that this comparison would ignore."""
+    for name in set().union(*USES.values()) - USES[args.what]:
+        given = getattr(args, name)
+        is_given = given is not None and given is not False
+        need(not is_given, f"{args.what}: --{name} has no meaning here; leave it out")
+    need(args.groups or args.what == "power", f"{args.what}: give groups (--help says what they are)")
+
+
+def style_of(args: argparse.Namespace) -> Style:
+    return Style(args.format, args.digits, args.loss_digits, args.p_digits)
+
+
+def show(text: str, note: str, form: str) -> None:
+    """A table; what is to be known of it under it, or, where a program reads it, on stderr."""
+    if form == "csv":
+        say(text)
+        warn(note)
     else:
+        say(f"{text}\n\n{note}" if note else text)
+
+
+def main_groups(args: argparse.Namespace) -> None:
+    """groups, steps and pairs."""
+    key, style = args.loss or "val_loss", style_of(args)
+    groups = read_groups(args.groups, args.step, key)
+    if args.what == "steps":
+        groups = by_steps(groups, key)
+        lacking = [group.name for group in groups if len(group.steps) != 1]
+        need(not lacking, f"steps: {', '.join(lacking)}: a group of numbers needs a line `steps = N`")
+        show(steps_table(groups, args.target, style), "", args.format)
+    elif args.what == "pairs":
         need(len(groups) > 1, "pairs: give at least two groups")
-        print(pairs_table(groups, args.format, args.digits, args.first))
+        show(pairs_table(groups, style, args.first), PAIRS_NOTE, args.format)
+    else:
+        show(groups_table(groups, args.target, style), groups_note(groups, args.target), args.format)
+    for line in comparison_warnings(groups):
+        warn(f"note: {line}")
     if args.numbers:
-        print("\n" + numbers_text(groups))
+        say("\n" + numbers_text(groups))
+
+
+def main_crossing(args: argparse.Namespace) -> None:
+    need(args.level is not None, "crossing: give --level, the loss to be crossed")
+    groups = []
+    for named in map(named_path, args.groups):
+        need(named.step is None, f"crossing: {named.name}: @{named.step} has no meaning here; leave it out")
+        runs = read_paths([named.path], warn)
+        need(runs, f"{named.name}: no logs there")
+        groups.append(Group(named.name, Sample.of([]), Sample.of([]), runs=runs))
+    say(crossing_table(groups, args.level, style_of(args), args.loss or "val_loss"))
+
+
+def main_side(args: argparse.Namespace) -> None:
+    need(len(args.groups) > 1, "side: give at least two logs")
+    runs = []
+    for named in map(named_path, args.groups):
+        found = read_paths([named.path], warn)
+        need(len(found) == 1, f"{named.name}: {len(found)} runs there; side takes logs of one run each")
+        runs.append((named.name, found[0]))
+    say(side_table(runs, style_of(args), args.loss or "val_loss"))
+
+
+def main_power(args: argparse.Namespace) -> None:
+    need(args.effect is not None, "power: give --effect, the difference that is to be found")
+    need(
+        (args.sd is None) == bool(args.groups),
+        "power: give either --sd or one GROUP, whose deviation is taken",
+    )
+    sd = args.sd
+    if sd is None:
+        groups = read_groups(args.groups, args.step, args.loss or "val_loss")
+        need(len(groups) == 1, f"power: {len(groups)} groups; give one, or --sd")
+        sample = groups[0].losses
+        need(sample.varies, f"{groups[0].name}: its losses have no deviation; give --sd")
+        sd = sample.std
+    alpha = args.alpha or 0.01
+    found = f"a difference of {args.effect:g} at p < {alpha:g}, sd {sd:.4g}"
+    note = f"runs (of each group) that find {found}, with that chance"
+    show(power_table(args.effect, sd, alpha, style_of(args)), note, args.format)
+
+
+def main_leaderboard(args: argparse.Namespace) -> None:
+    need(len(args.groups) == 1, "leaderboard: give one folder, whose folders are records")
+    named = replace(named_path(args.groups[0]))
+    head, rows, left = leaderboard(
+        named.path, args.target, args.step or named.step, args.loss or "val_loss", style_of(args)
+    )
+    say(table(head, rows, args.format, left=left))
+
+
+MAINS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "groups": main_groups,
+    "steps": main_groups,
+    "pairs": main_groups,
+    "crossing": main_crossing,
+    "side": main_side,
+    "power": main_power,
+    "leaderboard": main_leaderboard,
+}
+
+
+def main(argv: list[str]) -> None:
+    args = flags().parse_intermixed_args(argv)
+    check_flags(args)
+    MAINS[args.what](args)
 
 
 if __name__ == "__main__":

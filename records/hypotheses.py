@@ -1,25 +1,25 @@
-"""Every configuration that the five seeds name, as flags on top of a preset. `python records/ablate.py --list` prints them.
+"""Every configuration that the five seeds name, as flags on top of a preset.
 
-What no seed names and their questions need is here too: no value embeddings at all (002-none), and the bigram table's forms.
+`python -m records.ablate --list` prints them.
 
-A hypothesis is its seed's baseline (BASELINES) with what it changes. Its layers, the five topology strings, are always those
-of the preset that the baseline names, 11 or 16; sizes, data and schedule come from the preset that it is run on: `short`,
-`medium`, or `cpu`, which makes the layers thin. What is no flag is an edit of train_gpt.py, as the seeds' authors did with
-branches: the run's log then holds the edited source. A flag that train_gpt.py does not have is what a hypothesis `needs`.
+What no seed names and their questions need is here too: no value embeddings at all (002-none), and the
+bigram table's forms.
 
-Layers are written as in train_gpt.py, a character a layer. Seeds write the middle of a layout as three dots: their
-`.01...345` is here `.01.....345`. Numbers in brackets are losses that the seed states, on eight H100s.
+A hypothesis is its seed's baseline (BASELINES) with what it changes. Its layers, the five topology strings,
+are always those of the preset that the baseline names, 11 or 16; sizes, data and schedule come from the
+preset that it is run on: `short`, `medium`, or `cpu`, which makes the layers thin. What is no flag is an
+edit of train_gpt.py, as the seeds' authors did with branches: the run's log then holds the edited source. A
+flag that train_gpt.py does not have is what a hypothesis `needs`.
+
+Layers are written as in train_gpt.py, a character a layer. Seeds write the middle of a layout as three
+dots: their `.01...345` is here `.01.....345`. Numbers in brackets are losses that the seed states, on eight
+H100s.
 """
 
-import sys
 from dataclasses import dataclass, fields
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-import train_gpt as tg  # noqa: E402
-from records.logs import need  # noqa: E402
+import train_gpt as tg
+from cli import need
 
 TOPOLOGY = ("windows", "paired_heads", "value_embeds", "skips", "backout")
 
@@ -32,7 +32,7 @@ class Baseline:
 
 
 BASELINES = {
-    # One table a place (seed 002), from the first layer on: what it moves are "VEs in block 1". They start at 0.
+    # One table a place (seed 002), from the first layer on: it moves "VEs in block 1". Zero at first.
     "000": Baseline(
         "short", 1555, dict(value_embeds="01......234", value_embed_std=0.0, ve_chunk="0:12", ve_own_dims=0)
     ),
@@ -107,10 +107,12 @@ CENTRED_ATTENTION = (
     ),
 )
 
-# Value embeddings for the first 80 % of the vocabulary: a BPE's ids are in the order of its merges, the commonest first.
+# Value embeddings for the first 80 % of the vocabulary: a BPE's ids are in the order of its merges,
+# the commonest first.
 COMMON_TOKENS = (
     after(
-        '        values = {name: F.embedding(tokens, p[f"value_embed_{name}"]) for name in self.value_tables}',
+        '        values = {name: F.embedding(tokens, p[f"value_embed_{name}"])'
+        " for name in self.value_tables}",
         "        common = (tokens < 0.8 * cfg.vocab_size)[:, None]",
         "        values = {name: value * common for name, value in values.items()}",
     ),
@@ -124,10 +126,11 @@ def value_embed_decay(times: float) -> tuple:
 
 
 def qk_clip(tau: float) -> tuple:
-    """QK-Clip (2507.20534): after a step in which a head's largest logit was above tau, q and k shrink to make it tau.
+    """QK-Clip (2507.20534): after a step in which a head's largest logit was above tau, q and k shrink to it.
 
-    The factor stands on q and k themselves: behind QK norm one on their matrices would do nothing. The largest logit is the
-    mean over micro-batches of that of 256 queries with all keys, so that it is the same on any number of ranks.
+    The factor stands on q and k themselves: behind QK norm one on their matrices would do nothing. The
+    largest logit is the mean over micro-batches of that of 256 queries with all keys, so that it is the
+    same on any number of ranks.
     """
     return (
         after(
@@ -141,7 +144,8 @@ def qk_clip(tau: float) -> tuple:
             "                q, k = (t * self.qk_factor[i].to(t.dtype) for t in (q, k))",
             "                if torch.is_grad_enabled():",
             "                    few = q.detach()[::max(1, len(q) // 256)].transpose(0, 1)",
-            "                    top = (few @ k.detach().permute(1, 2, 0)).amax((1, 2)).float() * self.softmax_scale",
+            "                    top = (few @ k.detach().permute(1, 2, 0)).amax((1, 2)).float()"
+            " * self.softmax_scale",
             "                    self.top_logit[i] += top[:, None]",
         ),
         (
@@ -303,7 +307,7 @@ HYPOTHESES = (
 
 
 def find(names: list[str]) -> list[Hypothesis]:
-    """By name, or all of a seed ("003") or of a beginning ("003-no-"), in the table's order for each. UserError if none."""
+    """By name, seed ("003") or beginning ("003-no-"), in the table's order for each. UserError if none."""
     found: list[Hypothesis] = []
     for name in names:
         exact = [one for one in HYPOTHESES if one.name == name]
@@ -316,10 +320,10 @@ def find(names: list[str]) -> list[Hypothesis]:
 
 
 def flags_on(one: Hypothesis, preset: str, num_steps: int | None = None) -> dict:
-    """What differs from `preset` when the hypothesis runs on it: its baseline's layers and flags, its own, its steps.
+    """What differs from `preset` when the hypothesis runs on it: its baseline's layers and flags, its own.
 
-    num_steps: the baseline's; by default the seed's on the preset whose layers it has, on another that preset's own. A
-    hypothesis with another number of steps keeps its proportion to them.
+    num_steps: the baseline's; by default the seed's on the preset whose layers it has, on another that
+    preset's own. A hypothesis with another number of steps keeps its proportion to them.
     """
     need(preset in tg.PRESETS, f"--on {preset}: choose from {', '.join(tg.PRESETS)}")
     baseline, sizes = BASELINES[one.seed], tg.PRESETS[preset]

@@ -1,318 +1,78 @@
 """Check a record by the rules of records/README.md, and make its folder.
 
-    python records/record.py verify  records/TRACK/DATE_NAME
-    python records/record.py package --track TRACK --name NAME --this LOGS [--baseline LOGS] [--file train_gpt.py]
-    python records/record.py history --track TRACK [--out FILE.png]
+    python -m records.record verify  records/TRACK/DATE_NAME
+    python -m records.record package --track TRACK --name NAME --this LOGS [--baseline LOGS] [--text why.md]
+    python -m records.record history --track TRACK [--out FILE.png]
 
-verify reads a record's folder: train_gpt.py, this/ (a log a run) and baseline/ (the runs of the record before it).
-package checks the same of logs anywhere and, if all is well, writes records/TRACK/DATE_NAME with a README; else nothing.
-history prints a track's records, oldest first, and draws them: each against the target, the one before and the first.
-Nothing of a log or of the submitted file is executed. Exit code 0: counts; 1: does not, the reasons stand in the table.
+verify reads a record's folder: train_gpt.py, this/ (a log a run) and baseline/ (the runs of the record
+before it, between its own). Where these are the very logs of the record before it, a file BASELINE names
+that record's this/. package checks the same of logs anywhere and, if all is well, writes
+records/TRACK/DATE_NAME with a README; else nothing. history prints a track's records, oldest first, and
+draws them: each against the target, the one before and the first. Nothing of a log or of the submitted file
+is executed. Exit code 0: counts; 1: does not, the reasons are printed.
 
 What a program cannot judge (a changed data section, say) is marked `look`: a person looks, and says so with
---reviewed 1 4 --by "NAME: why".
+--reviewed 1,4 --by "NAME: why".
 """
 
 import argparse
-import ast
-import difflib
 import hashlib
+import math
 import os
 import re
 import shutil
-import sys
+import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-from records.compare import Group, below, group_of, groups_table, number, numbers_text, welch  # noqa: E402
-from records.logs import Run, UserError, arguments, command, need, read_places, result, warn  # noqa: E402
-from records.plot import canvas, save  # noqa: E402
-from records.tables import FORMATS, table  # noqa: E402
-
-P_LIMIT = 0.01
-
-
-@dataclass(frozen=True)
-class Track:
-    hardware: str  # what the log's `hardware:` line must have, a regular expression
-    words: str
-    target: float  # validation loss, nats a token
-    yardstick: str = ""  # the preset whose own loss became the target; its runs are the track's first record
-
-
-TRACKS = {
-    "short": Track(r"H100.*; 8 process", "8 x H100", 3.28),
-    "medium": Track(r"H100.*; 8 process", "8 x H100", 2.92),
-    "cpu": Track(r"\b2 cores;", "two CPU cores", 3.77, yardstick="cpu-adamw"),
-}
-FREE_FLAGS = {"seed", "log_dir"}  # name a run, and change nothing that it computes
-
-
-@dataclass
-class Submission:
-    """What is to be judged."""
-
-    track: str
-    source: str
-    this: Group
-    baseline: Group | None
-    earlier: list[Path]  # folders of this track's earlier records
-    target: float
-    speed_only: bool = False
-    reviewed: set[int] = field(default_factory=set)
-
-    @property
-    def is_yardstick(self) -> bool:
-        return not self.earlier and all(run.preset == TRACKS[self.track].yardstick for run in self.this.runs)
-
-    def presets(self, group: Group) -> set[str]:
-        """What these runs may be of: the track's preset; the runs of its first record, of its yardstick."""
-        begins = len(self.earlier) <= (1 if group is self.baseline else 0)
-        return {self.track, TRACKS[self.track].yardstick} - {""} if begins else {self.track}
-
-    @property
-    def reference(self) -> str:
-        """The source that this one is a change of: the baseline's, or, for a track's first record, this repository's."""
-        source = self.baseline.runs[0].source if self.baseline else None
-        return source or (ROOT / "train_gpt.py").read_text()
-
-
-Finding = tuple[int, str, str]  # rule, "ok" | "fail" | "look", what was found
-
-
-def data_section(source: str) -> str | None:
-    found = re.search(r"^#[ =]*4\. Data.*?(?=^#[ =]*5\. )", source, re.MULTILINE | re.DOTALL)
-    return found[0] if found else None
-
-
-def rule_streams(s: Submission) -> list[Finding]:
-    mine, theirs = data_section(s.source), data_section(s.reference)
-    if mine is None or theirs is None:
-        return [(1, "look", "no section 4 (Data) found to compare")]
-    if mine != theirs:
-        changed = sum(line[0] in "+-" for line in difflib.ndiff(theirs.splitlines(), mine.splitlines()))
-        return [(1, "look", f"section 4 (Data) differs from the baseline's, {changed} lines of difference")]
-    return [(1, "ok", "section 4 (Data) is the baseline's")]
-
-
-def rule_loss(s: Submission) -> list[Finding]:
-    losses, found = s.this.losses, []
-    p = below(losses, s.target)
-    words = f"mean {losses.mean:.4f} of {losses.n} runs, target {s.target:g}, p = {p:.4f}"
-    if not losses.mean <= s.target:
-        found.append((2, "fail", words))
-    elif s.speed_only or s.is_yardstick:
-        found.append(
-            (
-                2,
-                "ok",
-                words
-                + ", waived: "
-                + ("a change of speed alone" if s.speed_only else "the target is theirs"),
-            )
-        )
-    else:
-        found.append((2, "ok" if p < P_LIMIT else "fail", words))
-    same: dict[tuple, str] = {}
-    for run in s.this.runs:  # a test over copies would prove anything
-        twin = same.setdefault((*run.curve("val_loss")[2], *run.curve("train_loss")[2]), run.name)
-        if twin != run.name:
-            found.append((2, "fail", f"{run.name} has every loss of {twin}: a copy, or the same --seed"))
-    return found
-
-
-def dotted(node: ast.AST) -> str:
-    """`a.b.c` of an attribute chain, else ''."""
-    if isinstance(node, ast.Attribute):
-        return f"{dotted(node.value)}.{node.attr}"
-    return node.id if isinstance(node, ast.Name) else ""
-
-
-def compiler_flags(source: str) -> list[str]:
-    """What a source does to its compilers beyond calling them. recompile_limit changes no generated code."""
-    tree, found = ast.parse(source), []
-    inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    internals = r"\b_(?:inductor|dynamo|functorch)\b"
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and id(node) not in inner:
-            if re.search(internals + r"\.config\b(?!\.recompile_limit$)", dotted(node)):
-                found.append(dotted(node))
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):  # under another name they could not be followed
-            names = [
-                f"{getattr(node, 'module', None) or ''}.{alias.name}"
-                for alias in node.names
-                if isinstance(node, ast.ImportFrom) or alias.asname
-            ]
-            found += [name.strip(".") for name in names if re.search(internals, name)]
-        elif isinstance(node, ast.Call):
-            called = [node.func, *node.args[:1]]  # torch.compile(..) and partial(torch.compile, ..)
-            if any(dotted(f) == "torch.compile" for f in called):
-                found += [
-                    f"torch.compile({word.arg}=..)"
-                    for word in node.keywords
-                    if word.arg in ("mode", "options", "backend", None)
-                ]
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            found += re.findall(r"\b(?:TORCHINDUCTOR|TORCHDYNAMO|TORCH_COMPILE)_\w+", node.value)
-    return sorted(set(found))
-
-
-def rule_compiler(s: Submission) -> list[Finding]:
-    try:
-        flags = compiler_flags(s.source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        return [(3, "fail", f"train_gpt.py is not Python ({type(error).__name__})")]
-    return [(3, "fail", f"compiler flags: {', '.join(flags)}")] if flags else [(3, "ok", "no compiler flags")]
-
-
-def longest_row(labels: list[bool]) -> int:
-    longest = row = 0
-    for n, label in enumerate(labels):
-        row = row + 1 if n and label == labels[n - 1] else 1
-        longest = max(longest, row)
-    return longest
-
-
-def interleaved(this: list[Run], baseline: list[Run]) -> Finding:
-    """By the logs' `started:` lines, or, where they have none, by the files' times."""
-    known = all("started" in run.facts for run in this + baseline)
-    when = (lambda run: run.facts["started"]) if known else (lambda run: run.path.stat().st_mtime_ns)
-    order = sorted([(when(run), True) for run in this] + [(when(run), False) for run in baseline])
-    most = -(-max(len(this), len(baseline)) // min(len(this), len(baseline))) + 1
-    longest, by = (
-        longest_row([label for _, label in order]),
-        "started: lines" if known else "the files' times",
-    )
-    if longest <= most:
-        return 4, "ok", f"interleaved with the baseline's runs, by {by}"
-    return 4, "fail" if known else "look", f"not interleaved by {by}: {longest} runs of one kind in a row"
-
-
-def rule_faster(s: Submission) -> list[Finding]:
-    hardware = {
-        run.facts.get("hardware", "unknown") for group in (s.this, s.baseline) if group for run in group.runs
-    }
-    found: list[Finding] = [(4, "ok", f"hardware: {next(iter(hardware))}")]
-    if len(hardware) > 1:
-        found = [(4, "fail", "runs on different hardware: " + " | ".join(sorted(hardware)))]
-    elif not re.search(TRACKS[s.track].hardware, *hardware):
-        found = [
-            (
-                4,
-                "fail",
-                f"the {s.track} track runs on {TRACKS[s.track].words}, this ran on {next(iter(hardware))}",
-            )
-        ]
-    if s.baseline is None:
-        first = not s.earlier
-        return found + [
-            (4, "ok", "first of its track")
-            if first
-            else (4, "fail", f"no runs of the record before it, {s.earlier[-1].name}; give --baseline")
-        ]
-    if s.earlier:
-        before = (s.earlier[-1] / "train_gpt.py").read_text(errors="replace").rstrip("\n")
-        if any((run.source or "").rstrip("\n") != before for run in s.baseline.runs):
-            found.append((4, "look", f"the baseline's runs are not of {s.earlier[-1].name}/train_gpt.py"))
-    for run in s.baseline.runs:
-        more = sorted(set(run.overrides or {}) - FREE_FLAGS)
-        if run.preset not in s.presets(s.baseline) or more:
-            found.append(
-                (
-                    4,
-                    "fail",
-                    f"baseline's {run.name}: preset {run.preset}, overrides {', '.join(more) or 'none'}",
-                )
-            )
-    gain, p = s.baseline.times.mean - s.this.times.mean, welch(s.this.times, s.baseline.times)
-    words = f"{gain:.3f} s faster ({s.baseline.times.mean:.3f} to {s.this.times.mean:.3f}), Welch p = {p:.4f}"
-    found.append((4, "fail" if not gain > 0 else "ok" if p < 0.05 else "look", words))
-    return found + [interleaved(s.this.runs, s.baseline.runs)]
-
-
-def rule_preset(s: Submission) -> list[Finding]:
-    found, configs = [], []
-    for run in s.this.runs:
-        config, overrides = run.config, run.overrides
-        if run.source is None or config is None or overrides is None:
-            found.append((5, "fail", f"{run.name}: no source, configuration or overrides in the log"))
-            continue
-        if run.source.rstrip("\n") != s.source.rstrip("\n"):
-            found.append((5, "fail", f"{run.name}: its source is not the submitted train_gpt.py"))
-        elif run.facts.get("source_sha256") != hashlib.sha256(s.source.encode()).hexdigest():
-            found.append((5, "fail", f"{run.name}: source_sha256 does not fit the source"))
-        if run.preset not in s.presets(s.this) or config.get("preset") != run.preset:
-            found.append((5, "fail", f"{run.name}: preset {run.preset}, the track is {s.track}"))
-        more = {name: value for name, value in overrides.items() if name not in FREE_FLAGS}
-        if more:
-            found.append((5, "fail", f"{run.name}: overrides {', '.join(sorted(more))}"))
-        configs.append((run.name, {name: value for name, value in config.items() if name not in FREE_FLAGS}))
-        if any(config.get(name) != value for name, value in overrides.items()):
-            found.append((5, "fail", f"{run.name}: its configuration contradicts its overrides"))
-    for name, config in configs[1:]:
-        differing = sorted(
-            key for key in config.keys() | configs[0][1].keys() if config.get(key) != configs[0][1].get(key)
-        )
-        if differing:
-            found.append(
-                (
-                    5,
-                    "fail",
-                    f"{name}: its configuration differs from {configs[0][0]}'s in {', '.join(differing)}",
-                )
-            )
-    return found or [
-        (5, "ok", f"{len(s.this.runs)} runs, each the preset without overrides, of this train_gpt.py")
-    ]
-
-
-def check(s: Submission) -> list[Finding]:
-    """What the five rules say. `look` becomes `ok` for the rules that a person has reviewed."""
-    found = [
-        finding
-        for rule in (rule_streams, rule_loss, rule_compiler, rule_faster, rule_preset)
-        for finding in rule(s)
-    ]
-    return [
-        (rule, "ok", f"{words} (reviewed)")
-        if state == "look" and rule in s.reviewed
-        else (rule, state, words)
-        for rule, state, words in found
-    ]
+from cli import UserError, arguments, command, need, one_line
+from records.compare import Style, groups_table, number
+from records.files import (
+    LOSS,
+    check_output,
+    current_umask,
+    file_kind,
+    path_flag,
+    read_text,
+    reason,
+    say,
+    warn,
+    words_flag,
+)
+from records.groups import Group, group_of, numbers_text
+from records.plot import canvas, save, time_axis
+from records.reader import read_paths, result
+from records.rules import ROOT, TRACKS, Finding, Submission, check
+from records.stats import below, welch
+from records.tables import FORMATS, table
 
 
 def counts(findings: list[Finding]) -> bool:
-    return all(state == "ok" for _, state, _ in findings)
+    return all(finding.state == "ok" for finding in findings)
 
 
 def findings_table(findings: list[Finding], form: str = "text") -> str:
-    rows = [[f"{rule}", state, words] for rule, state, words in findings]
     if form == "text":  # no rule as long as the longest finding
-        return "\n".join(f"rule {rule}  {state:<4}  {words}" for rule, state, words in rows)
+        lines = [f"rule {one.rule}  {one.state:<4}  {one.words}" for one in findings]
+        return "\n".join(one_line(line) for line in lines)
+    rows = [[str(one.rule), one.state, one.words] for one in findings]
     return table(["rule", "", "found"], rows, form, left=(1, 2))
 
 
-def group(name: str, place: Path) -> Group:
-    runs = read_places([place], warn)
-    need(runs, f"{place}: no logs there")
-    unfinished = [
-        f"{run.name}: {problem}" for run, problem in ((run, result(run)[1]) for run in runs) if problem
-    ]
-    need(not unfinished, f"{place}: a record's runs all count, but {'; '.join(unfinished)}")
-    return group_of(name, runs)
+# ---- what is in a record's folder
 
 
-def read_source(path: Path) -> str:
-    try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})"
-        ) from None
+def group(name: str, path: Path) -> Group:
+    """The runs of a record, all of which count: none may be unfinished."""
+    runs = read_paths([path], warn)
+    need(runs, f"{path}: no logs there")
+    for run in runs:
+        found, problem = result(run)
+        if found is not None and not math.isfinite(found.loss):
+            problem = f"ends with a val_loss of {found.text}"
+        need(problem is None, f"{path}: a record's runs all count, but {run.name}: {problem}")
+    return group_of(name, runs, keep_copies=True)
 
 
 def records_in(track: Path) -> list[Path]:
@@ -325,28 +85,45 @@ def earlier_records(folder: Path) -> list[Path]:
     return [path for path in records_in(folder.parent) if path.name < folder.name]
 
 
+def baseline_of(folder: Path) -> Path | None:
+    """The folder of a record's baseline: baseline/, or this/ of the record before if BASELINE names it."""
+    named, own = folder / "BASELINE", folder / "baseline"
+    if file_kind(named) == "missing":
+        return own if file_kind(own) == "folder" else None
+    need(file_kind(own) == "missing", f"{folder}: has BASELINE and baseline/; one of them must go")
+    earlier = earlier_records(folder)
+    need(earlier, f"{named}: there is no record before this one")
+    wanted = f"{earlier[-1].name}/this"
+    given = read_text(named, limit=1000).strip()
+    need(
+        given == wanted,
+        f"{named}: says {one_line(given, 100)!r}; it can only name the record before, {wanted}",
+    )
+    return earlier[-1] / "this"
+
+
+# ---- a track's history
+
+
 def history(track: Path) -> list[tuple[Group, Group | None]]:
     """Each record's runs, and those of the record before it that ran between them."""
-    found = [
-        (
-            group(path.name, path / "this"),
-            group("baseline", path / "baseline") if (path / "baseline").is_dir() else None,
-        )
-        for path in records_in(track)
-    ]
+    found = []
+    for path in records_in(track):
+        baseline = baseline_of(path)
+        found.append((group(path.name, path / "this"), group("baseline", baseline) if baseline else None))
     need(found, f"{track}: no records there")
     return found
 
 
 def history_table(records: list[tuple[Group, Group | None]], target: float, form: str = "text") -> str:
-    """Losses in nats a token, times in seconds; p: of a mean so far under the target, and of a time so unlike the baseline's."""
+    """Losses in nats a token, times in seconds.
+
+    p: of a mean so far under the target, and of a time so unlike the baseline's.
+    """
     rows, first = [], records[0][0].times.mean
     for one, before in records:
-        gain, p = (
-            (before.times.mean / one.times.mean, welch(one.times, before.times))
-            if before
-            else (float("nan"),) * 2
-        )
+        gain = before.times.mean / one.times.mean if before else math.nan
+        p = welch(one.times, before.times) if before else math.nan
         date, _, name = one.name.partition("_")
         rows.append(
             [
@@ -363,180 +140,241 @@ def history_table(records: list[tuple[Group, Group | None]], target: float, form
                 number(first / one.times.mean, 1),
             ]
         )
-    head = [
-        "date",
-        "record",
-        "runs",
-        "loss μ",
-        "loss σ",
-        f"p under {target:g}",
-        "time μ",
-        "time σ",
-        "x before",
-        "p",
-        "x first",
-    ]
+    losses = ["loss μ", "loss σ", f"p under {target:g}"]
+    head = ["date", "record", "runs", *losses, "time μ", "time σ", "x before", "p", "x first"]
     return table(head, rows, form, left=(0, 1))
 
 
-def draw_history(records: list[tuple[Group, Group | None]], track: str, out: Path) -> None:
-    """Each run's training time, a column a record; a line through the means. The axis of time is logarithmic."""
+def draw_history(records: list[tuple[Group, Group | None]], track: str, target: float, out: Path) -> None:
+    """Each run's training time, a column a record; a line through the means. Time is logarithmic."""
     figure, axes = canvas(out)
     means = [one.times.mean for one, _ in records]
     axes.plot(range(len(records)), means, color="grey", linewidth=1, zorder=1)
     for n, (one, _) in enumerate(records):
         axes.scatter([n] * one.times.n, one.times.values, s=18)
-        axes.annotate(
-            f"{one.times.mean:.1f} s, x {means[0] / one.times.mean:.1f}",
-            (n, one.times.mean),
-            (8, 8),
-            textcoords="offset points",
-        )
-    axes.set_yscale("log")
+        words = f"{one.times.mean:.1f} s" + (f"\n{means[0] / one.times.mean:.1f} times as fast" if n else "")
+        axes.annotate(words, (n, one.times.mean), (8, 8), textcoords="offset points")
+    time_axis(axes.yaxis)
     axes.set_xticks(range(len(records)), [one.name.replace("_", "\n", 1) for one, _ in records])
-    axes.margins(x=0.25)
-    axes.set_ylabel("training time of a run, seconds")
-    axes.set_title(f"records of the {track} track")
+    axes.margins(x=0.3, y=0.15)
+    axes.set_ylabel("training time of a run, seconds (logarithmic)")
+    axes.set_title(f"How long does a run of the {track} track take to a validation loss of {target:g}?")
     axes.grid(alpha=0.3)
     save(figure, out)
 
 
-def readme(folder: Path, s: Submission, findings: list[Finding], text: str, by: str) -> str:
+# ---- packaging
+
+
+def readme(folder: Path, s: Submission, findings: list[Finding], text: str, by: str, named: str) -> str:
+    """named: what BASELINE says, or "" where the baseline's logs are copied."""
     groups = [s.baseline, s.this] if s.baseline else [s.this]
-    place = f"records/{s.track}/{folder.name}"
-    compared = " ".join(f"{place}/{one.name}" for one in groups)
+    record = f"records/{s.track}/{folder.name}"
+    paths = {"this": f"{record}/this", "baseline": f"{record}/baseline"}
+    if named:
+        paths["baseline"] = f"baseline=records/{s.track}/{named}"
+    compared = " ".join(paths[one.name] for one in groups)
     parts = [
         f"# {folder.name.partition('_')[2]}",
         text.strip(),
         f"Track `{s.track}`: {TRACKS[s.track].words}, validation loss {s.target:g}.",
-        f"`python records/compare.py groups {compared} --target {s.target:g} --digits 3 --numbers`",
-        groups_table(groups, s.target, "markdown", digits=3),
+        f"`python -m records.compare groups {compared} --target {s.target:g} --digits 3 --numbers`",
+        groups_table(groups, s.target, Style("markdown", digits=3)),
         "```\n" + numbers_text(groups) + "\n```",
-        f"`python records/record.py verify {place}`",
+        f"`python -m records.record verify {record}`",
         findings_table(findings, "markdown"),
-        f"Reviewed by {by}" if by else "",
+        f"Reviewed by {one_line(by)}" if by else "",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def write_record(folder: Path, s: Submission, text: str) -> None:
-    """Whole or not at all: under a hidden name until it is complete."""
-    part = folder.with_name(f".{folder.name}.part")
+def log_names(paths: list[Path]) -> dict[Path, str]:
+    """A name for each log, each once: its own, or, where two have the same, with their folders' before it."""
+    names: dict[Path, str] = {path: path.name for path in paths}
+    depth = 1
+    while len(set(names.values())) < len(paths):
+        depth += 1
+        twins = [name for name in names.values() if list(names.values()).count(name) > 1]
+        for path in paths:
+            if names[path] in twins:
+                parts = path.absolute().parts[1:]
+                need(depth <= len(parts), f"{path}: its name cannot be told from another log's")
+                names[path] = "-".join(parts[-depth:])
+    return names
+
+
+def digests(paths: list[Path]) -> list[str]:
+    return sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths)
+
+
+def logs_of(one: Group) -> list[Path]:
+    return sorted({run.path for run in one.runs})
+
+
+def named_baseline(s: Submission) -> str:
+    """What BASELINE may say: the record before, if its logs are the baseline's, byte for byte; else ""."""
+    if s.baseline is None or not s.earlier:
+        return ""
+    theirs = s.earlier[-1] / "this"
+    known = logs_of(group("this", theirs)) if theirs.is_dir() else []
+    return f"{s.earlier[-1].name}/this" if digests(known) == digests(logs_of(s.baseline)) else ""
+
+
+def write_record(folder: Path, s: Submission, text: str, named: str) -> None:
+    """Whole or not at all: under a hidden name of its own until it is complete."""
+    part = None
     try:
-        shutil.rmtree(part, ignore_errors=True)
-        for one in filter(None, (s.this, s.baseline)):
-            (part / one.name).mkdir(parents=True)
-            for path in sorted({run.path for run in one.runs}):
-                shutil.copy2(path, part / one.name / path.name)  # with its time
-        (part / "train_gpt.py").write_text(s.source)
-        (part / "README.md").write_text(text)
-        os.replace(part, folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{folder.name[:100]}.", suffix=".part", dir=folder.parent))
+        part.chmod(0o777 & ~current_umask())
+        for one in [s.this] if named or s.baseline is None else [s.this, s.baseline]:
+            copy_logs(one, part / one.name)
+        if named:
+            (part / "BASELINE").write_text(f"{named}\n")
+        (part / "train_gpt.py").write_text(s.source, encoding="utf-8")
+        (part / "README.md").write_text(text, encoding="utf-8")
+        need(file_kind(folder) == "missing", f"{folder}: is there already")
+        os.rename(part, folder)
     except OSError as error:
-        shutil.rmtree(part, ignore_errors=True)
-        raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
+        raise UserError(f"{folder}: cannot be written ({reason(error)})") from None
+    finally:
+        if part is not None:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def copy_logs(one: Group, folder: Path) -> None:
+    folder.mkdir()
+    names = log_names(logs_of(one))
+    for path, name in names.items():
+        shutil.copy2(path, folder / name)  # with its time
+    copied = len(list(folder.iterdir()))
+    assert copied == len(names), f"{copied} of {len(names)} logs in {folder}"
+
+
+# ---- the command
+
+
+def rule_numbers(text: str) -> set[int]:
+    """The type of --reviewed."""
+    words = words_flag(text)
+    if not all(word in {"1", "2", "3", "4", "5"} for word in words):
+        raise argparse.ArgumentTypeError(
+            f"{one_line(text, 40)!r}: give rules, 1 to 5, with commas between them"
+        )
+    return {int(word) for word in words}
 
 
 def flags() -> argparse.ArgumentParser:
     parser = arguments(__doc__)
     parser.add_argument("what", choices=("verify", "package", "history"))
-    parser.add_argument("folder", nargs="?", type=Path, help="of verify")
-    parser.add_argument(
-        "--track", choices=TRACKS, help="of package and history; verify takes it from the folder's parent"
-    )
+    parser.add_argument("folder", nargs="?", type=path_flag, help="of verify")
+    parser.add_argument("--track", choices=TRACKS, help="verify takes it from the folder's parent")
     parser.add_argument("--name", help="of package: a word or several in CamelCase, e.g. EvenLoad")
     parser.add_argument("--date", default=time.strftime("%Y-%m-%d"), help="of package (default: today)")
-    parser.add_argument("--this", type=Path, metavar="LOGS", help="of package: folder of the runs' logs")
+    parser.add_argument("--this", type=path_flag, metavar="LOGS", help="of package: folder of the runs' logs")
     parser.add_argument(
-        "--baseline", type=Path, metavar="LOGS", help="of package: the runs of the record before it"
+        "--baseline", type=path_flag, metavar="LOGS", help="of package: runs of the record before"
     )
+    parser.add_argument("--file", type=path_flag, default=ROOT / "train_gpt.py", help="of package")
+    parser.add_argument("--text", type=path_flag, metavar="FILE", help="of package: what was done and why")
     parser.add_argument(
-        "--file", type=Path, default=ROOT / "train_gpt.py", help="of package (default: this repository's)"
+        "--records", type=path_flag, default=ROOT / "records", help="where the tracks' folders are"
     )
-    parser.add_argument(
-        "--text", type=Path, metavar="FILE", help="of package: what was done and why, for the README"
-    )
-    parser.add_argument(
-        "--records", type=Path, default=ROOT / "records", help="where the tracks' folders are"
-    )
-    parser.add_argument("--target", type=float, help="another than the track's")
+    parser.add_argument("--target", type=LOSS, help="another than the track's")
     parser.add_argument(
         "--speed_only", action="store_true", help="a change of speed alone: rule 2 without its p"
     )
     parser.add_argument(
         "--reviewed",
-        type=int,
-        nargs="+",
-        default=[],
-        metavar="RULE",
-        help="rules marked `look` that a person has judged",
+        type=rule_numbers,
+        default=set(),
+        metavar="RULES",
+        help="rules marked `look` that a person has judged, with commas",
     )
     parser.add_argument("--by", default="", help="who, and why")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="of history: picture, .png, .svg or .pdf")
+    parser.add_argument(
+        "--out", type=path_flag, metavar="FILE", help="of history: picture, .png, .svg or .pdf"
+    )
     parser.add_argument("--format", choices=FORMATS, default="text", help="of history's table")
     return parser
 
 
-def places(args: argparse.Namespace) -> tuple[Path, str, Path, Path, Path | None]:
-    """The record's folder, its track, its train_gpt.py, its logs, the baseline's."""
+@dataclass(frozen=True)
+class Paths:
+    """A record's folder, its track, its train_gpt.py, its logs, the baseline's."""
+
+    folder: Path
+    track: str
+    file: Path
+    this: Path
+    baseline: Path | None
+
+
+def paths_of(args: argparse.Namespace) -> Paths:
     if args.what == "verify":
         need(args.folder, "verify: give the record's folder")
+        need(file_kind(args.folder) == "folder", f"{args.folder}: is no folder; give the record's")
         folder = args.folder.resolve()
-        track, baseline = args.track or folder.parent.name, folder / "baseline"
+        track = args.track or folder.parent.name
         need(track in TRACKS, f"{folder}: its parent is no track ({', '.join(TRACKS)}); give --track")
-        return (
-            folder,
-            track,
-            folder / "train_gpt.py",
-            folder / "this",
-            baseline if baseline.is_dir() else None,
-        )
+        return Paths(folder, track, folder / "train_gpt.py", folder / "this", baseline_of(folder))
     need(args.track and args.name and args.this, "package: give --track, --name and --this")
-    need(
-        re.fullmatch(r"\d{4}-\d\d-\d\d", args.date) and re.fullmatch(r"\w[\w.-]*", args.name),
-        f"--date {args.date} --name {args.name}: YYYY-MM-DD, and letters, digits, . _ -",
+    good_names = re.fullmatch(r"\d{4}-\d\d-\d\d", args.date, re.ASCII) and re.fullmatch(
+        r"\w[\w.-]{0,99}", args.name, re.ASCII
     )
-    folder = args.records.resolve() / args.track / f"{args.date}_{args.name}"
-    need(not folder.exists(), f"{folder}: is there already")
-    return folder, args.track, args.file, args.this, args.baseline
+    shown = f"--date {one_line(args.date, 40)} --name {one_line(args.name, 100)}"
+    need(good_names, f"{shown}: YYYY-MM-DD, and up to 100 letters, digits, . _ -")
+    folder = args.records.absolute() / args.track / f"{args.date}_{args.name}"
+    need(file_kind(folder) == "missing", f"{folder}: is there already")
+    return Paths(folder, args.track, args.file, args.this, args.baseline)
 
 
 def target_of(args: argparse.Namespace, track: str) -> float:
     return TRACKS[track].target if args.target is None else args.target
 
 
+def main_history(args: argparse.Namespace) -> int:
+    need(args.track, "history: give --track")
+    if args.out:
+        check_output(args.out)
+    records, target = history(args.records.absolute() / args.track), target_of(args, args.track)
+    say(history_table(records, target, args.format))
+    if args.out:
+        draw_history(records, args.track, target, args.out)
+    return 0
+
+
 def main(argv: list[str]) -> int:
-    args = flags().parse_args(argv)
+    args = flags().parse_intermixed_args(argv)
     need(not args.reviewed or args.by, "--reviewed: say --by whom and why")
-    if args.what == "history":
-        need(args.track, "history: give --track")
-        records = history(args.records.resolve() / args.track)
-        print(history_table(records, target_of(args, args.track), args.format))
-        if args.out:
-            draw_history(records, args.track, args.out)
-        return 0
-    folder, track, file, this, baseline = places(args)
-    s = Submission(
-        track,
-        read_source(file),
-        group("this", this),
-        group("baseline", baseline) if baseline else None,
-        earlier_records(folder),
-        target_of(args, track),
-        args.speed_only,
-        set(args.reviewed),
+    need(
+        args.what == "verify" or args.folder is None, f"{args.what}: takes no folder (--help lists the flags)"
     )
-    text = read_source(args.text) if args.text else ""
+    need(args.what == "history" or args.out is None, f"{args.what}: --out is of history")
+    if args.what == "history":
+        return main_history(args)
+    paths = paths_of(args)
+    s = Submission(
+        paths.track,
+        read_text(paths.file),
+        group("this", paths.this),
+        group("baseline", paths.baseline) if paths.baseline else None,
+        earlier_records(paths.folder),
+        target_of(args, paths.track),
+        args.speed_only,
+        args.reviewed,
+    )
+    text = read_text(args.text) if args.text else ""
     findings = check(s)
-    print(findings_table(findings))
+    say(findings_table(findings))
     if not counts(findings):
-        print(
-            "does not count"
-            + (" until a person has looked" if not any(f[1] == "fail" for f in findings) else "")
-        )
+        is_open = not any(finding.state == "fail" for finding in findings)
+        say("does not count" + (" until a person has looked" if is_open else ""))
         return 1
     if args.what == "package":
-        write_record(folder, s, readme(folder, s, findings, text, args.by))
-        print(f"written: {folder}")
+        named = named_baseline(s)
+        write_record(paths.folder, s, readme(paths.folder, s, findings, text, args.by, named), named)
+        say(f"written: {paths.folder}")
     return 0
 
 

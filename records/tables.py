@@ -3,24 +3,52 @@
 import csv
 import io
 
+from cli import one_line
+
 FORMATS = ("text", "markdown", "csv")
+WIDEST = 200  # characters of a cell
 
 
 def table(head: list[str], rows: list[list[str]], form: str = "text", left: tuple[int, ...] = (0,)) -> str:
-    """Cells are strings already; `left` are the columns that hold words. form: one of FORMATS."""
-    assert all(len(row) == len(head) for row in rows), (
-        f"rows of {[len(row) for row in rows]} cells under {len(head)} names"
-    )
+    """Cells are strings; `left` are the columns that hold words; form is one of FORMATS.
+
+    Cells may come from logs and file names: control characters become blanks, and what markdown would obey
+    is escaped.
+    """
+    counts = [len(row) for row in rows]
+    assert set(counts) <= {len(head)}, f"rows of {counts} cells under {len(head)} names"
+    rows = [[one_line(cell, WIDEST) for cell in row] for row in rows]
     if form == "csv":
         out = io.StringIO()
         csv.writer(out, lineterminator="\n").writerows([head, *rows])
         return out.getvalue().rstrip("\n")
     if form == "markdown":
-        cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in [head, *rows]]
-        rule = ["---" if n in left else "---:" for n in range(len(head))]
-        return "\n".join("| " + " | ".join(row) + " |" for row in [cells[0], rule, *cells[1:]])
+        return markdown_table(head, rows, left)
     assert form == "text", form
-    width = [max(len(row[n]) for row in [head, *rows]) for n in range(len(head))]
-    pad = lambda n, cell: cell.ljust(width[n]) if n in left else cell.rjust(width[n])  # noqa: E731
-    lines = ["  ".join(pad(n, cell) for n, cell in enumerate(row)).rstrip() for row in [head, *rows]]
-    return "\n".join([lines[0], "-" * (sum(width) + 2 * len(width) - 2), *lines[1:]])
+    return text_table(head, rows, left)
+
+
+def markdown_table(head: list[str], rows: list[list[str]], left: tuple[int, ...]) -> str:
+    rule = ["---" if column in left else "---:" for column in range(len(head))]
+    escaped = [[escape_markdown(cell) for cell in row] for row in rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *escaped])
+
+
+def escape_markdown(text: str) -> str:
+    """text so that markdown shows it as it is. Not `_`, which within a word means nothing."""
+    for character in "\\`*[]|":
+        text = text.replace(character, "\\" + character)
+    return text.replace("&", "&amp;").replace("<", "&lt;")
+
+
+def text_table(head: list[str], rows: list[list[str]], left: tuple[int, ...]) -> str:
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    lines = []
+    for row in [head, *rows]:
+        cells = [
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    rule = "-" * (sum(widths) + 2 * len(widths) - 2)
+    return "\n".join([lines[0], rule, *lines[1:]])

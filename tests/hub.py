@@ -1,7 +1,8 @@
 """A dataset hub on loopback that speaks what huggingface_hub asks for, and fails on purpose.
 
-A file is asked for by HEAD (size, content hash, commit) and GET at /datasets/OWNER/NAME/resolve/REVISION/FILE. Both
-redirect to a signed address on another host, as the real hub does for large files; here that is "localhost".
+A file is asked for by HEAD (size, content hash, commit) and GET at
+/datasets/OWNER/NAME/resolve/REVISION/FILE. Both redirect to a signed address on another host, as the real hub
+does for large files; here that is "localhost".
 """
 
 import hashlib
@@ -149,4 +150,7 @@ class Handler(BaseHTTPRequestHandler):
         if fault.kind == "reset":  # the other side reads "connection reset"
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close_connection = True
-        self.connection.shutdown(socket.SHUT_RDWR) if fault.kind == "cut" else self.connection.close()
+        if fault.kind == "cut":
+            self.connection.shutdown(socket.SHUT_RDWR)
+        else:
+            self.connection.close()

@@ -1,27 +1,24 @@
-"""data/: the BPE, the shards, the embedded corpus, what a run needs. No network beyond what making the corpus needs (pip)."""
+"""data/: BPE, shards, the embedded corpus, what a run needs. No network but pip's, to make the corpus."""
 
 import base64
+import itertools
 import os
 import random
-import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import regex
-from conftest import ROOT
+from conftest import ROOT, assert_user_error, run_command
 
+from cli import UserError
 from data import bpe, corpus, fineweb, prepare, shards
-from train_gpt import HEADER_BYTES, UserError, read_shard
+from train_gpt import HEADER_BYTES, Schedule, parse_config, read_shard
 
 BOS = corpus.BOS_ID
-
-
-def run(*command, **env) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, env={**os.environ, **env}
-    )
+COMMAND = [sys.executable, "-m", "data.corpus"]
 
 
 def one_line(message: str) -> None:
@@ -40,7 +37,7 @@ def naive_bpe(documents: list[str], vocab_size: int) -> dict[bytes, int]:
     while len(ranks) < vocab_size:
         counts = Counter()
         for word, n in words.items():
-            for pair in zip(word, word[1:]):
+            for pair in itertools.pairwise(word):
                 counts[pair] += n
         a, b = min(counts, key=lambda pair: (-counts[pair], ranks[pair[0]], ranks[pair[1]]))
         ranks[a + b] = len(ranks)
@@ -58,7 +55,8 @@ def naive_bpe(documents: list[str], vocab_size: int) -> dict[bytes, int]:
 
 
 TEXT = (
-    "It was the best of times, it was the worst of times; 1859 and 1895. Aaaa baaaab abababa!!! don't we'll\n\n\n"
+    "It was the best of times, it was the worst of times; 1859 and 1895. "
+    "Aaaa baaaab abababa!!! don't we'll\n\n\n"
     "Éa naïve café — “quoted” \U0001f600\U0001f600  two  spaces\t\ttabs \n"
 )
 
@@ -178,7 +176,7 @@ def is_book(document: str) -> bool:
 
 
 def test_corpus_is_what_the_constants_say(corpus_dir):
-    assert corpus.complete(corpus_dir)
+    assert corpus.missing(corpus_dir) == []
     assert len(bpe.load_vocab(corpus_dir / corpus.VOCAB)) == corpus.BOS_ID == 4095
     assert len(read_shard(corpus_dir / corpus.VAL, corpus.VOCAB_SIZE, BOS)) >= 170_000
     assert len(read_shard(corpus_dir / corpus.TRAIN, corpus.VOCAB_SIZE, BOS)) >= 3_400_000
@@ -188,7 +186,7 @@ def test_corpus_is_what_the_constants_say(corpus_dir):
 
 def test_second_call_does_nothing(corpus_dir):
     before = {path: path.stat().st_mtime_ns for path in corpus_dir.iterdir()}
-    done = run("-X", "importtime", ROOT / "data" / "corpus.py")
+    done = run_command([sys.executable, "-X", "importtime", "-m", "data.corpus"])
     assert done.returncode == 0 and done.stdout.count("\n") == 1 and "complete" in done.stdout, done.stdout
     assert before == {path: path.stat().st_mtime_ns for path in corpus_dir.iterdir()}
     heavy = {line.rsplit("|")[-1].strip() for line in done.stderr.splitlines()} & {
@@ -201,15 +199,15 @@ def test_second_call_does_nothing(corpus_dir):
 
 
 def test_a_damaged_corpus_is_not_complete(corpus_dir, tmp_path):
-    for name in [*corpus.MADE, "README.md"]:
+    for name in [*corpus.MADE, "README.md", "articles.txt"]:
         (tmp_path / name).write_bytes((corpus_dir / name).read_bytes())
-    assert corpus.complete(tmp_path)
+    assert corpus.missing(tmp_path) == []
     with open(tmp_path / corpus.VAL, "r+b") as file:
         file.seek(5000)
         file.write(b"\0\1")
-    assert not corpus.complete(tmp_path)
+    assert corpus.missing(tmp_path) == [corpus.VAL]
     (tmp_path / corpus.VAL).unlink()
-    assert not corpus.complete(tmp_path)
+    assert corpus.missing(tmp_path) == [corpus.VAL]
 
 
 def test_no_document_is_on_both_sides(documents):
@@ -255,7 +253,7 @@ def test_split_takes_its_share_and_drops_what_comes_twice():
 
 def test_mix_holds_the_proportion_everywhere():
     few, many = ["b" * 3000] * 40, ["w" * 300] * 200
-    mixed = corpus.mix(few, many)
+    mixed = corpus.interleave(few, many)
     assert sorted(mixed) == sorted(few + many)
     books = np.cumsum([len(d) * (d[0] == "b") for d in mixed])
     total = np.cumsum([len(d) for d in mixed])
@@ -290,10 +288,8 @@ def test_wrong_bytes_are_not_kept(tmp_path, monkeypatch):
 
 
 def test_pip_out_of_reach_is_one_line(tmp_path):
-    done = run(
-        ROOT / "data" / "corpus.py",
-        "--out",
-        tmp_path / "new",
+    done = run_command(
+        [*COMMAND, "--out", tmp_path / "new"],
         PIP_INDEX_URL="http://127.0.0.1:9/",
         PIP_RETRIES="0",
         PIP_EXTRA_INDEX_URL="",
@@ -301,16 +297,60 @@ def test_pip_out_of_reach_is_one_line(tmp_path):
         PIP_NO_INDEX="0",
         PIP_FIND_LINKS="",
     )
-    assert done.returncode == 2, done.stderr
-    one_line(done.stderr)
-    assert done.stderr.startswith("error: ") and "pip" in done.stderr
+    assert_user_error(done, "corpus.py: error: pip")
     assert os.listdir(tmp_path / "new") == []
+
+
+def test_files_of_others_stay(corpus_dir, tmp_path, monkeypatch):
+    (tmp_path / "README.md").write_text("# My notes")
+    monkeypatch.setattr(corpus, "make", lambda out: pytest.fail("makes it"))
+    with pytest.raises(UserError, match="README.md: is there, and not the embedded corpus's"):
+        corpus.main(["--out", str(tmp_path)])
+    assert (tmp_path / "README.md").read_text() == "# My notes" and os.listdir(tmp_path) == ["README.md"]
+    with pytest.raises(UserError, match="names no folder"):
+        corpus.main(["--out", ""])
+    made = []
+    monkeypatch.setattr(corpus, "make", made.append)
+    older = tmp_path / "older"
+    older.mkdir()
+    (older / "README.md").write_bytes((corpus_dir / "README.md").read_bytes())
+    (older / corpus.TRAIN).write_bytes(b"an older version's")
+    corpus.main(["--out", str(older)])
+    assert made == [older]
+
+
+def test_bytes_of_each_token_are_added_to_an_older_folder(corpus_dir, tmp_path, monkeypatch, capsys):
+    for path in corpus_dir.iterdir():
+        if path.name != "token_bytes.npy":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(corpus, "make", lambda out: pytest.fail("makes all of it"))
+    corpus.main(["--out", str(tmp_path)])
+    assert "complete" in capsys.readouterr().out and corpus.missing(tmp_path) == []
+    lengths = np.load(tmp_path / "token_bytes.npy", allow_pickle=False)
+    assert lengths.dtype == np.uint16 and lengths.shape == (4096,) and lengths[BOS] == 0
+    tokens = read_shard(tmp_path / corpus.VAL, corpus.VOCAB_SIZE, BOS)
+    coder = bpe.encoding(bpe.load_vocab(tmp_path / corpus.VOCAB), BOS)
+    text = coder.decode_bytes([token for token in tokens.tolist() if token != BOS])
+    assert lengths[tokens].sum() == len(text)
+
+
+def test_without_pip_the_one_that_python_brings_is_used(monkeypatch, tmp_path):
+    find_spec = corpus.find_spec
+    monkeypatch.setattr(corpus, "find_spec", lambda name: None if name == "pip" else find_spec(name))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if find_spec("ensurepip"):
+        done = run_command([*corpus.pip_command(), "--version"])
+        assert done.returncode == 0 and done.stdout.startswith("pip "), done
+    monkeypatch.setattr(corpus, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="no pip"):
+        corpus.pip_command()
 
 
 # What a run needs
 
 
 def test_prepare_picks_by_data_dir(monkeypatch):
+    monkeypatch.setattr(prepare, "add_token_bytes", lambda folder: None)
     called = []
     monkeypatch.setattr(corpus, "main", lambda argv: called.append("corpus"))
     monkeypatch.setattr(fineweb, "fetch", lambda shards, dataset, out: called.append((shards, dataset, out)))
@@ -331,8 +371,36 @@ def test_shards_needed():
         prepare.shards_needed(10**10)
 
 
+def test_tokens_needed_are_counted_by_stages():
+    for flags in (["--preset", "short", "--num_steps", "97"], ["--preset", "medium", "--batch_mul", "0.5"]):
+        cfg = parse_config(flags)[0]
+        schedule = Schedule(cfg)
+        assert prepare.tokens_needed(cfg) == sum(schedule.stage(i).batch_tokens for i in range(cfg.num_steps))
+    long = replace(parse_config(["--preset", "cpu"])[0], num_steps=10**12)
+    assert prepare.tokens_needed(long) == 10**12 * long.stages[0].batch_tokens
+
+
+def read_only(part, path) -> None:
+    raise OSError(30, "Read-only file system")
+
+
+def test_prepare_adds_bytes_of_each_token_to_any_folder(tmp_path, monkeypatch, capsys):
+    flags = ["--preset", "cpu", "--data_dir", str(tmp_path)]
+    prepare.main(flags)
+    assert os.listdir(tmp_path) == []
+    bpe.save_vocab(tmp_path / "vocab.tiktoken", {bytes([b]): b for b in range(256)})
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "move", read_only)
+        prepare.main(flags)
+    printed = capsys.readouterr().err
+    assert printed.startswith("note: bits per byte") and "Read-only" in printed and printed.count("\n") == 1
+    assert os.listdir(tmp_path) == ["vocab.tiktoken"]
+    prepare.main(flags)
+    assert np.load(tmp_path / "token_bytes.npy").tolist() == [1] * 256 + [0]
+
+
 def test_gpt2_vocab_is_not_fetched_twice(tmp_path, monkeypatch):
     (tmp_path / corpus.VOCAB).write_bytes(b"gpt2")
     monkeypatch.setattr(corpus, "GPT2_SHA256", shards.sha256(b"gpt2"))
     monkeypatch.setattr(corpus, "download", lambda *_: pytest.fail("downloads again"))
-    assert corpus.gpt2_vocab(tmp_path) == tmp_path / corpus.VOCAB
+    assert corpus.gpt2_vocab(tmp_path) == b"gpt2"

@@ -1,4 +1,4 @@
-"""data/fineweb.py against tests/hub.py: every fault ends with whole files, or with one clear line and a non-zero exit."""
+"""data.fineweb against tests/hub.py: each fault ends with whole files, or one line and a non-zero exit."""
 
 import errno
 import fcntl
@@ -15,11 +15,12 @@ import pytest
 from conftest import CLEAN_ENV, ROOT, assert_user_error, run_command
 from hub import SECRET, Fault, Hub
 
+from cli import UserError
 from data import fineweb, shards
-from train_gpt import UserError, read_shard
+from train_gpt import read_shard
 
 VAL = "fineweb_val_000000.bin"
-COMMAND = [sys.executable, ROOT / "data" / "fineweb.py"]
+COMMAND = [sys.executable, "-m", "data.fineweb"]
 
 
 def train(i: int) -> str:
@@ -257,7 +258,7 @@ def test_two_at_once_do_not_share_a_folder(hub, tmp_path):
 
 
 def test_killed_and_interrupted_then_run_again(tmp_path):
-    """Two processes are stopped in the middle of files, the third fetches only what they left. The token is the hub's only."""
+    """Two processes are stopped within files, a third fetches the rest. Only the hub gets the token."""
     with Hub(dict(FILES)) as hub:
         env = CLEAN_ENV | {
             "HF_ENDPOINT": hub.endpoint,
@@ -276,6 +277,7 @@ def test_killed_and_interrupted_then_run_again(tmp_path):
             process = subprocess.Popen(
                 [*map(str, COMMAND), "1", "--out", str(out)],
                 env=env,
+                cwd=ROOT,
                 text=True,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""The table of hypotheses and the runner: its order, interruptions, failures; and one real run from command to plot."""
+"""The table of hypotheses, the runner (order, interruptions, failures), one real run from command to plot."""
 
 import importlib.util
 import re
@@ -15,9 +15,11 @@ import torch
 from conftest import CLEAN_ENV, ROOT, tiny
 
 import train_gpt as tg
-from records import ablate, hypotheses, logs, plot, record
+from cli import UserError
+from records import ablate, hypotheses, plot, reader, record
 
-# Stands in for Python and train_gpt.py: takes flags, notes its start, writes a log. A file `mode` beside it spoils a run.
+# Stands in for Python and train_gpt.py: takes flags, notes its start, writes a log.
+# A file `mode` beside it spoils a run.
 FAKE = """
 import os, pathlib, sys, time
 flags = dict(word[2:].partition("=")[::2] for word in sys.argv[2:])
@@ -141,14 +143,14 @@ def test_names_and_beginnings():
     ]
     assert len(hypotheses.find(["003-no"])) == 13
     for name in ("00", "005", "003-no-"[:4] + "x", ""):
-        with pytest.raises(logs.UserError, match="no such hypothesis"):
+        with pytest.raises(UserError, match="no such hypothesis"):
             hypotheses.find([name])
 
 
 def test_a_missing_switch_is_one_clear_line(monkeypatch, tmp_path, capsys):
     future = hypotheses.h("000-future", "wants more than there is", no_such_switch=True)
     monkeypatch.setattr(hypotheses, "HYPOTHESES", (hypotheses.HYPOTHESES[0], future))
-    with pytest.raises(logs.UserError, match="^000-future: train_gpt.py has no flag --no_such_switch yet$"):
+    with pytest.raises(UserError, match="^000-future: train_gpt.py has no flag --no_such_switch yet$"):
         ablate.plan(["000-future"], "cpu", 1, tmp_path, None, [])
     assert [job.name for job in ablate.plan(["000"], "cpu", 1, tmp_path, None, [])] == ["000-H0"]
     assert "no_such_switch yet; left out" in capsys.readouterr().err
@@ -191,7 +193,7 @@ def test_every_edit_fits():
         compile(hypotheses.source_of(one, source), one.name, "exec") for one in hypotheses.find(names)
     )
     with pytest.raises(
-        logs.UserError, match="000-H3: its edit of train_gpt.py does not fit any more, at 'return F"
+        UserError, match="000-H3: its edit of train_gpt.py does not fit any more, at 'return F"
     ):
         hypotheses.source_of(hypotheses.find(["000-H3"])[0], source.replace("rms_norm", "layer_norm"))
 
@@ -300,7 +302,7 @@ def test_flags_are_refused_before_anything_runs(tmp_path):
         (["--nonsense"], "unrecognized"),
         (["--num_steps=0"], "at least 1"),
     ):
-        with pytest.raises(logs.UserError, match=words):
+        with pytest.raises(UserError, match=words):
             ablate.plan(["001-H0"], "cpu", 1, tmp_path, None, more)
     assert list(tmp_path.iterdir()) == []
 
@@ -320,7 +322,9 @@ def test_all_runs_are_made_once_and_compared(fake, capsys):
     ]
     table = ablate.compare(jobs(fake), fake / "out", 6.0)
     assert table.splitlines()[3].split()[:2] == ["0.5", "2"] and "-0.5000" in table.splitlines()[3]
-    assert (fake / "out" / "table.txt").read_text() == table + "\n"
+    parts = [(fake / "out" / f"{name}.txt").read_text().strip() for name in ("table", "pairs")]
+    assert table == "\n\n".join(parts)
+    assert (fake / "out" / "loss.png").read_bytes()[:4] == b"\x89PNG"
     assert "losses = [5.5, 5.51]" in (fake / "out" / "numbers.txt").read_text()
     assert "p by seed Holm" in (fake / "out" / "pairs.txt").read_text()
     assert (fake / "out" / "table.csv").exists() and (fake / "out" / "table.md").exists()
@@ -331,14 +335,15 @@ def test_all_runs_are_made_once_and_compared(fake, capsys):
 def test_a_killed_runner_loses_and_repeats_nothing(fake):
     (fake / "mode").write_text("hang:0.5-0")
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import Path\nfrom records import ablate\n"
-        f"flags = {{name: ('--num_steps=3', *more) for name, more in (('base', ()), ('0.5', ('--muon_lr=0.5',)))}}\n"
+        "import sys\nfrom pathlib import Path\nfrom records import ablate\n"
+        "flags = {'base': ('--num_steps=3',), '0.5': ('--num_steps=3', '--muon_lr=0.5')}\n"
         f"here = Path({str(fake)!r}); out = here / 'out'; out.mkdir(exist_ok=True)\n"
         "jobs = [ablate.Job(name, seed, (*flags[name], f'--seed={seed}'), 3, out)\n"
         "        for seed in range(2) for name in flags]\n"
         "ablate.run_all(jobs, [sys.executable, str(here / 'fake.py')], here / 'train_gpt.py', out)\n"
     )
-    runner = subprocess.Popen([sys.executable, "-c", code], env=CLEAN_ENV, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-c", code]
+    runner = subprocess.Popen(command, env=CLEAN_ENV, cwd=ROOT, stdout=subprocess.DEVNULL)
     while not (fake / "hanging").exists():
         assert runner.poll() is None
         time.sleep(0.02)
@@ -357,12 +362,12 @@ def test_a_killed_runner_loses_and_repeats_nothing(fake):
 def test_a_whole_log_that_was_not_moved_is_not_run_again(fake):
     run(fake)
     first = jobs(fake)[0]
-    first.place.mkdir(parents=True)
-    first.log.rename(first.place / "run.txt")
+    first.folder.mkdir(parents=True)
+    first.log.rename(first.folder / "run.txt")
     run(fake)
-    assert starts(fake)["base-0"] == 1 and first.log.exists() and not first.place.exists()
-    first.place.mkdir()
-    (first.place / "run.txt").write_text("step:0/3 val_loss:9.0 train_time:0ms\n")  # half a run
+    assert starts(fake)["base-0"] == 1 and first.log.exists() and not first.folder.exists()
+    first.folder.mkdir()
+    (first.folder / "run.txt").write_text("step:0/3 val_loss:9.0 train_time:0ms\n")  # half a run
     first.log.unlink()
     run(fake)
     assert starts(fake)["base-0"] == 2
@@ -375,14 +380,15 @@ def test_a_diverged_run_is_a_result(fake, capsys):
     run(fake)
     assert starts(fake)["0.5-1"] == 1
     table = ablate.compare(jobs(fake), fake / "out", None)
-    assert table.splitlines()[3].split()[:2] == ["0.5", "1"]  # left out of the mean, with a word
+    assert table.splitlines()[3].split()[:4] == ["0.5", "1", "of", "2"]  # left out of the mean, with a word
+    assert "failed: the training loss is nan at step 2" in table
     assert "0.5: seed1 left out, it stops at step 1 of 3" in capsys.readouterr().err
 
 
 def test_an_error_that_the_next_run_would_have_too_ends_it(fake):
     (fake / "mode").write_text("refuse:0.5-0")
     with pytest.raises(
-        logs.UserError, match="0.5, seed 0, ended with code 2: train_gpt.py: error: --data_dir x: noth"
+        UserError, match="0.5, seed 0, ended with code 2: train_gpt.py: error: --data_dir x: noth"
     ):
         run(fake)
     assert starts(fake) == {"base-0": 1, "0.5-0": 1}
@@ -390,17 +396,17 @@ def test_an_error_that_the_next_run_would_have_too_ends_it(fake):
 
 def test_one_folder_holds_what_can_be_compared(fake):
     run(fake)
-    with pytest.raises(logs.UserError, match="base ran there with --num_steps=3; use another --out"):
+    with pytest.raises(UserError, match="base ran there with --num_steps=3; use another --out"):
         run(fake, steps=4)
     (fake / "train_gpt.py").write_text("changed\n")
-    with pytest.raises(logs.UserError, match="train_gpt.py has changed since its first run"):
+    with pytest.raises(UserError, match="train_gpt.py has changed since its first run"):
         run(fake)
     (fake / "train_gpt.py").write_text("print('never run')\n")
-    with pytest.raises(logs.UserError, match="base ran there with .*source"):
+    with pytest.raises(UserError, match="base ran there with .*source"):
         again = [replace(job, edited="other\n") for job in jobs(fake)]
         ablate.run_all(again, ["false"], fake / "train_gpt.py", fake / "out")
     (fake / "out" / "plan.json").write_text("{")
-    with pytest.raises(logs.UserError, match="plan.json: damaged"):
+    with pytest.raises(UserError, match="plan.json: damaged"):
         run(fake)
     assert sum(starts(fake).values()) == 4
 
@@ -408,7 +414,8 @@ def test_one_folder_holds_what_can_be_compared(fake):
 # ---- the command
 
 
-def test_the_command_from_a_real_run_to_its_plot_and_its_rules(tmp_path, tiny_data, capsys):
+def test_the_command_from_a_real_run_to_its_plot_and_its_rules(tmp_path, tiny_data, capsys, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # two threads wait for each other on a busy machine
     flags = [
         "--no-compile",
         "--no-warmup",
@@ -448,7 +455,7 @@ def test_the_command_from_a_real_run_to_its_plot_and_its_rules(tmp_path, tiny_da
     )
     out = capsys.readouterr().out
     assert re.search(r"^002-untied +1 +\d", out, re.MULTILINE) and "002-untied seed 0: " in out
-    [one] = logs.read_places([tmp_path / "out"])
+    [one] = reader.read_paths([tmp_path / "out"])
     assert (
         one.source == (ROOT / "train_gpt.py").read_text().rstrip("\n")
         and one.preset == "cpu"
@@ -456,7 +463,7 @@ def test_the_command_from_a_real_run_to_its_plot_and_its_rules(tmp_path, tiny_da
     )
     assert one.config["value_embeds"] == ".01.....345" == one.overrides["value_embeds"]
     assert len(one.scalars["resid_scale"]) == 11
-    assert len(one.curve("train_loss")[0]) == 1 and logs.result(one)[0].seconds > 0
+    assert len(one.curve("train_loss")[0]) == 1 and reader.result(one)[0].seconds > 0
     plot.main(["scalars", str(tmp_path / "out" / "002-untied"), "--out", str(tmp_path / "x.png")])
     assert (
         record.main(
@@ -490,10 +497,10 @@ def test_what_a_user_gets_wrong(tmp_path):
         ([], "give names"),
         (["005-H0", "--out", "x"], "005-H0: no such hypothesis"),
         (["001-H0"], "give names"),
-        (["001-H0", "--out", "x", "--seeds", "0"], "at least 1"),
+        (["001-H0", "--out", "x", "--seeds", "0"], "--seeds: '0': give a whole number from 1"),
         (["001-H0", "--out", "x", "--on", "tpu"], "choose from short"),
         (["001-H0", "--out", "/dev/null/x"], "no folder can be made"),
         (["001-H0", "--out", str(tmp_path / "x"), "--table"], "not there"),
     ):
-        with pytest.raises(logs.UserError, match=words):
+        with pytest.raises(UserError, match=words):
             ablate.main(argv)

@@ -1,7 +1,8 @@
-"""Statistics of runs: the seeds' tables from their raw numbers, to the printed digit, and the comparison commands."""
+"""Statistics of runs: the seeds' tables from their raw numbers, to the printed digit, and the comparisons."""
 
+import csv
+import io
 import math
-import re
 import sys
 
 import numpy as np
@@ -10,8 +11,10 @@ import scipy.stats
 import torch
 from conftest import ROOT, assert_user_error, run_command
 
-from records import compare, logs
-from records.compare import Group, Sample
+from cli import UserError
+from records import compare, groups, reader, stats
+from records.groups import Group
+from records.stats import Sample
 from records.tables import table
 
 NUMBERS = ROOT / "records" / "numbers"
@@ -45,9 +48,16 @@ H1  10  97.7141  0.0533   -0.3925  0.0000  3.2784  0.0009    0.0006 0.0002
 
 
 def printed(capsys, *argv: object) -> list[list[str]]:
-    """The cells that a comparison prints, without its two head lines."""
-    compare.main([str(word) for word in argv])
-    return [re.split(r"\s{2,}", line.strip()) for line in capsys.readouterr().out.splitlines()[2:]]
+    """The cells that a comparison prints, without head, steps, and empty ones at a line's end."""
+    compare.main([*(str(word) for word in argv), "--format", "csv"])
+    head, *rows = csv.reader(io.StringIO(capsys.readouterr().out))
+    found = []
+    for row in rows:
+        kept = [cell for name, cell in zip(head, row, strict=True) if name != "steps" or argv[0] == "steps"]
+        while kept and not kept[-1]:
+            kept.pop()
+        found.append(kept)
+    return found
 
 
 def cells(text: str) -> list[list[str]]:
@@ -61,37 +71,42 @@ def test_seed_000_its_table(capsys):
 
 def test_seed_000_its_record():
     losses, times = map(Sample.of, SEED_000_RECORD)
-    found = (compare.below(losses, 3.28), losses.mean, losses.std, times.mean, times.std)
+    found = (stats.below(losses, 3.28), losses.mean, losses.std, times.mean, times.std)
     assert [f"{value:.4f}" for value in found] == ["0.0021", "3.2782", "0.0015", "95.2903", "0.0831"]
 
 
 def test_seed_000_its_table_of_steps(capsys):
-    """The p of 1550, 1545, 1540 and 1535 steps cannot be had to the digit: only rounded means and deviations of those runs
-    are published. The seed's p lies between those of the corners of what they may have been before they were rounded."""
+    """The p of 1550, 1545, 1540 and 1535 steps cannot be had to the digit.
+
+    Only rounded means and deviations of those runs are published. The seed's p lies between those of the
+    corners of what they may have been before they were rounded.
+    """
     found = printed(capsys, "steps", NUMBERS / "seed_000_steps.txt", "--target", 3.28)
     wanted = cells(SEED_000_STEPS)
     assert [row[:7] for row in found] == [row[:7] for row in wanted]
     assert [row[8:] for row in found] == [row[8:] for row in wanted]  # the marks
     assert [row[7] for row in (found[0], found[2])] == ["0.0705", "0.0021"]  # from raw numbers
-    for row, mine in zip(wanted, found):
+    for row, mine in zip(wanted, found, strict=True):
         n, mean, std, p = int(row[2]), float(row[5]), float(row[6]), float(row[7])
         corners = [
-            compare.below(Sample(n, mean + dm, std + ds), 3.28)
-            for dm in (-5e-5, 5e-5)
-            for ds in (-5e-5, 5e-5)
+            stats.below(Sample(n, mean + dm, std + ds), 3.28) for dm in (-5e-5, 5e-5) for ds in (-5e-5, 5e-5)
         ]
         assert min(corners) - 5e-5 <= p <= max(corners) + 5e-5
         assert min(corners) - 5e-5 <= float(mine[7]) <= max(corners) + 5e-5
 
 
 def test_seed_001_its_records(capsys):
-    """Its losses to the digit. Its times were averaged in float32, which keeps 7 or 8 digits: its 112216.3906 and 84.2895 ms
-    are what torch makes of the list, and differ from the exact figures by the spacing of float32 there, 1/128 ms."""
+    """Its losses to the digit.
+
+    Its times were averaged in float32, which keeps 7 or 8 digits: its 112216.3906 and 84.2895 ms are
+    what torch makes of the list, and differ from the exact figures by the spacing of float32 there, 1/128 ms.
+    """
     before, after = printed(capsys, "groups", NUMBERS / "seed_001.txt", "--target", 3.28, "--digits", 4)
     assert [before[n] for n in (1, 6, 7, 9)] == ["5", "3.2778", "0.0014", "0.0110"]
     assert [after[n] for n in (1, 6, 7, 9)] == ["25", "3.2784", "0.0017", "0.0000"]
-    groups = compare.read_numbers((NUMBERS / "seed_001.txt").read_text(), NUMBERS)
-    for group, row, seed in zip(groups, (before, after), ((112949.9453, 99.0496), (112216.3906, 84.2895))):
+    read = groups.read_numbers((NUMBERS / "seed_001.txt").read_text(), NUMBERS)
+    seeds = ((112949.9453, 99.0496), (112216.3906, 84.2895))
+    for group, row, seed in zip(read, (before, after), seeds, strict=True):
         std, mean = torch.std_mean(torch.tensor(group.times.values))
         assert (float(mean), float(std)) == pytest.approx(seed, abs=1 / 128)
         assert (float(row[2]), float(row[3])) == pytest.approx(seed, abs=1 / 128)
@@ -116,11 +131,11 @@ def test_statistics_are_scipys(seed):
         for shift, n in ((0, 7), (0.001, 4 + seed))
     )
     known = scipy.stats.ttest_1samp(a, 3.2801, alternative="less").pvalue
-    assert compare.below(Sample.of(a), 3.2801) == pytest.approx(known, rel=1e-9)
+    assert stats.below(Sample.of(a), 3.2801) == pytest.approx(known, rel=1e-9)
     known = scipy.stats.ttest_ind(a, b, equal_var=False).pvalue
-    assert compare.welch(Sample.of(a), Sample.of(b)) == pytest.approx(known, rel=1e-9)
+    assert stats.welch(Sample.of(a), Sample.of(b)) == pytest.approx(known, rel=1e-9)
     known = scipy.stats.ttest_rel(a[:4], b[:4]).pvalue
-    assert compare.paired(dict(enumerate(a[:4])), dict(enumerate(b[:4])) | {9: 1.0}) == pytest.approx(
+    assert stats.paired(dict(enumerate(a[:4])), dict(enumerate(b[:4])) | {9: 1.0}) == pytest.approx(
         known, rel=1e-6
     )
 
@@ -130,27 +145,27 @@ def test_statistics_where_there_is_nothing_to_test():
     assert (one.n, one.mean) == (1, 3.2) and math.isnan(one.std)
     assert Sample.of([]).n == 0 and math.isnan(Sample.of([]).mean) and math.isnan(nan.mean)
     for p in (
-        compare.below(one, 3.28),
-        compare.below(same, 3.2),
-        compare.below(nan, 3.28),
-        compare.welch(one, same),
-        compare.welch(same, same),
-        compare.welch(nan, Sample.of([1.0, 2.0])),
-        compare.paired({0: 1.0}, {0: 2.0}),
+        stats.below(one, 3.28),
+        stats.below(same, 3.2),
+        stats.below(same, 3.28),  # not 0.0: numbers that do not vary prove nothing
+        stats.below(nan, 3.28),
+        stats.welch(one, same),
+        stats.welch(same, same),
+        stats.welch(nan, Sample.of([1.0, 2.0])),
+        stats.paired({0: 1.0}, {0: 2.0}),
     ):
         assert math.isnan(p)
-    assert (compare.below(same, 3.28), compare.below(same, 3.0)) == (0.0, 1.0)
 
 
 def test_holms_correction():
-    assert compare.holm([0.01, 0.04, math.nan, 0.03]) == pytest.approx(
+    assert stats.holm([0.01, 0.04, math.nan, 0.03]) == pytest.approx(
         [0.03, 0.06, math.nan, 0.06], nan_ok=True
     )
-    assert compare.holm([0.5, 0.6]) == [1.0, 1.0]
+    assert stats.holm([0.5, 0.6]) == [1.0, 1.0]
 
 
 def test_marks():
-    assert [compare.stars(p) for p in (0.0099, 0.01, 0.0499, 0.05, math.nan)] == ["**", "*", "*", "", ""]
+    assert [stats.stars(p) for p in (0.0099, 0.01, 0.0499, 0.05, math.nan)] == ["**", "*", "*", "", ""]
 
 
 # ---- groups from logs
@@ -160,7 +175,7 @@ def write_runs(
     folder, losses: list[float], seconds: list[float], steps: int = 10, seeds: bool = True
 ) -> None:
     folder.mkdir()
-    for n, (loss, second) in enumerate(zip(losses, seconds)):
+    for n, (loss, second) in enumerate(zip(losses, seconds, strict=True)):
         head = f'config:{{"seed": {n}}}\n' if seeds else ""
         (folder / f"{n}.txt").write_text(
             f"{head}step:0/{steps} val_loss:9.0 train_time:0ms\n"
@@ -175,8 +190,9 @@ def test_groups_of_logs_named_and_without_a_target(tmp_path, capsys):
     (tmp_path / "b" / "stopped.txt").write_text("step:3/10 val_loss:1.0 train_time:9ms\n")
     rows = printed(capsys, "groups", tmp_path / "a", f"new={tmp_path / 'b'}", "--digits", 1)
     assert rows[0] == ["a", "3", "11.0", "1.0", "0.0", "-", "3.1000", "0.1000", "0.0000", "-"]
-    p = f"{scipy.stats.ttest_ind([3.0, 3.1, 3.2], [2.0, 2.1, 2.2], equal_var=False).pvalue:.4f}"  # of times and losses
-    assert rows[1] == ["new", "3", "21.0", "1.0", "10.0", p, "2.1000", "0.1000", "-1.0000", p, "**"]
+    test = scipy.stats.ttest_ind([3.0, 3.1, 3.2], [2.0, 2.1, 2.2], equal_var=False)
+    p = f"{test.pvalue:.4f}"  # of times and losses
+    assert rows[1] == ["new", "3 of 4", "21.0", "1.0", "10.0", p, "2.1000", "0.1000", "-1.0000", p, "**"]
     compare.main(["groups", str(tmp_path / "b")])
     assert "b: stopped left out, it stops at step 3 of 10; --step 3" in capsys.readouterr().err
     assert printed(capsys, "groups", tmp_path / "a", "--step", 5)[0][6] == "4.1000"
@@ -194,11 +210,11 @@ def test_raw_numbers_go_out_and_in_again(tmp_path, capsys):
 def test_numbers_are_not_executed_and_wrong_ones_named(tmp_path):
     trap = tmp_path / "trap"
     (tmp_path / "x.txt").write_text(f"A:\n  losses = [open({str(trap)!r}, 'w')]\n")
-    with pytest.raises(logs.UserError, match="x.txt: A:: losses is no list of numbers"):
+    with pytest.raises(UserError, match="x.txt: A: losses is no list of numbers"):
         compare.main(["groups", str(tmp_path / "x.txt")])
     assert not trap.exists()
     (tmp_path / "x.txt").write_text("A:\n  loss_summary = [3, 2]\n")
-    with pytest.raises(logs.UserError, match=r"loss_summary wants \[n, mean, deviation\]"):
+    with pytest.raises(UserError, match=r"loss_summary wants \[n, mean, deviation\]"):
         compare.main(["groups", str(tmp_path / "x.txt")])
 
 
@@ -213,9 +229,9 @@ def test_pairs_know_seeds(tmp_path, capsys):
         ["a", "c"],
     ]
     by_seed = scipy.stats.ttest_rel([3.0, 3.1, 3.25], [2.99, 3.08, 3.24]).pvalue
-    assert (
-        rows[0][5] == rows[0][6] == f"{by_seed:.4f}" and rows[1][5] == "-"
-    )  # unpaired, three runs would show nothing
+    assert rows[0][7] == rows[0][8] == f"{by_seed:.4f}"  # unpaired, three runs would show nothing
+    assert rows[1][7] == "-"
+    assert [row[6] for row in rows] == ["3", "0", "0"]  # seeds that both have
     assert (
         rows[0][3]
         == f"{scipy.stats.ttest_ind([3.0, 3.1, 3.25], [2.99, 3.08, 3.24], equal_var=False).pvalue:.4f}"
@@ -233,9 +249,11 @@ def test_steps_regroup_runs(tmp_path, capsys):
 def test_crossing(tmp_path, capsys):
     write_runs(tmp_path / "a", [3.0, 3.0], [10.0, 30.0])  # 4.0 halfway, then 3.0
     write_runs(tmp_path / "b", [2.0], [12.0])  # 3.0 halfway
-    [run, _] = logs.read_places([tmp_path / "a"])
-    assert compare.crossing(run, 3.5) == pytest.approx((7.5, 7.5)) and compare.crossing(run, 2.9) is None
-    assert compare.crossing(run, 9.0) == (0, 0) and compare.crossing(run, 4.0) == (5, 5.0)
+    [run, _] = reader.read_paths([tmp_path / "a"])
+    assert compare.crossing(run, 3.5) == compare.Crossing(7.5, pytest.approx(7.5))
+    assert compare.crossing(run, 2.9) is None
+    assert compare.crossing(run, 9.0) == compare.Crossing(0, 0)
+    assert compare.crossing(run, 4.0) == compare.Crossing(5, 5.0)
     rows = printed(capsys, "crossing", tmp_path / "a", tmp_path / "b", "--level", 3.5)
     assert [row[:4] for row in rows] == [["1", "b", "1 of 1", "5.50"], ["2", "a", "2 of 2", "15.00"]]
     assert printed(capsys, "crossing", tmp_path / "a", "--level", 1)[0] == [
@@ -262,7 +280,7 @@ def test_tables_as_markdown_and_csv():
 
 
 def test_what_a_user_gets_wrong(tmp_path):
-    command = [sys.executable, ROOT / "records" / "compare.py"]
+    command = [sys.executable, "-m", "records.compare"]
     assert_user_error(run_command([*command, "groups", tmp_path / "x"]), "x: not there")
     (tmp_path / "empty").mkdir()
     (tmp_path / "list.txt").write_text("milk\n  eggs\n")
@@ -273,11 +291,12 @@ def test_what_a_user_gets_wrong(tmp_path):
         (["crossing", tmp_path / "empty"], "--level"),
         (["group", tmp_path], "invalid choice"),
     ):
-        with pytest.raises(logs.UserError, match=words):
+        with pytest.raises(UserError, match=words):
             compare.main([str(word) for word in argv])
     assert run_command([*command, "--help"]).stdout.count("GROUP") > 3
 
 
 def test_groups_may_lack_times():
     group = Group("g", Sample.of([3.0, 3.1]), Sample.of([]))
-    assert compare.groups_table([group], 3.28, "csv").splitlines()[1].split(",")[2:6] == ["-", "-", "-", "-"]
+    cells = compare.groups_table([group], 3.28, compare.Style("csv")).splitlines()[1].split(",")
+    assert cells[3:7] == ["-", "-", "-", "-"]

@@ -1,5 +1,6 @@
 """The log reader: every known format, several and resumed runs, cut files, and logs that mean harm."""
 
+import csv
 import hashlib
 import json
 import math
@@ -10,9 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, assert_user_error, run_command
+from conftest import assert_user_error, run_command
 
-from records import logs
+from cli import UserError
+from records import files, logs, reader
 
 SEPARATOR = "=" * 100
 SOURCE = '''"""
@@ -26,10 +28,10 @@ print(sys.argv)
 '''
 
 
-def read(tmp_path: Path, text: str | bytes, name: str = "a.txt") -> list[logs.Run]:
+def read(tmp_path: Path, text: str | bytes, name: str = "a.txt") -> list[reader.Run]:
     path = tmp_path / name
     path.write_bytes(text.encode() if isinstance(text, str) else text)
-    runs, problem = logs.read_file(path)
+    runs, problem = reader.read_file(path)
     assert bool(runs) != bool(problem)
     return runs
 
@@ -58,8 +60,8 @@ FORMATS = {
         ours(
             "warm-up: 9.8 s outside the clock, 1 kind(s) of step\n"
             "step:0/2 val_loss:8.3144 train_time:0ms step_avg:0.04ms val_bpb:3.5860 tokens:0\n"
-            "step:1/2 train_time:1730ms step_avg:1730.49ms train_loss:12.4750 tokens_per_second:4734 mfu:0.444\n"
-            "step:2/2 train_time:3522ms step_avg:1760.79ms train_loss:12.3776 tokens_per_second:4652 mfu:0.436\n"
+            "step:1/2 train_time:1730ms step_avg:1730.49ms train_loss:12.4750 tokens_per_second:4734\n"
+            "step:2/2 train_time:3522ms step_avg:1760.79ms train_loss:12.3776 tokens_per_second:4652\n"
             "peak_memory:2465MiB tokens:16384 mfu:0.436\n"
             "step:2/2 val_loss:4.2120 train_time:3522ms step_avg:1760.79ms val_bpb:1.8167 tokens:16384\n"
         ),
@@ -124,12 +126,12 @@ def test_every_known_format(name, tmp_path):
     [run] = read(tmp_path, text)
     found = run.curve("val_loss")
     assert (found[0], found[2]) == (steps, losses) and found[1] == pytest.approx(seconds, nan_ok=True)
-    assert logs.result(run)[0].loss == losses[-1]
+    assert reader.result(run)[0].loss == losses[-1]
 
 
 def test_other_numbers_of_a_line(tmp_path):
     [run] = read(tmp_path, FORMATS["several losses"][0])
-    assert [logs.result(run, key=key)[0].loss for key in ("val_avg_loss", "val_ema_loss")] == [3.2, 3.1]
+    assert [reader.result(run, key=key)[0].loss for key in ("val_avg_loss", "val_ema_loss")] == [3.2, 3.1]
     [run] = read(tmp_path, FORMATS["more pairs, some of them words"][0])
     assert run.curve("lr")[2] == [1e-3] and run.curve("phase")[2] == [0.002] and run.curve("handoff")[2] == []
     [run] = read(tmp_path, FORMATS["llm.c"][0])
@@ -178,11 +180,11 @@ def test_a_new_run_begins_where_the_step_falls(tmp_path):
 
 def test_a_run_that_stops_early_is_read_where_it_is_asked_for(tmp_path):
     [run] = read(tmp_path, events(0, 4, 10))
-    found, problem = logs.result(run)
+    found, problem = reader.result(run)
     assert found is None and problem == "stops at step 4 of 10; --step 4 reads it there"
-    assert logs.result(run, step=3)[0] == logs.Result(3, 8.7, 0.003)
-    assert logs.result(run, step=9) == (None, "has no val_loss at step 9, the nearest is 4")
-    assert logs.result(run, key="val_ema_loss") == (None, "has no val_ema_loss")
+    assert reader.result(run, step=3)[0] == reader.Result(3, 8.7, 0.003)
+    assert reader.result(run, step=9) == (None, "has no val_loss at step 9, the nearest is 4")
+    assert reader.result(run, key="val_ema_loss") == (None, "has no val_ema_loss")
 
 
 def test_a_resumed_run_is_one_run_and_what_it_did_twice_counts_once(tmp_path):
@@ -201,7 +203,7 @@ def test_a_failed_run_says_so(tmp_path):
     )
     assert run.failure().startswith("failed: the training loss is nan at step 6")
     [run] = read(tmp_path, "step:1/1 val_loss:nan train_time:3ms\n")
-    assert math.isnan(logs.result(run)[0].loss)
+    assert math.isnan(reader.result(run)[0].loss)
 
 
 # ---- what only looks like a log
@@ -215,7 +217,7 @@ IMITATION = "step:9/9 val_loss:0.0001 train_time:1ms step_avg:0.11ms\n"
         f'"""\n{IMITATION}"""\nimport sys\n',
         f'import sys\nTEXT = """\n{IMITATION}"""\n',
         f'#!/usr/bin/env python\n"""\n{IMITATION}"""\n',
-        f'from pathlib import Path\nx = """\n{SEPARATOR}\n{IMITATION}{SEPARATOR}\n{IMITATION}"""\nimport sys\n',
+        f'from pathlib import Path\nx = """\n{SEPARATOR}\n{IMITATION}{SEPARATOR}\n{IMITATION}"""\n',
     ],
 )
 def test_source_that_imitates_events_is_not_read(source, tmp_path):
@@ -260,7 +262,7 @@ def test_lines_that_do_not_begin_with_an_event_are_none(tmp_path):
 def test_what_is_no_log_is_named_quickly(data, word, tmp_path):
     (tmp_path / "x.txt").write_bytes(data)
     began = time.process_time()
-    runs, problem = logs.read_file(tmp_path / "x.txt")
+    runs, problem = reader.read_file(tmp_path / "x.txt")
     assert runs == [] and word in problem
     assert time.process_time() - began < 3
 
@@ -291,7 +293,7 @@ def test_numbers_that_are_none(tmp_path):
     )
     assert run.curve("val_loss")[1:] == (pytest.approx([math.nan, 0.007], nan_ok=True), [4.0, 3.5])
     assert run.curve("k")[2] == run.curve("l")[2] == run.curve("step_avg")[2] == []
-    assert logs.result(run, step=1)[0].loss == 4.0
+    assert reader.result(run, step=1)[0].loss == 4.0
 
 
 def test_a_cut_file_yields_no_number_that_the_whole_one_does_not_have(tmp_path):
@@ -299,15 +301,17 @@ def test_a_cut_file_yields_no_number_that_the_whole_one_does_not_have(tmp_path):
         FORMATS["ours"][0].split(SEPARATOR + "\n")[2] + "s:3 tel:3.2722\n"
         "step:4/4 val_loss:3.1234 train_time:2145.235s\n"
     )
-    [run] = logs.split_runs(whole.encode(), tmp_path)
-    true = {key: set(zip(*run.curve(key))) for key in ("val_loss", "train_loss", "tokens", "mfu")}
+    [run] = reader.split_runs(whole.encode(), tmp_path)
+    true = {
+        key: set(zip(*run.curve(key), strict=True)) for key in ("val_loss", "train_loss", "tokens", "mfu")
+    }
     read_losses = 0
     for length in range(len(SOURCE), len(whole)):
-        for cut in logs.split_runs(whole.encode()[:length], tmp_path):
+        for cut in reader.split_runs(whole.encode()[:length], tmp_path):
             for key, values in true.items():
                 found = cut.curve(key)
                 known = {(step, value) for step, _, value in values}
-                assert set(zip(found[0], found[2])) <= known, (length, key, found)
+                assert set(zip(found[0], found[2], strict=True)) <= known, (length, key, found)
                 read_losses += len(found[0])
     assert read_losses > 1000
 
@@ -324,10 +328,10 @@ def test_damaged_logs_never_crash_it(tmp_path):
             data[at : at + rng.randrange(3)] = rng.choice(
                 [b"\n", b"\0", b":", b"x", b"step:", b"=" * 100, b"\xff", b"9" * 20]
             )
-        for run in logs.split_runs(bytes(data), tmp_path):
+        for run in reader.split_runs(bytes(data), tmp_path):
             for key in ("val_loss", "train_time"):
                 assert all(type(number) is float for numbers in run.curve(key)[1:] for number in numbers)
-            run.config, run.overrides, run.scalars, run.facts, run.failure(), logs.result(run)
+            run.config, run.overrides, run.scalars, run.facts, run.failure(), reader.result(run)
 
 
 def test_nothing_in_a_log_is_executed(tmp_path):
@@ -335,8 +339,8 @@ def test_nothing_in_a_log_is_executed(tmp_path):
     code = f"import pathlib\npathlib.Path({str(trap)!r}).touch()\n"
     scalars = f"scalars:x [__import__('pathlib').Path({str(trap)!r}).touch()]\n"
     (tmp_path / "a.txt").write_text(ours(events(0, 2, 2) + scalars, code))
-    [run], _ = logs.read_file(tmp_path / "a.txt")
-    assert run.config and run.scalars == {} and logs.result(run)[0] and not trap.exists()
+    [run], _ = reader.read_file(tmp_path / "a.txt")
+    assert run.config and run.scalars == {} and reader.result(run)[0] and not trap.exists()
 
 
 # ---- files and the command
@@ -349,9 +353,9 @@ def test_folders_pipes_and_large_files(tmp_path, monkeypatch):
     for place in ("b.txt", "a.log", "sub/c.out", "README.md", ".running/half.txt", "big.txt"):
         (tmp_path / place).write_text(events(0, 2, 2) * (40 if "big" in place else 1))
     os.mkfifo(tmp_path / "pipe.txt")
-    monkeypatch.setattr(logs, "LARGEST", 1000)
+    monkeypatch.setattr(reader, "LARGEST", 1000)
     told: list[str] = []
-    runs = logs.read_places([tmp_path], told.append)
+    runs = reader.read_paths([tmp_path], told.append)
     assert [run.name for run in runs] == ["a", "b", "c"]
     reasons = sorted(line.partition(": ")[2] for line in told)
     assert reasons == ["skipped (larger than 0 MiB)", "skipped (not a file)", "skipped (not a file)"]
@@ -363,23 +367,24 @@ def test_the_command(tmp_path, capsys):
     (tmp_path / "c.txt").write_text("a shopping list\n")
     logs.main([str(tmp_path), "--format", "csv"])
     out, err = capsys.readouterr()
-    assert out.splitlines() == [
-        "run,preset,steps,val_loss,seconds,note",
-        "a,cpu,2/2,8.8000,0.002,",
-        "b,-,3/9,-,-,stops at step 3 of 9; --step 3 reads it there",
-    ]
+    rows = list(csv.reader(out.splitlines()))
+    assert rows[0][:6] == ["run", "preset", "steps", "val_loss", "seconds", "peak MiB"]
+    assert rows[1][:6] == [f"{tmp_path / 'a.txt'}", "cpu", "2/2", "8.8000", "0.002", "-"]
+    assert rows[2][:6] == [f"{tmp_path / 'b.txt'}", "-", "3/9", "8.7000", "0.003", "-"]
+    assert [row[-2] for row in rows[1:]] == ["finished", "running"]  # the file of b has just been written
+    assert rows[2][-1] == "stops at step 3 of 9; --step 3 reads it there"
     assert err == f"{tmp_path / 'c.txt'}: skipped (no log: no line has a step and a loss or a time)\n"
     logs.main([str(tmp_path / "b.txt"), "--step", "3"])
-    assert capsys.readouterr().out.splitlines()[2].split() == ["b", "-", "3/9", "8.7000", "0.003"]
-    command = [sys.executable, ROOT / "records" / "logs.py"]
+    assert capsys.readouterr().out.splitlines()[2].split()[1:5] == ["-", "3/9", "8.7000", "0.003"]
+    command = [sys.executable, "-m", "records.logs"]
     assert_user_error(run_command([*command, tmp_path / "nothing"]), "nothing: not there")
     assert_user_error(run_command([*command, tmp_path, "--stpe", "3"]), "--stpe", "--help")
-    with pytest.raises(logs.UserError, match="no log among .*c.txt"):
+    with pytest.raises(UserError, match="no log among .*c.txt"):
         logs.main([str(tmp_path / "c.txt")])
 
 
 def test_a_missing_extra_says_how_to_get_it():
     with pytest.raises(
-        logs.UserError, match="no_such_package_here is missing.*pip install -r records/requirements.txt"
+        UserError, match="no_such_package_here is missing.*pip install -r records/requirements.txt"
     ):
-        logs.extra("no_such_package_here")
+        files.extra("no_such_package_here")

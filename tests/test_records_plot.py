@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from records import embeddings, logs, plot
+from cli import UserError
+from records import embeddings, plot, reader
 
 
 def write_run(path, losses: list[float], ms: int, scalars: dict | None = None) -> None:
@@ -40,7 +41,7 @@ def test_scalars_by_layer_are_means_over_runs(tmp_path):
             "backout_scale": [1.0, 2.0],
         }
         write_run(tmp_path / f"{n}.txt", [4.0, 3.0], 5, scalars)
-    found = plot.layer_scalars(logs.read_places([tmp_path]))
+    found = plot.layer_scalars(reader.read_paths([tmp_path]))
     assert {name: [one.mean for one in samples] for name, samples in found.items()} == {
         "resid_scale": [1.5, 2.0, 3.0],
         "input_scale[0]": [0.0, 2.0, 4.0],
@@ -49,11 +50,12 @@ def test_scalars_by_layer_are_means_over_runs(tmp_path):
 
 
 def test_differences_are_by_seed_or_from_the_mean(tmp_path, monkeypatch):
-    monkeypatch.setattr(plot, "seed_of", lambda run: {"0": 0, "1": 1, "7": 7}.get(run.name))
+    seed = property(lambda run: {"0": 0, "1": 1, "7": 7}.get(run.name))
+    monkeypatch.setattr(reader.Run, "seed", seed)
 
-    def run(seed: int | None, losses: list[float]) -> logs.Run:
+    def run(seed: int | None, losses: list[float]) -> reader.Run:
         write_run(tmp_path / "a" / f"{seed}.txt", losses, 5)
-        [one] = logs.read_places([tmp_path / "a" / f"{seed}.txt"])
+        [one] = reader.read_paths([tmp_path / "a" / f"{seed}.txt"])
         return one
 
     first = [run(0, [4.0, 3.0]), run(1, [4.4, 3.2])]
@@ -103,7 +105,8 @@ def test_losses_are_drawn_zoomed_with_a_target(tmp_path, drawn, capsys):
         and target.get_ydata()[0] == 2.95
         and len(drawn().collections) == 1
     )
-    assert [text.get_text() for text in drawn().get_legend().texts] == ["a (3 runs)", "other", "target 2.95"]
+    assert [text.get_text() for text in drawn().get_legend().texts] == ["target 2.95"]
+    assert [text.get_text() for text in drawn().texts][:2] == ["a (3 runs)", "other"]  # at the curves' ends
     picture = matplotlib.image.imread(tmp_path / "x.png")
     assert picture.shape[0] > 500
     assert 0.001 < (picture[..., :3].min(axis=-1) < 0.9).mean() < 0.5  # neither blank nor black
@@ -130,7 +133,7 @@ def test_nothing_to_draw_is_said(tmp_path):
         (["loss", str(tmp_path), "--out", "/no/such/x.png"], "cannot be written"),
         (["loss", str(tmp_path / "none"), *out], "not there"),
     ):
-        with pytest.raises(logs.UserError, match=words):
+        with pytest.raises(UserError, match=words):
             plot.main(argv)
     assert not (tmp_path / "x.png").exists()
 
@@ -214,9 +217,9 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
     (tmp_path / "b.pt").write_bytes(pickle.dumps(Evil(trap)))
     (tmp_path / "c.pt").write_bytes(b"PK\x03\x04 half a file")
     for name in ("a.pt", "b.pt", "c.pt", "none.pt"):
-        with pytest.raises(logs.UserError, match=f"{name}: no whole checkpoint"):
+        with pytest.raises(UserError, match=f"{name}: no whole checkpoint"):
             embeddings.main([str(tmp_path / name)])
     assert not trap.exists()
     checkpoint(tmp_path / "d.pt", 1, np.ones((10, 4)))
-    with pytest.raises(logs.UserError, match="no table begins with foo; there are value_embed_0, lm_head"):
+    with pytest.raises(UserError, match="no table begins with foo; there are value_embed_0, lm_head"):
         embeddings.main([str(tmp_path / "d.pt"), "--tables", "foo"])
