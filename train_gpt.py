@@ -3187,7 +3187,7 @@ class Checkpoints:
             config=json.dumps(settings(self.cfg)),
             run_id=self.log.run_id,
             source_sha256=source_hash(),
-            torch=torch.__version__,
+            torch=str(torch.__version__),
             hardware=self.hardware,
             saved_at=time.time(),
             step=step,
@@ -3201,7 +3201,7 @@ class Checkpoints:
 
     def write_changes(self, saved: dict) -> None:
         """Into the log: what is no longer as it was. A record may not change its source."""
-        now = {"torch": torch.__version__, "hardware": self.hardware}
+        now = {"torch": str(torch.__version__), "hardware": self.hardware}
         if saved["source_sha256"] != source_hash():
             change = f"sha256 was {saved['source_sha256']}, is {source_hash()}"
             self.log.write(f"resumed: source changed, {change}")
