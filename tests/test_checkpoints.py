@@ -21,8 +21,8 @@ from conftest import ROOT, made_up_text, run_command, tiny
 import train_gpt as tg
 from data.shards import write_shard
 
-# 13 steps: the long window grows (YaRN) before step 6, and again for the last validation; embedding and head part with the
-# update of step 9, so between the save points 8 and 10; the odd last step leaves a gradient that nobody will use.
+# 13 steps: the long window grows (YaRN) before step 6; the last validation only looks further; embedding and head part with
+# the update of step 9, so between the save points 8 and 10; the odd last step leaves a gradient that nobody will use.
 STEPS, SAVE_POINTS, WINDOW_GROWS, UNTIED = 13, [2, 4, 6, 8, 10, 12, 13], 6, 10
 BASE = dict(num_steps=STEPS, val_every=4, micro_batches=2, final_long_window=96)
 DTYPES = ["float32", "bfloat16"]
@@ -138,7 +138,7 @@ def resumable(undisturbed, folder: Path, step: int, **changes) -> tg.Config:
 def test_the_save_points_lie_where_it_is_difficult(undisturbed):
     schedule = tg.Schedule(undisturbed.cfg)
     saved = {step: torch.load(path) for step, path in undisturbed.checkpoints.items()}
-    assert schedule.windows(WINDOW_GROWS - 1) != schedule.windows(WINDOW_GROWS) != schedule.windows(STEPS)
+    assert schedule.windows(WINDOW_GROWS - 1) != schedule.windows(WINDOW_GROWS) != schedule.val_windows(STEPS)
     assert [int(saved[step]["model"]["long_window"]) for step in (WINDOW_GROWS, WINDOW_GROWS + 2, STEPS)] == [
         48,
         64,
@@ -619,9 +619,8 @@ def test_a_disk_that_is_really_full(tiny_data, tmp_path):
     assert result.returncode == 0, result.stderr
     events = events_of(out)
     assert re.match(rf"step:{STEPS}/{STEPS} val_loss:", events[-1])
-    assert sum("NOT saved at step" in line and "No space left on device" in line for line in events) == 5, (
-        events
-    )
+    failures = [line for line in events if "NOT saved at step" in line]
+    assert len(failures) == 5 and "No space left on device" in failures[0], events
     assert sorted(torch.load(path)["step"] for path in out.glob("*.pt")) == [2, 4] and not list(
         out.glob(".*")
     )
