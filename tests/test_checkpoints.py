@@ -557,6 +557,24 @@ def test_a_checkpoint_of_another_configuration_is_refused_by_name(
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before  # not even a line in the log
 
 
+def test_a_checkpoint_of_before_o_and_the_loss_changed_is_refused(tiny_data, tmp_path, monkeypatch, capsys):
+    """It has no format in it. Its shapes would fit, and the run would go on with o turned over."""
+    run = a_run(tiny_data, tmp_path)
+    path = save_at(run, 4)
+    content = torch.load(path)
+    assert content.pop("format") == tg.CHECKPOINT_FORMAT
+    torch.save(content, path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(tg, "parse_config", lambda argv: (replace(run.cfg, resume=True), {}))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        tg.main()
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and len(error.splitlines()) == 1
+    assert f"{path}: a checkpoint of an older train_gpt.py" in error and "--log_dir" in error
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_what_auto_came_to_on_the_machine_that_saved_counts(tiny_data, tmp_path, monkeypatch):
     """Else weights would lose their low bits, or gain some, on a machine of another kind."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
