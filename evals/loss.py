@@ -1,9 +1,9 @@
 """Loss and bits per byte of a trained model on token shards and text files.
 
-    python evals/loss.py CHECKPOINT [FILE ...] [--tokens N]
+    python evals/loss.py CHECKPOINT [FILE ...] [--tokens N] [--val_seq_len N]
 
 Without FILE: the validation of the run that made it, as its log has it. A text file is one document; bits per byte count its
-UTF-8 bytes. Longer streams are cut into sequences of the run's --val_seq_len, as validation does.
+UTF-8 bytes. Longer streams are cut into sequences of the run's --val_seq_len, as validation does, or of another length.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from train_gpt import need  # noqa: E402
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    trained = load(args.checkpoint, args.vocab, args.device, args.dtype)
+    trained = load(args.checkpoint, args.vocab, args.device, args.dtype, args.val_seq_len)
     streams = {
         str(file): read_stream(file, trained) for file in args.files
     }  # all are read before one is measured
@@ -38,8 +38,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
     model_arguments(parser)
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="a shard (.bin) or UTF-8 text")
     parser.add_argument("--tokens", type=int, default=0, help="only the first, of each file (default: all)")
+    parser.add_argument(
+        "--val_seq_len",
+        type=int,
+        metavar="N",
+        help="tokens of a sequence (default: the run's); fewer take less memory and cut more documents",
+    )
     args = parser.parse_args(argv)
     need(args.tokens >= 0, f"--tokens {args.tokens}: must not be negative")
+    need(
+        args.val_seq_len is None or args.val_seq_len >= 1,
+        f"--val_seq_len {args.val_seq_len}: must be at least 1",
+    )
     return args
 
 

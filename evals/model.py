@@ -8,7 +8,7 @@ import argparse
 import copy
 import json
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -26,9 +26,9 @@ from train_gpt import need  # noqa: E402
 
 EXTRAS = "pip install -r evals/requirements.txt"
 LOGITS_CHUNK = 1024  # tokens whose float32 logits exist at once
-FEED_CHUNK = (
-    256  # tokens that a cache takes at once: their scores are FEED_CHUNK x (window + FEED_CHUNK) a head
-)
+# tokens that a cache takes at once: their scores are FEED_CHUNK x (window + FEED_CHUNK) a head
+FEED_CHUNK = 256
+SPAN = 16384  # queries of a long stream that attend at once
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Trained:
 
     @property
     def windows(self) -> tuple[int, int]:
-        return tg.Schedule(self.cfg).windows(self.step)
+        return tg.Schedule(self.cfg).val_windows(self.step)
 
     @property
     def longest(self) -> int:
@@ -261,17 +261,23 @@ def pick_device(given: str | None) -> str:
 
 
 def load(
-    path: str | Path, vocab: str | Path | None = None, device: str | None = None, dtype: str | None = None
+    path: str | Path,
+    vocab: str | Path | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    val_seq_len: int | None = None,
 ) -> Trained:
     """A checkpoint (.pt), an export (.safetensors), or a folder: the newest of them in it. No code of the file is run.
 
     vocab: a vocab.tiktoken, if not the export's own or the one beside the shards. device: a GPU where there is one.
-    dtype: of matrices and tables; the one that the model was trained in if not given. UserError: a file that is missing,
-    not whole, of another version of train_gpt.py, or a vocabulary that is not the model's.
+    dtype: of matrices and tables; the one that the model was trained in if not given. val_seq_len: tokens of a sequence that
+    losses are measured in, if not the run's. UserError: a file that is missing, not whole, of another version of train_gpt.py,
+    or a vocabulary that is not the model's.
     """
     path = newest(Path(path))
     config, step, state = (read_export if path.suffix == ".safetensors" else read_checkpoint)(path)
     cfg = read_config(config, path)
+    cfg = replace(cfg, val_seq_len=val_seq_len or cfg.val_seq_len)
     kind = dtype or tg.pick_dtype(cfg)
     with torch.device("meta"):  # only names, shapes and types: the values are in the file
         model = tg.GPT(cfg, getattr(torch, kind) if isinstance(kind, str) else kind)
@@ -284,9 +290,41 @@ def load(
         raise tg.UserError(f"{path}: its weights are not those of its configuration ({reason})") from None
     trained = Trained(model.requires_grad_(False).to(pick_device(device)), step, path, None)
     model.turn_rotary()
-    model.set_long_window(trained.windows[1])
+    if step < cfg.num_steps:  # where a stage begins, the run sets its window before it validates and trains
+        model.set_long_window(tg.Schedule(cfg).windows(step)[1])
+    model.attend = attend_in_spans
     trained.ranks = read_vocabulary(vocab, path, cfg)
     return trained
+
+
+def attend_in_spans(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: Tensor,
+    doc_start: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    scale: Tensor,
+    reach: int,
+    paired: bool,
+    key_offset: bool,
+) -> Tensor:
+    """train_gpt.attend for long streams: SPAN queries at a time with the keys that they reach, so that the scores of a whole
+    stream (for 262,144 tokens and a window of 2,560 some 17 GB a layer) never exist at once."""
+    q, k, v = tg.placed(q, k, v, first, cos, sin, paired, key_offset)
+    doc_start = 2 * doc_start.repeat_interleave(2) if paired else doc_start
+    lo = torch.maximum(doc_start, torch.arange(len(q), device=q.device) - reach + 1)
+    parts = []
+    for start in range(0, len(q), SPAN):
+        begin, end = max(0, start - reach + 1), start + SPAN
+        seen = slice(begin, end)
+        part = tg.IN_USE["attention"](
+            q[seen], k[seen], v[seen], (lo[seen] - begin).clamp_min(0), reach, scale
+        )
+        parts.append(part[start - begin :])
+    y = torch.cat(parts)
+    return tg.unpair(y) if paired else y
 
 
 def newest(path: Path) -> Path:
@@ -310,7 +348,10 @@ Content = tuple[str, int, dict[str, Tensor]]  # configuration, step, state of th
 def read_checkpoint(path: Path) -> Content:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        check_format(content.get("format"), path)
         return content["config"], int(content["step"]), dict(content["model"])
+    except tg.UserError:
+        raise
     except Exception as error:  # noqa: BLE001, half a file can fail in many ways
         raise tg.UserError(
             f"{path}: not a whole checkpoint of train_gpt.py ({type(error).__name__})"
@@ -326,11 +367,23 @@ def read_export(path: Path) -> Content:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             about = file.metadata()
+            check_format(int(about.get("checkpoint_format", 0)), path)
             return about["config"], int(about["step"]), {name: file.get_tensor(name) for name in file.keys()}
+    except tg.UserError:
+        raise
     except Exception as error:  # noqa: BLE001, as above
         raise tg.UserError(
             f"{path}: not a whole export of evals/export.py ({type(error).__name__})"
         ) from None
+
+
+def check_format(written: int | None, path: Path) -> None:
+    """UserError: weights of a train_gpt.py whose model computes something else with the same shapes."""
+    need(
+        written == tg.CHECKPOINT_FORMAT,
+        f"{path}: of another version of train_gpt.py, whose model computes something else; "
+        "its log begins with the source to use",
+    )
 
 
 def read_config(text: str, path: Path) -> tg.Config:
