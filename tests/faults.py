@@ -41,6 +41,8 @@ FLAGS = [
     16,
     "--micro_batches",
     8,
+    "--val_seq_len",
+    4096,
     "--val_tokens",
     8192,
     "--val_every",
