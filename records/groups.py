@@ -3,6 +3,7 @@
 import hashlib
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,9 +42,14 @@ class Group:
 
 
 def group_of(
-    name: str, runs: list[Run], step: int | None = None, key: str = "val_loss", keep_copies: bool = False
+    name: str,
+    runs: list[Run],
+    step: int | None = None,
+    key: str = "val_loss",
+    keep_copies: bool = False,
+    tell: Callable[[str], None] = warn,
 ) -> Group:
-    """Runs without a result are left out with a word, as are copies of other runs unless they are kept."""
+    """Runs without a result are left out and told of, as are copies of other runs unless they are kept."""
     group = Group(name, Sample.of([]), Sample.of([]))
     results, known = [], {}
     for run in runs:
@@ -57,7 +63,7 @@ def group_of(
         if problem is not None:
             why = f" ({run.failure()})" if run.failure() else ""
             group.left_out.append(f"{run.name} left out, it {problem}{why}")
-            warn(f"{name}: {group.left_out[-1]}")
+            tell(f"{name}: {group.left_out[-1]}")
             continue
         group.runs.append(run)
         results.append(found)
@@ -247,19 +253,38 @@ def named_path(text: str) -> NamedPath:
 
 def read_groups(texts: list[str], step: int | None, key: str) -> list[Group]:
     """The groups that a command line names, in its order. UserError if none has a result."""
-    groups = []
+    groups, paths = [], {}
+    told: list[str] = []  # one line if that is an error, else a warning each
     for named in map(named_path, texts):
         numbers = read_numbers_file(named)
         if numbers:
             groups += numbers
             continue
-        runs = read_paths([named.path], warn)
+        runs = read_paths([named.path], told.append)
         if not runs:
-            warn(f"{named.name}: no logs there")
-        groups.append(group_of(named.name, runs, step if named.step is None else named.step, key))
+            told.append(f"{named.name}: no logs there")
+        at = step if named.step is None else named.step
+        groups.append(group_of(named.name, runs, at, key, tell=told.append))
+        paths[id(groups[-1])] = named.path
+    tell_apart(groups, paths)
     shown = ", ".join(group.name for group in groups)
-    need(any(group.losses.n for group in groups), f"{shown}: no run there has the {key} that is asked for")
+    reasons = f" ({'; '.join(told[:3])})" if told else ""
+    need(
+        any(group.losses.n for group in groups),
+        f"{shown}: no run there has the {key} that is asked for{reasons}",
+    )
+    for line in told:
+        warn(line)
     return groups
+
+
+def tell_apart(groups: list[Group], paths: dict[int, Path]) -> None:
+    """Groups of one name, such as several records' this/, get their folder's name before it."""
+    names = [group.name for group in groups]
+    for group in groups:
+        path = paths.get(id(group))
+        if names.count(group.name) > 1 and path is not None and path.name == group.name:
+            group.name = one_line(f"{path.absolute().parent.name}/{path.name}", 80)
 
 
 def read_numbers_file(named: NamedPath) -> list[Group]:
