@@ -14,6 +14,7 @@ from records.stats import Sample
 
 FEW_POINTS = 5  # losses by which copies are told; runs with fewer may agree in them by chance
 LARGEST_NUMBERS = 2**20  # bytes of a file of raw numbers
+MOST_GROUPS = 500  # of a file of raw numbers
 FAR_ABOVE = 4000  # characters above a list in which its name is looked for
 
 
@@ -139,6 +140,7 @@ def read_numbers(text: str, path: Path) -> list[Group]:
         kind = ("loss" if key["loss"] else "time") + key["kind"]
         if not groups or groups[-1]["name"] != name or kind in groups[-1]:
             groups.append({"name": name, "begin": match.start()})
+            need(len(groups) <= MOST_GROUPS, f"{path}: more than {MOST_GROUPS} groups of numbers; give fewer")
         groups[-1][kind] = list_of_numbers(body, f"{path}: {name}: {match['key']}")
     ends = [group["begin"] for group in groups[1:]] + [len(text)] * bool(groups)
     made = []

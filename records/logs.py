@@ -13,6 +13,7 @@ import argparse
 import math
 import operator
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -173,22 +174,34 @@ def progress(run: Run) -> str:
     return f"{run.name}: " + ", ".join(parts)
 
 
+def show_progress(line: str, is_terminal: bool) -> None:
+    """On a terminal always the same line, else one below the other."""
+    if not is_terminal:
+        say(line)
+        return
+    columns = shutil.get_terminal_size().columns
+    sys.stdout.write(f"\r\x1b[K{line[: columns - 1]}")
+    sys.stdout.flush()
+
+
 def follow(path: Path, patience: float) -> None:
     """Prints a line for each change of the log's last run, until it ends or is silent for so many seconds."""
     is_terminal = sys.stdout is not None and sys.stdout.isatty()
+    end_of_line = "\n" if is_terminal else ""
     shown, changed = "", time.monotonic()
     while True:
         runs, problem = read_file(path)
         line = one_line(progress(runs[-1]) if runs else f"{path}: waiting ({problem})", 200)
         if line != shown:
-            say(f"\r\x1b[K{line}" if is_terminal else line)
+            show_progress(line, is_terminal)
             shown, changed = line, time.monotonic()
         ended = bool(runs) and (runs[-1].failure() is not None or result(runs[-1])[0] is not None)
         if ended and (runs[-1].planned is not None or runs[-1].failure()):
-            say(one_line(f"{runs[-1].name}: {runs[-1].failure() or 'finished'}", 300))
+            say(end_of_line + one_line(f"{runs[-1].name}: {runs[-1].failure() or 'finished'}", 300))
             return
         if time.monotonic() - changed >= patience:
-            say(f"{path.name}: no new line for {patience:g} s: the run has stopped, or is stuck")
+            name = one_line(path.name)
+            say(f"{end_of_line}{name}: no new line for {patience:g} s: the run has stopped, or is stuck")
             return
         time.sleep(min(POLL, patience))
 

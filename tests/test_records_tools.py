@@ -1,4 +1,4 @@
-"""Lists, watching, differences and exports of logs; raw numbers of READMEs; power, side by side, leaderboards."""
+"""Lists, watching, differences, exports of logs; READMEs; power, side by side, leaderboards; pictures."""
 
 import csv
 import json
