@@ -224,13 +224,13 @@ def main(argv: list[str]) -> None:
     args = flags().parse_intermixed_args(argv)
     need(args.out.suffix in (".html", ".htm"), f"--out {args.out}: ends in .html")
     check_output(args.out)
-    for module in ("plotly", "scipy.stats"):
-        extra(module)
     groups = []
     for named in map(named_path, args.groups):
         step = args.step if named.step is None else named.step
         groups.append(group_of(named.name, read_paths([named.path], warn), step))
     need(any(group.runs for group in groups), "no log with a validation loss among " + ", ".join(args.groups))
+    for module in ("plotly", "scipy.stats"):
+        extra(module)
     samples = samples_text(args.checkpoint) if args.checkpoint else ""
     write_text(args.out, page(one_line(args.title, 200), groups, args.target, samples))
     say(f"written: {args.out}, {sum(len(group.runs) for group in groups)} runs")
