@@ -1,4 +1,4 @@
-"""How fast records/logs.py lists 1,700 logs of about 100 KB, every tenth one damaged.
+"""How fast `python -m records.logs` lists 1,700 logs of about 100 KB, every tenth one damaged.
 
     python tests/log_speed.py [--logs 1700] [--kilobytes 100]
 
