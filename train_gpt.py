@@ -3714,12 +3714,29 @@ def keep_freed_memory() -> None:
 
 
 QUERY_BLOCK = 128
+SPAN = 16384  # queries that attend at once where nothing is kept for a backward pass
 
 
 def banded_attention(
     q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, window: int, scale: Tensor | float
 ) -> Tensor:
     """reference_attention by blocks of queries and the keys they reach, window >= i - first_key[i] + 1."""
+    if len(q) <= SPAN or torch.is_grad_enabled():
+        return attend_in_blocks(q, k, v, first_key, window, scale)
+    parts = []
+    for start in range(0, len(q), SPAN):
+        begin = max(0, start - window + 1)  # the first key that this span reaches
+        seen = slice(begin, start + SPAN)
+        shifted = (first_key[seen] - begin).clamp_min(0)
+        part = attend_in_blocks(q[seen], k[seen], v[seen], shifted, window, scale)
+        parts.append(part[start - begin :])
+    return torch.cat(parts)
+
+
+def attend_in_blocks(
+    q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, window: int, scale: Tensor | float
+) -> Tensor:
+    """banded_attention of a whole sequence: work and memory are T x window."""
     T, H, d = q.shape
     back = -(-(min(window, T) - 1) // QUERY_BLOCK) * QUERY_BLOCK  # keys before a block's own
     blocks = -(-T // QUERY_BLOCK)
