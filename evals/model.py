@@ -117,10 +117,10 @@ def load(
 ) -> Trained:
     """A checkpoint (.pt), an export (.safetensors), or a folder: the newest of them in it.
 
-    vocab: a vocab.tiktoken, if not the export's own or the one beside the shards. device: a GPU where there is
-    one. dtype: of matrices and tables; the one that the model was trained in if not given. val_seq_len: tokens of
-    a sequence that losses are measured in, if not the run's. UserError: a file that is missing, not whole, of
-    another version of train_gpt.py, with weights that are not finite, or a vocabulary that is not the model's.
+    vocab: a vocab.tiktoken, if not the export's own or the one beside the shards. device: a GPU where there
+    is one. dtype: of matrices and tables; the one that the model was trained in if not given. val_seq_len:
+    tokens of a sequence that losses are measured in, if not the run's. UserError: a file that is missing, not
+    whole, of another version of train_gpt.py, with weights that are not finite, or another vocabulary.
     """
     device = pick_device(device)
     path = newest(Path(path))

@@ -94,8 +94,8 @@ def kept_values(cfg: tg.Config) -> int:
 def validation_values(cfg: tg.Config) -> int:
     """Activations a token at the peak of a validation, in the last layer's MLP.
 
-    Nothing is kept for a backward pass, but x0, the extra streams, looked-up values and outputs that a skip or
-    the backout asks for stay to the end.
+    Nothing is kept for a backward pass, but x0, the extra streams, looked-up values and outputs that a skip
+    or the backout asks for stay to the end.
     """
     D, layers = cfg.model_dim, tg.topology(cfg)
     tables, extras = len(tg.value_tables(cfg)), cfg.extra_inputs + (cfg.bigram_rows > 0)
