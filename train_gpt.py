@@ -2098,15 +2098,17 @@ def attention_dkv_kernel(
         do_block = do.load([start_m, h * D])
         row = start_m + offs_m
         inside = row < T
+        qk = tl.dot(k_block, q_block.T)
         lse_i = tl.load(lse + h * T + row, mask=inside, other=0)
-        p = tl.math.exp2(tl.dot(k_block, q_block.T) * qk_scale - lse_i[None, :])
+        p = tl.math.exp2(qk * qk_scale - lse_i[None, :])
         last = tl.load(first_key + tl.minimum(start_m + BLOCK_M, T) - 1)
         if (start_n < last) | (start_n + BLOCK_N > start_m + 1):
             row_first = tl.load(first_key + row, mask=inside, other=T)
             p = tl.where((key[:, None] >= row_first[None, :]) & (key[:, None] <= row[None, :]), p, 0)
         dv_acc = tl.dot(p.to(do_block.dtype), do_block, dv_acc)
+        dp = tl.dot(v_block, do_block.T)  # before what is loaded for it: fewer registers
         delta_i = tl.load(delta + h * T + row, mask=inside, other=0)
-        ds = p * (tl.dot(v_block, do_block.T) - delta_i[None, :])
+        ds = p * (dp - delta_i[None, :])
         dk_acc = tl.dot(ds.to(q_block.dtype), q_block, dk_acc)
     dk.store([start_n, h * D], (dk_acc * tl.load(scale)).to(dk.dtype))
     dv.store([start_n, h * D], dv_acc.to(dv.dtype))

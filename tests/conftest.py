@@ -1,4 +1,4 @@
-"""What the tests share: the project on the path, a small configuration, shards of made-up text, a way to run commands."""
+"""What the tests share: a small configuration, shards of made-up text, a way to run commands."""
 
 import os
 import subprocess
@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 CLEAN_ENV = os.environ | {"OMP_NUM_THREADS": "1"}  # before anything is imported that changes it
 
 import torch  # noqa: E402
@@ -18,9 +17,7 @@ import torch  # noqa: E402
 import train_gpt as tg  # noqa: E402
 from data.shards import write_shard  # noqa: E402
 
-torch.set_num_threads(
-    1
-)  # sizes here are tiny: two threads mostly wait for each other, the more so on a busy machine
+torch.set_num_threads(1)  # sizes here are tiny: two threads mostly wait for each other
 
 TINY_STAGES = (
     tg.Stage(
@@ -70,7 +67,7 @@ def tiny(**changes) -> tg.Config:
 
 
 def made_up_text(count: int, vocab_size: int = 256, seed: int = 0) -> np.ndarray:
-    """(count,) token ids with something to learn: each is the last one plus a small step; documents of about 64 tokens."""
+    """(count,) token ids with something to learn: each is the last plus a small step; documents near 64."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, 4, count).cumsum() % (vocab_size - 1)
     tokens[rng.random(count) < 1 / 64] = vocab_size - 1
@@ -91,7 +88,7 @@ def tiny_data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def corpus_dir() -> Path:
     """The embedded corpus, made by its own command the first time."""
-    made = run_command([sys.executable, ROOT / "data" / "corpus.py"])
+    made = run_command([sys.executable, "-m", "data.corpus"])
     assert made.returncode == 0, made.stderr
     return ROOT / "data" / "corpus"
 

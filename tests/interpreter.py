@@ -1,12 +1,12 @@
-"""
-Triton's interpreter, made right for bfloat16 and FP8, and a way to run code in it.
+"""Triton's interpreter, made right for bfloat16 and FP8, and a way to run code in it.
 
-Triton (3.7 to 3.9) keeps bfloat16 values as raw 16-bit integers in its interpreter and computes with those bits: tl.dot
-multiplies them, + and tl.maximum add and compare them, casts from float32 cut instead of rounding, casts to FP8 lose the
-carry of the mantissa; without an error. Here operands are widened to float32, computed, and rounded to nearest even.
+Triton (3.7 to 3.9) keeps bfloat16 values as raw 16-bit integers in its interpreter and computes with those
+bits: tl.dot multiplies them, + and tl.maximum add and compare them, casts from float32 cut instead of
+rounding, casts to FP8 lose the carry of the mantissa; without an error. Here operands are widened to float32,
+computed, and rounded to nearest even.
 
-Kernels are interpreted if TRITON_INTERPRET=1 is set before they are defined, so what is interpreted needs a process of its
-own; `interpreted` starts one. A file of tests can be both sides of it:
+Kernels are interpreted if TRITON_INTERPRET=1 is set before they are defined, so what is interpreted needs a
+process of its own; `interpreted` starts one. A file of tests can be both sides of it:
 
     if not interpreter.ACTIVE:
         def test_kernels_in_the_interpreter():
@@ -30,14 +30,14 @@ ACTIVE = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def interpreted(code: str | Path, *arguments: str, repair: bool = True, timeout: float = 280) -> str:
-    """Runs code, a script, or a file test_*.py (by pytest) with the repaired interpreter, in a process of its own.
+    """Runs code, a script, or a file test_*.py (by pytest) in a process with the repaired interpreter.
 
-    Returns what it printed; AssertionError with the end of its output if it fails. One thread: NumPy's products of
-    128 columns are ten times slower with several. repair=False: code calls apply() itself. timeout in seconds.
+    Returns what it printed; AssertionError with the end of its output if it fails. One thread: NumPy's
+    products of 128 columns are ten times slower with several. repair=False: code calls apply() itself.
+    timeout in seconds.
     """
-    own = {
-        name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")
-    }  # of a pytest around it
+    # without what a pytest around it has set
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     env = own | {
         "TRITON_INTERPRET": "1",
         "OPENBLAS_NUM_THREADS": "1",
@@ -85,9 +85,35 @@ def f32_to_bf16(f32: np.ndarray) -> np.ndarray:
 
 
 # Those whose bfloat16 result is bfloat16 again; comparisons stay boolean.
-BINARY = ["fadd", "fmul", "fdiv", "frem", "fsub", "minimumf", "minnumf", "maximumf", "maxnumf", "precise_divf", "approx_divf"]
+BINARY = [
+    "fadd",
+    "fmul",
+    "fdiv",
+    "frem",
+    "fsub",
+    "minimumf",
+    "minnumf",
+    "maximumf",
+    "maxnumf",
+    "precise_divf",
+    "approx_divf",
+]
 COMPARISONS = ["OLT", "OGT", "OLE", "OGE", "OEQ", "ONE", "ULT", "UGT", "ULE", "UGE", "UEQ", "UNE"]
-UNARY = ["fneg", "cos", "exp", "exp2", "floor", "ceil", "log", "log2", "precise_sqrt", "sqrt", "sin", "erf", "rsqrt"]
+UNARY = [
+    "fneg",
+    "cos",
+    "exp",
+    "exp2",
+    "floor",
+    "ceil",
+    "log",
+    "log2",
+    "precise_sqrt",
+    "sqrt",
+    "sin",
+    "erf",
+    "rsqrt",
+]
 
 
 def apply() -> None:
@@ -198,7 +224,7 @@ def _repair_casts(tl, ti, builder, is_bf16, up, down) -> None:
 
 
 def _repair_atomic_add(tl, ti, builder, is_bf16, up, down) -> None:
-    """Programs run one after another here, so load, add, store is exact; two lanes of one at the same address are not."""
+    """Programs run one after another here: load, add, store is exact, but for two lanes at one address."""
     original = builder.create_atomic_rmw
 
     def plain(access, *operands):  # Triton's versions differ in how many cache options follow

@@ -1,25 +1,24 @@
-"""Attention's kernels: values and gradients in the interpreter, against float64 and the reference; what they compile to."""
+"""Attention's kernels: values and gradients in the interpreter, against float64; what they compile to."""
 
 from pathlib import Path
 
 import interpreter
 import pytest
-import reference
 import torch
 
 import train_gpt as tg
 
 
-def intervals(T: int, reach: int, starts: tuple[int, ...]) -> torch.Tensor:
-    """lo (T,) of documents that begin at starts, and a window of reach tokens."""
+def intervals(T: int, window: int, starts: tuple[int, ...]) -> torch.Tensor:
+    """first_key (T,) of documents that begin at starts, and a window in tokens."""
     doc_start = torch.zeros(T, dtype=torch.int64)
     doc_start[list(starts)] = torch.tensor(starts)
-    return torch.maximum(doc_start.cummax(0).values, torch.arange(T) - reach + 1)
+    return torch.maximum(doc_start.cummax(0).values, torch.arange(T) - window + 1)
 
 
-def visible(lo: torch.Tensor) -> torch.Tensor:
-    key = torch.arange(len(lo))
-    return (key >= lo[:, None]) & (key <= key[:, None])
+def visible(first_key: torch.Tensor) -> torch.Tensor:
+    key = torch.arange(len(first_key))
+    return (key >= first_key[:, None]) & (key <= key[:, None])
 
 
 if not interpreter.ACTIVE:
@@ -29,13 +28,14 @@ if not interpreter.ACTIVE:
         interpreter.interpreted(Path(__file__))
 
     def compiled(cc: int, *shapes: tuple[int, int, int]) -> list[aot.Result]:
-        """Forward, dq, dk and dv for each (T, H, d), as the model launches them: v a slice, nothing on the host."""
+        """Forward, dq, dk and dv for each (T, H, d), as the model launches them: v is a slice."""
         with aot.record(cc) as launches:
             for T, H, d in shapes:
                 q, k, do = (torch.empty(T, H, d, dtype=torch.bfloat16, device="meta") for _ in range(3))
                 v = torch.empty(T, 3, H, d, dtype=torch.bfloat16, device="meta")[:, 2]
-                lo, scale = torch.empty(T, dtype=torch.int32, device="meta"), torch.empty((), device="meta")
-                tg.attention_backward(do, q, k, v, lo, scale, *tg.attention_forward(q, k, v, lo, scale))
+                first_key = torch.empty(T, dtype=torch.int32, device="meta")
+                inputs = (q, k, v, first_key, torch.empty((), device="meta"))
+                tg.attention_backward(do, *inputs, *tg.attention_forward(*inputs))
         return launches
 
     SHAPES = {
@@ -79,7 +79,8 @@ else:
 
     sanitizer.apply()
 
-    # T, H, d, reach, starts. With a reach of 66 the first query of a block is the only one in it that sees a block of keys.
+    # T, H, d, window, starts. With a window of 66 the first query of a block is the only one in it that sees
+    # a block of keys.
     CASES = {
         "documents and a window": (336, 1, 128, 100, (0, 130, 131, 300)),
         "everything": (272, 1, 64, 272, (0,)),
@@ -98,8 +99,8 @@ else:
         y = operator(*x.unbind(1))
         return (y.detach(), *torch.autograd.grad(y, x, do)[0].unbind(1))
 
-    def in_float64(q, k, v, lo, scale) -> torch.Tensor:
-        scores = torch.einsum("qhd,khd->hqk", q * scale, k).masked_fill(~visible(lo), float("-inf"))
+    def in_float64(q, k, v, first_key, scale) -> torch.Tensor:
+        scores = torch.einsum("qhd,khd->hqk", q * scale, k).masked_fill(~visible(first_key), float("-inf"))
         return torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), v)
 
     def error(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -110,14 +111,16 @@ else:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
     @pytest.mark.parametrize("case", CASES)
     def test_values_and_gradients(monkeypatch, case, dtype, capability):
-        """No further from the truth than plain PyTorch; tiles by descriptors, and by pointers as GPUs before Hopper need."""
-        T, H, d, reach, starts = CASES[case]
-        monkeypatch.setattr(tg, "target", lambda: capability)
-        (x, do), lo, scale = inputs(T, H, d, dtype), intervals(T, reach, starts), torch.tensor(0.12)
-        got = with_grads(lambda q, k, v: tg.attention_triton(q, k, v, lo, reach, scale), x, do)
-        plain = with_grads(lambda q, k, v: reference.attention(q, k, v, lo, scale), x, do)
-        exact = with_grads(lambda q, k, v: in_float64(q, k, v, lo, scale.double()), x.double(), do.double())
-        for name, a, b, truth in zip(("o", "dq", "dk", "dv"), got, plain, exact):
+        """No further from the truth than plain PyTorch; by descriptors and, as before Hopper, by pointers."""
+        T, H, d, window, starts = CASES[case]
+        monkeypatch.setattr(tg, "compute_capability", lambda: capability)
+        (x, do), first_key, scale = inputs(T, H, d, dtype), intervals(T, window, starts), torch.tensor(0.12)
+        got = with_grads(lambda q, k, v: tg.triton_attention(q, k, v, first_key, window, scale), x, do)
+        plain = with_grads(lambda q, k, v: tg.reference_attention(q, k, v, first_key, scale), x, do)
+        exact = with_grads(
+            lambda q, k, v: in_float64(q, k, v, first_key, scale.double()), x.double(), do.double()
+        )
+        for name, a, b, truth in zip(("o", "dq", "dk", "dv"), got, plain, exact, strict=True):
             assert a.dtype == dtype
             if len(starts) == T and name in ("dq", "dk"):  # a softmax of one score passes no gradient
                 assert a.abs().max() < 1e-4, (name, a.abs().max())
@@ -128,47 +131,54 @@ else:
                 assert error(a, truth) < 3e-6, (name, error(a, truth))
 
     def test_layouts_of_inputs_and_gradient_and_kinds_of_scale_and_lo():
-        (x, _), lo = inputs(80, 2, 64, torch.bfloat16), intervals(160, 48, (0, 50))
+        (x, _), first_key = inputs(80, 2, 64, torch.bfloat16), intervals(160, 48, (0, 50))
         paired = torch.stack([tg.pair(t) for t in x.unbind(1)], dim=1)  # (160, 3, 1, 64)
         ones = torch.ones(()).bfloat16().expand(160, 1, 64)  # the gradient of a sum
 
-        def run(scale, lo, given, do):
-            return with_grads(lambda q, k, v: tg.attention_triton(q, k, v, lo, 48, scale), given, do)
+        def run(scale, first_key, given, do):
+            return with_grads(lambda q, k, v: tg.triton_attention(q, k, v, first_key, 48, scale), given, do)
 
-        plain = run(torch.tensor(0.12), lo, paired, ones.contiguous())
+        plain = run(torch.tensor(0.12), first_key, paired, ones.contiguous())
         by_column = paired.permute(3, 1, 2, 0).contiguous().permute(3, 1, 2, 0)
-        for other in ((0.12, lo.int(), paired, ones), (torch.tensor(0.12), lo, by_column, ones)):
-            assert all(torch.equal(a, b) for a, b in zip(run(*other), plain))
+        for other in (
+            (0.12, first_key.int(), paired, ones),
+            (torch.tensor(0.12), first_key, by_column, ones),
+        ):
+            assert all(torch.equal(a, b) for a, b in zip(run(*other), plain, strict=True))
 
     @pytest.mark.parametrize("capability", [80, 90])
     def test_only_blocks_that_hold_a_visible_pair_are_multiplied(monkeypatch, capability):
-        T, reach = 640, 150
-        lo, builder = intervals(T, reach, (0, 260, 500)), tg.triton.runtime.interpreter.InterpreterBuilder
+        T, window = 640, 150
+        first_key = intervals(T, window, (0, 260, 500))
+        builder = tg.triton.runtime.interpreter.InterpreterBuilder
         products, multiply = [], builder.create_dot
-        monkeypatch.setattr(tg, "target", lambda: capability)
+        monkeypatch.setattr(tg, "compute_capability", lambda: capability)
         monkeypatch.setattr(builder, "create_dot", lambda *args: products.append(1) or multiply(*args))
         with_grads(
-            lambda q, k, v: tg.attention_triton(q, k, v, lo, reach, 0.12), *inputs(T, 1, 16, torch.float32)
+            lambda q, k, v: tg.triton_attention(q, k, v, first_key, window, 0.12),
+            *inputs(T, 1, 16, torch.float32),
         )
         needed = 0
         for table, each in ((tg.ATTENTION_FORWARD, 2), (tg.ATTENTION_DQ, 3), (tg.ATTENTION_DKV, 4)):
-            BM, BN, *_ = tg.fitting(table)
-            needed += each * int(visible(lo).view(T // BM, BM, T // BN, BN).any(3).any(1).sum())
+            BLOCK_M, BLOCK_N, *_ = tg.config_for_arch(table)
+            blocks = visible(first_key).view(T // BLOCK_M, BLOCK_M, T // BLOCK_N, BLOCK_N)
+            needed += each * int(blocks.any(3).any(1).sum())
         assert len(products) == needed
 
     def test_operator_keeps_its_promises_to_the_compiler():
         """Fake tensors, the autograd formula, and a graph without breaks that gives the same."""
-        (x, do), lo, scale = inputs(48, 2, 16, torch.bfloat16), intervals(48, 20, (0, 30)), torch.tensor(0.12)
+        (x, do), first_key = inputs(48, 2, 16, torch.bfloat16), intervals(48, 20, (0, 30))
+        scale = torch.tensor(0.12)
         leaves = [t.clone().requires_grad_() for t in x.unbind(1)]
         torch.library.opcheck(
             tg.attention_op,
-            (*leaves, lo.int(), scale),
+            (*leaves, first_key.int(), scale),
             test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
         )
 
         def attend(q, k, v):
-            return 2 * tg.attention_triton(q, tg.norm(k), v, lo, 20, scale)
+            return 2 * tg.triton_attention(q, tg.norm(k), v, first_key, 20, scale)
 
         whole = torch.compile(attend, fullgraph=True, dynamic=False, backend="aot_eager")
-        for a, b in zip(with_grads(whole, x, do), with_grads(attend, x, do)):
+        for a, b in zip(with_grads(whole, x, do), with_grads(attend, x, do), strict=True):
             assert torch.equal(a, b)

@@ -1,4 +1,4 @@
-"""The tools that stand in for a GPU: they find what they are for, and are quiet where there is nothing to find."""
+"""The tools that stand in for a GPU: they find what they are for, and are quiet where nothing is."""
 
 import json
 import sys
@@ -68,7 +68,7 @@ def dot_error(dtype: torch.dtype, N: int = 32) -> float:
 
 
 def wrong_casts(source: torch.dtype, target: torch.dtype) -> int:
-    """How many of 1024 values do not become what torch makes of them; ties, and a mantissa that carries, among them."""
+    """How many of 1024 values do not become what torch makes of them, ties and carries among them."""
     special = torch.tensor([1.99999, 1.00390625, 1.01171875, 0.0, -0.0, 300.0, 1e-3, -3.9999])
     x = torch.cat((numbers(1016) * 8, special)).to(source)
     y = torch.empty(1024, dtype=target)

@@ -1,10 +1,9 @@
-"""The fused head: loss and gradients in the interpreter, against the reference and float64, and what it compiles to."""
+"""The fused head: loss and gradients in the interpreter, against float64; what it compiles to."""
 
 from pathlib import Path
 
 import interpreter
 import pytest
-import reference
 import torch
 
 import train_gpt as tg
@@ -13,17 +12,20 @@ CAP, OFF = (23.0, 5.0, 7.5), (0.0, 5.0, 7.5)
 
 
 def head_chunk_bf16(*args):
-    """head_chunk_triton as a GPU without FP8 computes it."""
+    """triton_head_chunk as a GPU without FP8 computes it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tg, "target", lambda: 80)
-        return tg.head_chunk_triton(*args)
+        patch.setattr(tg, "compute_capability", lambda: 80)
+        return tg.triton_head_chunk(*args)
 
 
-PIECES = {"bf16": head_chunk_bf16, "fp8": tg.head_chunk_triton}
+PIECES = {"bf16": head_chunk_bf16, "fp8": tg.triton_head_chunk}
 
 
 def inputs(T: int, V: int, n: int, spread: float = 2.0, D: int = 64) -> list[torch.Tensor]:
-    """x (T, D) of rows with mean square 1, head (D, V), bfloat16; likely targets (T,), weights (n,). spread: of logits."""
+    """x (T, D) of rows with mean square 1, head (D, V), bfloat16; likely targets (T,), weights (n,).
+
+    spread: the standard deviation of the logits.
+    """
     rng = torch.Generator().manual_seed(T + V + n)
     x = tg.norm(torch.randn(T, D, generator=rng)).bfloat16()
     head = (torch.randn(D, V, generator=rng) * spread * D**-0.5).bfloat16()
@@ -85,8 +87,8 @@ else:
         monkeypatch.setitem(tg.HEAD_CHUNK, "cpu", 8)  # the last of the three has rows with a weight of zero
         x, head, targets, weights = inputs(18, V, n)
         got = with_grads(lambda *args: tg.head_loss(*args, PIECES[piece]), x, head, targets, weights, cap)
-        plain = with_grads(reference.head_loss, x.float(), head.float(), targets, weights, cap)
-        for name, a, b in zip(("loss", "dx", "dhead"), got, plain):
+        plain = with_grads(tg.reference_head_loss, x.float(), head.float(), targets, weights, cap)
+        for name, a, b in zip(("loss", "dx", "dhead"), got, plain, strict=True):
             assert error(a, b) < tolerance, (name, error(a, b))
         assert [t.dtype for t in got] == [torch.float32, torch.bfloat16, torch.bfloat16]
 
@@ -96,7 +98,7 @@ else:
         exact = tg.head_chunk(x.double(), head.double(), targets, weights.double(), cap, True)
         plain = tg.head_chunk(x, head, targets, weights, cap, True)
         fused = head_chunk_bf16(x, head, targets, weights, cap, True)
-        for name, a, b, truth in zip(("loss", "dx", "dhead"), fused, plain, exact):
+        for name, a, b, truth in zip(("loss", "dx", "dhead"), fused, plain, exact, strict=True):
             assert error(a, truth) <= 1.1 * error(b, truth) + 1e-6, (name, error(a, truth), error(b, truth))
 
     def test_a_token_that_is_the_target_twice_gets_both_weights():
@@ -104,21 +106,21 @@ else:
         targets[:] = targets[:, :1]
         targets[3, 2] = 207
         args = x, head, targets, weights, CAP, True
-        for a, b in zip(head_chunk_bf16(*args), tg.head_chunk(*args)):
+        for a, b in zip(head_chunk_bf16(*args), tg.head_chunk(*args), strict=True):
             assert error(a, b) < 5e-3
 
     def test_large_logits_without_cap():
         x, head, targets, weights = chunk_inputs(6, 4368, 2, spread=1000.0)
         args = x, head, targets, weights, OFF, True
-        for a, b in zip(head_chunk_bf16(*args), tg.head_chunk(*args)):
+        for a, b in zip(head_chunk_bf16(*args), tg.head_chunk(*args), strict=True):
             assert a.isfinite().all() and error(a, b) < 5e-3
 
     def test_without_gradient_the_loss_owes_nothing_to_fp8_and_the_logits_stay():
         x, head, targets, weights = chunk_inputs(6, 4368, 2)
-        loss, *none = tg.head_chunk_triton(x, head, targets, weights, CAP, False)
+        loss, *none = tg.triton_head_chunk(x, head, targets, weights, CAP, False)
         assert none == [None, None]
         assert torch.equal(loss, head_chunk_bf16(x, head, targets, weights, CAP, True)[0])
-        assert not torch.equal(loss, tg.head_chunk_triton(x, head, targets, weights, CAP, True)[0])
+        assert not torch.equal(loss, tg.triton_head_chunk(x, head, targets, weights, CAP, True)[0])
         z = x @ head
         before = z.clone()
         tg.cross_entropy_(z, targets, weights, CAP, False)
@@ -135,7 +137,7 @@ else:
         """Fake tensors, what it changes in place, and a graph without breaks that gives the same."""
         x, head, targets, weights = chunk_inputs(6, 208, 2)
         torch.library.opcheck(tg.cross_entropy_, (x @ head, targets, weights, list(CAP), True))
-        whole = torch.compile(tg.head_chunk_triton, fullgraph=True, dynamic=False, backend="aot_eager")
+        whole = torch.compile(tg.triton_head_chunk, fullgraph=True, dynamic=False, backend="aot_eager")
         args = x, head, targets, weights, CAP, True
-        for a, b in zip(whole(*args), tg.head_chunk_triton(*args)):
+        for a, b in zip(whole(*args), tg.triton_head_chunk(*args), strict=True):
             assert torch.equal(a, b)

@@ -11,6 +11,7 @@ from conftest import ROOT, assert_user_error, made_up_text, run_command, tiny
 import train_gpt as tg
 
 CPU = torch.device("cpu")
+ONE_PROCESS = tg.DistEnv(0, 1, CPU)
 
 # ---- spectral_start
 
@@ -71,19 +72,19 @@ def test_similar_tokens_start_near_each_other():
     assert (near.argmax(1) == torch.arange(128) ^ 1).float().mean() > 0.95
 
 
-def tiny_run(tiny_data, log_dir, **changes) -> tg.Run:
+def tiny_trainer(tiny_data, log_dir, **changes) -> tg.Trainer:
     sizes = dict(spectral=10.0, untie_share=0.0, embed_std=0.1, data_dir=str(tiny_data), log_dir=str(log_dir))
-    return tg.Run(tiny(**sizes | changes), {})
+    return tg.Trainer(tiny(**sizes | changes), {})
 
 
 def test_a_run_starts_from_its_first_shard_and_the_time_counts(tiny_data, tmp_path):
-    run = tiny_run(tiny_data, tmp_path)
+    trainer = tiny_trainer(tiny_data, tmp_path)
     tokens = tg.read_shard(sorted(tiny_data.glob("*_train_*.bin"))[0], 256, 255).astype(np.int64)
-    embed, head = tg.spectral_start(run.cfg, tokens, CPU)
-    torch.testing.assert_close(run.model.embed.detach(), embed)
-    torch.testing.assert_close(run.model.lm_head.detach(), head)
-    assert run.clock.seconds() > 0 and run.clock.started is None
-    assert tiny_run(tiny_data, tmp_path, spectral=0.0).clock.seconds() == 0
+    embed, head = tg.spectral_start(trainer.cfg, tokens, CPU)
+    torch.testing.assert_close(trainer.model.embed.detach(), embed)
+    torch.testing.assert_close(trainer.model.lm_head.detach(), head)
+    assert trainer.clock.seconds() > 0 and trainer.clock.started is None
+    assert tiny_trainer(tiny_data, tmp_path, spectral=0.0).clock.seconds() == 0
 
 
 def test_it_needs_an_embedding_of_its_own():
@@ -97,16 +98,14 @@ def test_it_needs_an_embedding_of_its_own():
 @pytest.mark.parametrize("sparse", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_move_as_in_adam_over_the_whole_table(dtype, sparse):
-    """The same gradients to both: one fades and moves every row on every step, the other those that were touched."""
-    cfg, ranks, results = tiny(bigram_momentum=0.0, adam_every=1), tg.Ranks(0, 1, CPU), []
+    """The same gradients to both: one fades and moves every row on every step, the other the touched ones."""
+    cfg, results = tiny(bigram_momentum=0.0, adam_every=1), []
     for by_rows in (False, True):
-        model = tg.GPT(cfg, dtype)
-        optimizer, rng = tg.Optimizer(cfg, model, ranks), torch.Generator().manual_seed(0)
+        kernels = tg.plain_kernels(new_mantissa=tg.new_float32_copy, lazy_bigrams=by_rows)
+        model = tg.GPT(cfg, dtype, kernels)
+        optimizer, rng = tg.Optimizer(cfg, model, ONE_PROCESS), torch.Generator().manual_seed(0)
         state, name = optimizer.state["bigram_embed"], "bigram_embed"
-        assert "moved" in state and "momentum" not in state
-        if not by_rows:
-            state["momentum"] = torch.zeros_like(state["second"])
-            del state["moved"]
+        assert ("last_step" in state) == by_rows and ("momentum_buffer" in state) != by_rows
         for step in range(30):
             rows = torch.randint(len(model.bigram_embed), (40,), generator=rng)
             values = torch.randn(40, cfg.model_dim, generator=rng).to(dtype)
@@ -116,7 +115,8 @@ def test_rows_move_as_in_adam_over_the_whole_table(dtype, sparse):
             optimizer.adam_steps.fill_(step + 1)
             optimizer.lr_mul.fill_(1.0)
             with torch.no_grad():
-                optimizer.update(name, grad if by_rows and sparse else grad.to_dense())()
+                wait = optimizer.update_param(name, grad if by_rows and sparse else grad.to_dense())
+                wait()
         results.append(model.bigram_embed.detach().float())
     torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
     assert (results[0] != 0).any(1).sum() > 300
@@ -124,8 +124,8 @@ def test_rows_move_as_in_adam_over_the_whole_table(dtype, sparse):
 
 def test_a_model_that_moves_rows_learns_and_gives_its_table_a_sparse_gradient():
     cfg = tiny(bigram_momentum=0.0, adam_every=1)
-    model = tg.GPT(cfg)
-    optimizer = tg.Optimizer(cfg, model, tg.Ranks(0, 1, CPU))
+    model = tg.GPT(cfg, kernels=tg.plain_kernels(lazy_bigrams=True, sparse_bigram_grad=True))
+    optimizer = tg.Optimizer(cfg, model, ONE_PROCESS)
     tokens, targets = tg.split_targets(made_up_text(257))
     losses = []
     for step in range(8):

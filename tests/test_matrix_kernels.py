@@ -1,5 +1,6 @@
-"""The MLP, Muon's symmetric product and the embedding's transposes as kernels: in the interpreter against reference and
-float64, with every access checked, and what they compile to for the presets' sizes."""
+"""The MLP, Muon's symmetric product and the embedding's transposes as kernels: in the interpreter against
+reference and float64, with every access checked, and what they compile to for the presets' sizes.
+"""
 
 from functools import partial
 from pathlib import Path
@@ -55,8 +56,9 @@ if not interpreter.ACTIVE:
     @pytest.mark.parametrize("preset", ["short", "medium", "one-gpu"])
     @pytest.mark.parametrize("backward, registers", [(False, 155), (True, 172)])
     def test_mlp_on_hopper(preset, backward, registers):
-        """registers: of a thread, by Triton 3.9; one program fills a multiprocessor, so only spills would cost. The number
-        of tokens, which a stage changes, is not known to the compiler."""
+        """registers: of a thread, by Triton 3.9; one program fills a multiprocessor, so only spills would
+        cost. The number of tokens, which a stage changes, is not known to the compiler.
+        """
         cfg = tg.PRESETS[preset]
         inputs = mlp_inputs(cfg.stages[0].batch_tokens // cfg.micro_batches, cfg.model_dim, backward)
         kernel = compiled(90, tg.relu2_product, *inputs)
@@ -68,20 +70,20 @@ if not interpreter.ACTIVE:
     @pytest.mark.parametrize("name", ["mlp", "qkvo", "gram"])
     def test_symmetric_product_on_hopper(preset, name):
         x = bank(preset, "qkvo" if name == "gram" else name)
-        kernel = compiled(90, tg.symmetric_product_triton, x, *((-2.5, 0.5) if name == "gram" else ()))
+        kernel = compiled(90, tg.triton_symmetric_product, x, *((-2.5, 0.5) if name == "gram" else ()))
         assert kernel.regs <= 115 and kernel.smem <= 128 * 1024 and kernel.ctas_per_sm == 2, aot.row(kernel)
         assert kernel.counts["wgmma"] and kernel.counts["mma"] == 0, aot.row(kernel)
 
     @pytest.mark.parametrize("cc", [80, 89, 120])
     def test_matrix_kernels_fit_elsewhere(cc):
-        """Zero spills, tensor cores, and as much shared memory as there is: 163 KB on sm_80, 99 KB on sm_89 and sm_120."""
+        """No spills, tensor cores, shared memory as there is: 163 KB on sm_80, 99 KB on sm_89 and sm_120."""
         for backward in (False, True):
             kernel = compiled(cc, tg.relu2_product, *mlp_inputs(4096, 768, backward))
             assert kernel.counts["mma"] and (kernel.counts["cpasync"] or kernel.counts["tma_ld"]), aot.row(
                 kernel
             )
         for x, *scales in ((bank("one-gpu", "mlp"),), (bank("one-gpu", "qkvo"), -2.5, 0.5)):
-            assert compiled(cc, tg.symmetric_product_triton, x, *scales).counts["mma"]
+            assert compiled(cc, tg.triton_symmetric_product, x, *scales).counts["mma"]
 
     @pytest.mark.parametrize("cc", [80, 89, 90, 120])
     @pytest.mark.parametrize("dtype", [BF16, F32])
@@ -89,7 +91,7 @@ if not interpreter.ACTIVE:
         table, head = torch.empty(50304, 768, dtype=dtype), torch.empty(768, 50304, dtype=dtype)
         values = 64 * 64 // (4 * 32)  # of each thread
         for dst, src, add in ((head, table, True), (table, head, False)):
-            kernel, loads = compiled(cc, tg.transposed_triton_, dst, src, add), 1 + add
+            kernel, loads = compiled(cc, tg.triton_transpose_, dst, src, add), 1 + add
             assert kernel.counts["ldg128"] == loads * values * dtype.itemsize // 16, aot.row(kernel)
             assert kernel.kernel.asm["ptx"].count("st.global.v4.b32") == values * dtype.itemsize // 16, (
                 aot.row(kernel)
@@ -109,7 +111,7 @@ else:
         y = operator(*leaves)
         return [y, *torch.autograd.grad(y, leaves, dy)]
 
-    plain_mlp, fused_mlp = partial(tg.mlp, activation="relu2"), partial(tg.mlp_triton, activation="relu2")
+    plain_mlp, fused_mlp = partial(tg.mlp, activation="relu2"), partial(tg.triton_mlp, activation="relu2")
 
     def mlp_inputs(T: int, D: int) -> list[torch.Tensor]:
         """x, up, down, dy, with values that bfloat16 has"""
@@ -125,12 +127,13 @@ else:
     @pytest.mark.parametrize("T, D", [(140, 72), (128, 64), (1, 8)])  # parts of blocks, whole blocks, little
     @pytest.mark.parametrize("capability", [80, 90, 120])
     def test_mlp_and_its_gradients_are_the_reference(monkeypatch, dtype, tolerance, T, D, capability):
-        monkeypatch.setattr(tg, "target", lambda: capability)
+        monkeypatch.setattr(tg, "compute_capability", lambda: capability)
         inputs = mlp_inputs(T, D)
         for name, a, b in zip(
             ("y", "dx", "dup", "ddown"),
             with_grads(fused_mlp, dtype, *inputs),
             with_grads(plain_mlp, F32, *inputs),
+            strict=True,
         ):
             assert a.dtype == dtype and error(a, b) < tolerance, (name, error(a, b))
 
@@ -138,7 +141,7 @@ else:
         inputs = mlp_inputs(384, 128)
         exact, plain = with_grads(plain_mlp, torch.float64, *inputs), with_grads(plain_mlp, BF16, *inputs)
         for name, a, b, truth in zip(
-            ("y", "dx", "dup", "ddown"), with_grads(fused_mlp, BF16, *inputs), plain, exact
+            ("y", "dx", "dup", "ddown"), with_grads(fused_mlp, BF16, *inputs), plain, exact, strict=True
         ):
             assert error(a, truth) <= error(b, truth), (name, error(a, truth), error(b, truth))
 
@@ -147,7 +150,7 @@ else:
         inputs = mlp_inputs(140, 72)
         many = with_grads(fused_mlp, BF16, *inputs)
         monkeypatch.setattr(tg, "PROCESSORS", programs)
-        for a, b in zip(with_grads(fused_mlp, BF16, *inputs), many):
+        for a, b in zip(with_grads(fused_mlp, BF16, *inputs), many, strict=True):
             assert torch.equal(a, b)
 
     def test_mlp_keeps_one_tensor_of_its_hidden_size():
@@ -158,13 +161,14 @@ else:
         assert sorted(t.shape for t in kept) == [(40, 16), (40, 64), (64, 16), (64, 16)]
         y.sum().backward()  # a gradient without strides
         plain = with_grads(plain_mlp, F32, *(t.detach() for t in (x, up, down, torch.ones(40, 16))))
-        for t, grad in zip((x, up, down), plain[1:]):
+        for t, grad in zip((x, up, down), plain[1:], strict=True):
             assert error(t.grad, grad) < 5e-3
 
     def assert_symmetric(product: torch.Tensor, tolerance: float) -> None:
-        """A block of 128 x 128 and its mirror image are the same bits, as the kernel stores one product in both places.
-        Within a block on the diagonal the two halves are sums of their own: whether those agree to the bit is the affair of
-        whoever multiplies, here NumPy's library."""
+        """A block of 128 x 128 and its mirror image are the same bits, as the kernel stores one product in
+        both places. Within a block on the diagonal the two halves are sums of their own: whether those agree
+        to the bit is the affair of whoever multiplies, here NumPy's library.
+        """
         mirrored = product.mT.contiguous()
         for row in range(0, product.size(-2), 128):
             here = slice(row, row + 128)
@@ -181,7 +185,7 @@ else:
     def test_symmetric_product_is_the_reference_for_any_strides(
         monkeypatch, dtype, tolerance, shape, capability
     ):
-        monkeypatch.setattr(tg, "target", lambda: capability)
+        monkeypatch.setattr(tg, "compute_capability", lambda: capability)
         n, rows, columns = SHAPES[shape]
         x = random(n, rows, columns, dtype=dtype)
         padded = random(2 * n, rows + 8, 2 * columns + 8, dtype=dtype)
@@ -193,7 +197,7 @@ else:
             "scattered": padded[:n, 8:, 8::2],
         }
         for name, view in views.items():
-            product = tg.symmetric_product_triton(view)
+            product = tg.triton_symmetric_product(view)
             assert product.dtype == dtype, name
             assert_symmetric(product, tolerance)
             assert error(product, tg.symmetric_product(view.float())) < tolerance, name
@@ -202,7 +206,7 @@ else:
     @pytest.mark.parametrize("turned", [False, True])
     def test_symmetric_product_with_both_terms(dtype, tolerance, turned):
         x = tg.symmetric_product(random(3, 200, 72) / 72).to(dtype)
-        product = tg.symmetric_product_triton(x.mT if turned else x, -2.4, 0.7)
+        product = tg.triton_symmetric_product(x.mT if turned else x, -2.4, 0.7)
         assert error(product, tg.symmetric_product(x.float(), -2.4, 0.7)) < tolerance
         assert_symmetric(product, tolerance)
 
@@ -211,20 +215,19 @@ else:
         gram = tg.symmetric_product(x.float() / 16).to(BF16)
         for args in ((x, 1.5, 0.0), (gram, -2.4, 0.7)):
             truth = tg.symmetric_product(args[0].double(), *args[1:])
-            fused, (x, alpha, beta) = tg.symmetric_product_triton(*args), args
+            fused, (x, alpha, beta) = tg.triton_symmetric_product(*args), args
             plain = alpha * (x @ x.mT) + beta * x if beta else alpha * (x @ x.mT)  # each operation rounds
             assert error(fused, truth) <= error(plain, truth), args[1:]
 
     @pytest.mark.parametrize("shape", [(2, 72, 200), (2, 200, 72)])
-    def test_polar_express_with_the_kernel(monkeypatch, shape):
-        """As with products that round once; the plain version's, which round twice in bfloat16, are 5 % away."""
-        rounded_once = lambda x, alpha=1.0, beta=0.0: tg.symmetric_product(x.double(), alpha, beta).to(
-            x.dtype
-        )  # noqa: E731
-        monkeypatch.setitem(tg.IN_USE, "symmetric_product", rounded_once)
-        expected = tg.polar_express(random(*shape))
-        monkeypatch.setitem(tg.IN_USE, "symmetric_product", tg.symmetric_product_triton)
-        assert error(tg.polar_express(random(*shape)), expected) < 0.02
+    def test_polar_express_with_the_kernel(shape):
+        """As with products that round once; the plain ones, which round twice in bfloat16, are 5 % away."""
+
+        def rounded_once(x, alpha=1.0, beta=0.0):
+            return tg.symmetric_product(x.double(), alpha, beta).to(x.dtype)
+
+        expected = tg.polar_express(random(*shape), rounded_once)
+        assert error(tg.polar_express(random(*shape), tg.triton_symmetric_product), expected) < 0.02
 
     @pytest.mark.parametrize("dst_dtype, src_dtype", [(BF16, BF16), (F32, F32), (F32, BF16), (BF16, F32)])
     @pytest.mark.parametrize("rows, columns", [(64, 128), (72, 203), (1, 3)])
@@ -236,7 +239,7 @@ else:
         for add in (True, False):
             changed, expected = whole.clone(), whole.clone()
             expected[1:-1, 3:-2] = (add * whole[1:-1, 3:-2].float() + src.T.float()).to(dst_dtype)
-            tg.transposed_triton_(changed[1:-1, 3:-2], src, add)
+            tg.triton_transpose_(changed[1:-1, 3:-2], src, add)
             assert torch.equal(changed, expected), add
 
     def test_transposes_refuse_other_shapes_and_strides():
@@ -246,7 +249,7 @@ else:
             (torch.zeros(8, 32)[:, ::2], torch.zeros(16, 8)),
         ):
             with pytest.raises(AssertionError, match="torch.Size"):
-                tg.transposed_triton_(dst, src, True)
+                tg.triton_transpose_(dst, src, True)
 
     def test_operators_keep_their_promises_to_the_compiler():
         """Fake tensors, and graphs without breaks that give the same."""
@@ -255,13 +258,13 @@ else:
         checks = ("test_schema", "test_faketensor")
         torch.library.opcheck(tg.relu2_product, (x, up, None), test_utils=checks)
         torch.library.opcheck(tg.relu2_product, (dy, down, hidden), test_utils=checks)
-        torch.library.opcheck(tg.symmetric_product_triton, (up[None].mT, 1.0, 0.0), test_utils=checks)
+        torch.library.opcheck(tg.triton_symmetric_product, (up[None].mT, 1.0, 0.0), test_utils=checks)
         whole = torch.compile(dynamic=False, fullgraph=True, backend="aot_eager")
         eager, compiled = (
             with_grads(fused_mlp, BF16, x, up, down, dy),
             with_grads(whole(fused_mlp), BF16, x, up, down, dy),
         )
-        for a, b in zip(eager, compiled):
+        for a, b in zip(eager, compiled, strict=True):
             assert torch.equal(a, b)
-        gram, up = whole(lambda g: tg.symmetric_product_triton(g.mT, 0.5, 0.0)), up.detach()
-        assert torch.equal(gram(up[None]), tg.symmetric_product_triton(up[None].mT, 0.5, 0.0))
+        gram, up = whole(lambda g: tg.triton_symmetric_product(g.mT, 0.5, 0.0)), up.detach()
+        assert torch.equal(gram(up[None]), tg.triton_symmetric_product(up[None].mT, 0.5, 0.0))

@@ -1,12 +1,13 @@
-"""The model against its description: operators, reach, documents, declarations, switches, formulas, sizes of presets."""
+"""The model against its description: operators, reach, documents, parameters, switches, formulas, sizes."""
 
 import math
 import zlib
 from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import pytest
-import reference
 import torch
 from conftest import tiny
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,7 +21,7 @@ CAP = (23.0, 5.0, 7.5)  # logits 23 sigmoid((z + 5) / 7.5)
 
 
 def randomise(model: tg.GPT, keep: tuple[str, ...] = (), std: float = 0.2) -> tg.GPT:
-    """Opens the paths that begin closed by a zero. Each parameter draws by its name: in like models it is the same."""
+    """Opens paths that a zero closes at the start. A name gets the same values in every model."""
     for name, p in model.named_parameters():
         if name not in keep:
             rng = torch.Generator().manual_seed(zlib.crc32(name.encode()))
@@ -41,16 +42,9 @@ def text(T: int, starts: tuple[int, ...] = (0,), seed: int = 0) -> tuple[torch.T
     return ids[:-1], ids[1:]
 
 
-@pytest.fixture
-def stream(monkeypatch):
-    """model, tokens -> the normed stream (T, D) that the head gets: the whole model but its loss."""
-
-    def run(model: tg.GPT, tokens: torch.Tensor, windows: tuple[int, int] = WINDOWS) -> torch.Tensor:
-        with monkeypatch.context() as patch:
-            patch.setattr(tg, "head_loss", lambda x, *rest: x)
-            return model(tokens, tokens, torch.ones(1), windows)
-
-    return run
+def stream(model: tg.GPT, tokens: torch.Tensor, windows: tuple[int, int] = WINDOWS) -> torch.Tensor:
+    """The normed stream (T, D) that the head gets: the whole model but its loss."""
+    return model.hidden(tokens, windows)
 
 
 class Biggest(TorchDispatchMode):
@@ -74,23 +68,23 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float, name: str = "") ->
     assert error <= tolerance, (name, error)
 
 
-# =====================================================================================================================
+# ============================================================================================================
 # Operators
-# =====================================================================================================================
+# ============================================================================================================
 
 
 def attention_inputs(
-    T: int, reach: int, dtype: torch.dtype
+    T: int, window: int, dtype: torch.dtype
 ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-    """[q, k, v], lo with documents and windows up to reach, a weight for each output."""
-    rng = torch.Generator().manual_seed(1000 * T + reach)
+    """[q, k, v], first_key with documents and windows up to window, a weight for each output."""
+    rng = torch.Generator().manual_seed(1000 * T + window)
     q, k, v, w = (torch.randn(T, 2, 8, generator=rng).to(dtype) for _ in range(4))
     place = torch.arange(T)
     doc_start = torch.where((torch.rand(T, generator=rng) < 0.01) | (place == 0), place, 0).cummax(0).values
-    window = torch.where(
-        torch.rand(T, generator=rng) < 0.5, reach, torch.randint(1, reach + 1, (T,), generator=rng)
-    )
-    return [t.requires_grad_() for t in (q, k, v)], torch.maximum(doc_start, place - window + 1), w
+    whole = torch.rand(T, generator=rng) < 0.5
+    shorter = torch.randint(1, window + 1, (T,), generator=rng)
+    windows = torch.where(whole, window, shorter)
+    return [t.requires_grad_() for t in (q, k, v)], torch.maximum(doc_start, place - windows + 1), w
 
 
 def values_and_grads(function, inputs: list[torch.Tensor], w: torch.Tensor) -> list[torch.Tensor]:
@@ -98,63 +92,64 @@ def values_and_grads(function, inputs: list[torch.Tensor], w: torch.Tensor) -> l
     return [y.detach(), *torch.autograd.grad((y * w).sum(), inputs)]
 
 
-def attention_by_loops(q, k, v, lo, scale):
+def attention_by_loops(q, k, v, first_key, scale):
     def one(i: int, h: int):
-        return (scale * (k[lo[i] : i + 1, h] @ q[i, h])).softmax(dim=0) @ v[lo[i] : i + 1, h]
+        return (scale * (k[first_key[i] : i + 1, h] @ q[i, h])).softmax(dim=0) @ v[first_key[i] : i + 1, h]
 
     return torch.stack([torch.stack([one(i, h) for h in range(q.size(1))]) for i in range(len(q))])
 
 
 @pytest.mark.parametrize("T", [1, 5, 128, 300])
-@pytest.mark.parametrize("reach", [1, 2, 127, 128, 129, 200, 1000])
-def test_attention_in_blocks_is_the_reference(T, reach):
+@pytest.mark.parametrize("window", [1, 2, 127, 128, 129, 200, 1000])
+def test_attention_in_blocks_is_the_reference(T, window):
     for dtype, tolerance in ((torch.float32, 3e-6), (torch.bfloat16, 3e-2)):
-        inputs, lo, w = attention_inputs(T, reach, dtype)
-        fast = values_and_grads(lambda q, k, v: tg.attention(q, k, v, lo, reach, 0.5), inputs, w)
-        plain = values_and_grads(lambda q, k, v: reference.attention(q, k, v, lo, 0.5), inputs, w)
-        for name, a, b in zip(("y", "dq", "dk", "dv"), fast, plain):
+        inputs, first_key, w = attention_inputs(T, window, dtype)
+        banded = partial(tg.banded_attention, first_key=first_key, window=window, scale=0.5)
+        reference = partial(tg.reference_attention, first_key=first_key, scale=0.5)
+        fast, plain = values_and_grads(banded, inputs, w), values_and_grads(reference, inputs, w)
+        for name, a, b in zip(("y", "dq", "dk", "dv"), fast, plain, strict=True):
             assert a.dtype == dtype
-            if name in ("dq", "dk") and min(T, reach) == 1:  # one visible key: nothing but rounding
+            if name in ("dq", "dk") and min(T, window) == 1:  # one visible key: nothing but rounding
                 assert max(a.abs().max(), b.abs().max()) < 0.1
             else:
                 close(a, b, tolerance, name)
 
 
-@pytest.mark.parametrize("reach", [2, 129, 1000])
+@pytest.mark.parametrize("window", [2, 129, 1000])
 @pytest.mark.parametrize("plainest", [True, False])
-def test_attention_and_its_gradients_in_float64(reach, plainest):
-    inputs, lo, w = attention_inputs(150, reach, torch.float64)
+def test_attention_and_its_gradients_in_float64(window, plainest):
+    inputs, first_key, w = attention_inputs(150, window, torch.float64)
     operator = (
-        reference.attention
+        tg.reference_attention
         if plainest
-        else lambda q, k, v, lo, scale: tg.attention(q, k, v, lo, reach, scale)
+        else lambda q, k, v, first_key, scale: tg.banded_attention(q, k, v, first_key, window, scale)
     )
-    got = values_and_grads(lambda q, k, v: operator(q, k, v, lo, 0.5), inputs, w)
-    plain = values_and_grads(lambda q, k, v: attention_by_loops(q, k, v, lo, 0.5), inputs, w)
-    for name, a, b in zip(("y", "dq", "dk", "dv"), got, plain):
+    got = values_and_grads(lambda q, k, v: operator(q, k, v, first_key, 0.5), inputs, w)
+    plain = values_and_grads(lambda q, k, v: attention_by_loops(q, k, v, first_key, 0.5), inputs, w)
+    for name, a, b in zip(("y", "dq", "dk", "dv"), got, plain, strict=True):
         close(a, b, 2e-6, name)  # softmax is taken in float32 on purpose
 
 
-def attention_cost(T: int, reach: int) -> tuple[int, int]:
+def attention_cost(T: int, window: int) -> tuple[int, int]:
     """FLOPs and largest tensor of attention with one head of 8 dimensions, forward and backward."""
     q, k, v = (torch.randn(T, 1, 8, requires_grad=True) for _ in range(3))
-    lo = (torch.arange(T) - reach + 1).clamp_min(0)
+    first_key = (torch.arange(T) - window + 1).clamp_min(0)
     with FlopCounterMode(display=False) as flops, Biggest() as biggest:
-        tg.attention(q, k, v, lo, reach, 0.1).sum().backward()
+        tg.banded_attention(q, k, v, first_key, window, 0.1).sum().backward()
     return flops.get_total_flops(), biggest.elements
 
 
-def test_cost_of_attention_grows_with_tokens_times_reach():
+def test_cost_of_attention_grows_with_tokens_times_window():
     flops, elements = {}, {}
-    for T, reach in ((4096, 128), (4096, 256), (8192, 128)):
-        flops[T, reach], elements[T, reach] = attention_cost(T, reach)
-        assert elements[T, reach] <= T * (reach + 256), "more than a query's reach and two blocks"
-        assert flops[T, reach] <= 6 * 2 * 8 * T * (reach + 256)  # 2 products forward, 4 backward
+    for T, window in ((4096, 128), (4096, 256), (8192, 128)):
+        flops[T, window], elements[T, window] = attention_cost(T, window)
+        assert elements[T, window] <= T * (window + 256), "more than a query's window and two blocks"
+        assert flops[T, window] <= 6 * 2 * 8 * T * (window + 256)  # 2 products forward, 4 backward
     assert flops[8192, 128] == 2 * flops[4096, 128] and elements[8192, 128] == 2 * elements[4096, 128]
-    assert 1.2 < flops[4096, 256] / flops[4096, 128] < 2.2, "reach changes nothing"
+    assert 1.2 < flops[4096, 256] / flops[4096, 128] < 2.2, "the window changes nothing"
 
 
-def test_model_gives_attention_the_window_as_its_reach():
+def test_model_gives_attention_its_window():
     T, heads = 2048, 4
     model = tg.GPT(tiny(val_seq_len=T, val_tokens=T))
     with Biggest() as biggest:
@@ -178,11 +173,10 @@ def test_head_loss_in_chunks_is_the_reference(monkeypatch, T, cap, weights):
     weights, grad = torch.tensor(weights), torch.tensor(3.0)
     for dtype, tolerance in ((torch.float32, 3e-6), (torch.bfloat16, 3e-2)):
         inputs, targets = head_inputs(T, dtype)
-        fast = values_and_grads(lambda x, head: tg.head_loss(x, head, targets, weights, cap), inputs, grad)
-        plain = values_and_grads(
-            lambda x, head: reference.head_loss(x, head, targets, weights, cap), inputs, grad
-        )
-        for name, a, b in zip(("loss", "dx", "dhead"), fast, plain):
+        given = dict(targets=targets, weights=weights, cap=cap)
+        fast = values_and_grads(partial(tg.head_loss, **given), inputs, grad)
+        plain = values_and_grads(partial(tg.reference_head_loss, **given), inputs, grad)
+        for name, a, b in zip(("loss", "dx", "dhead"), fast, plain, strict=True):
             close(a, b, tolerance, name)
             assert a.dtype == b.dtype, name
         with torch.no_grad():
@@ -190,14 +184,14 @@ def test_head_loss_in_chunks_is_the_reference(monkeypatch, T, cap, weights):
         assert torch.equal(quiet, fast[0]) and not quiet.requires_grad
 
 
-@pytest.mark.parametrize("operator", [tg.head_loss, reference.head_loss])
+@pytest.mark.parametrize("operator", [tg.head_loss, tg.reference_head_loss])
 @pytest.mark.parametrize("capped", [True, False])
 def test_head_loss_by_hand(operator, capped):
     z = np.array([[-30.0, 0.0, 2.5, 40.0], [1.0, -1.0, 0.0, 3.0], [0.0, 0.0, 7.0, -5.0]])
     targets, weights = [3, 0, 2], [1.0, 0.5]
     logits = 23 / (1 + np.exp(-(z + 5) / 7.5)) if capped else z
     log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-    # the second weight is for the token after the next: the target of the place after; the last place has none
+    # the second weight is for the token after the next, the target of the place after; the last has none
     expected = -(log_p[0, 3] + log_p[1, 0] + log_p[2, 2] + 0.5 * (log_p[0, 0] + log_p[1, 2])) / 3
     cap = CAP if capped else (0.0, 0.0, 1.0)
     loss = operator(torch.eye(3), torch.tensor(z).float(), torch.tensor(targets), torch.tensor(weights), cap)
@@ -205,7 +199,7 @@ def test_head_loss_by_hand(operator, capped):
 
 
 def test_cap_at_known_values():
-    """Of two logits the loss tells the difference: 23 sigmoid(5 / 7.5) = 15.1973965, 23 sigmoid(3.5 / 7.5) = 14.1356735."""
+    """Of two logits the loss tells the difference, of 23 sigmoid(5 / 7.5) and 23 sigmoid(3.5 / 7.5) here."""
     loss = tg.head_loss(torch.ones(1, 1), torch.tensor([[0.0, -1.5]]), torch.tensor([0]), torch.ones(1), CAP)
     assert loss.item() == pytest.approx(math.log1p(math.exp(14.1356735 - 15.1973965)), rel=1e-5)
 
@@ -244,15 +238,15 @@ def test_symmetric_product_by_hand(alpha, beta):
     close(tg.symmetric_product(wide, alpha), alpha * torch.einsum("nij,nkj->nik", wide, wide), 1e-12)
 
 
-# =====================================================================================================================
+# ============================================================================================================
 # Causality and reach, through the gradient
-# =====================================================================================================================
+# ============================================================================================================
 
-# A layer hands on, from a window of w tokens, what is w - 1 back; paired heads half of w; a long layer one more through
-# the offset half of its keys. tiny() is p s l s p l, so with windows 3 and 7: 1 + 2 + 7 + 2 + 1 + 7 = 20 tokens back,
-# and 21 for the token embedding, which the smear carries one further.
-# The value embedding in layer 1 starts there, with its own window: 2 + 7 + 2 + 1 + 7 = 19; the one in the last layer sees
-# its window only, values are not offset: 6.
+# A layer hands on, from a window of w tokens, what is w - 1 back; paired heads half of w; a long layer one
+# more through the offset half of its keys. tiny() is p s l s p l, so with windows 3 and 7: 1 + 2 + 7 + 2 + 1
+# + 7 = 20 tokens back, and 21 for the token embedding, which the smear carries one further. The value
+# embedding in layer 1 starts there, with its own window: 2 + 7 + 2 + 1 + 7 = 19; the one in the last layer
+# sees its window only, values are not offset: 6.
 REACHES = {
     "everything on": ({}, (3, 7), 21, 20, 19, 6),
     "even windows": ({}, (4, 8), 27, 26, 24, 7),  # 2 + 3 + 8 + 3 + 2 + 8; 3 + 8 + 3 + 2 + 8
@@ -290,7 +284,7 @@ REACHES = {
 
 
 @pytest.mark.parametrize("case", REACHES)
-def test_a_position_sees_exactly_its_reach(stream, case):
+def test_a_position_sees_exactly_its_reach(case):
     """Every token stands once, so the rows of a table's gradient are the gradients by position."""
     changes, windows, by_token, by_input, by_first_value, by_last_value = REACHES[case]
     cfg = tiny(bigram_rows=400, bigram_signs=16, **changes)
@@ -314,7 +308,7 @@ def test_a_position_sees_exactly_its_reach(stream, case):
         assert seen == list(range(at - back, at + 1)), (name, back)
 
 
-def test_a_token_changes_nothing_before_it(stream):
+def test_a_token_changes_nothing_before_it():
     model = randomise(tg.GPT(tiny(bigram_signs=16)))
     tokens, _ = text(200, (0, 90))
     outputs = stream(model, tokens)
@@ -325,7 +319,7 @@ def test_a_token_changes_nothing_before_it(stream):
         assert not differs[:s].any() and differs[s], s
 
 
-def test_a_prefix_alone_gives_the_same(stream):
+def test_a_prefix_alone_gives_the_same():
     model = randomise(tg.GPT(tiny(bigram_signs=16)))
     tokens, _ = text(200, (0, 90))
     whole = stream(model, tokens)
@@ -333,22 +327,22 @@ def test_a_prefix_alone_gives_the_same(stream):
         close(stream(model, tokens[:n]), whole[:n], 1e-5)
 
 
-# =====================================================================================================================
+# ============================================================================================================
 # Documents
-# =====================================================================================================================
+# ============================================================================================================
 
 
 def test_documents_begin_at_their_token_and_at_the_sequence():
-    first, start = tg.documents(torch.tensor([7, 8, BOS, 9, BOS, BOS, 3]), BOS)
-    assert first.tolist() == [True, False, True, False, True, True, False]
-    assert start.tolist() == [0, 0, 2, 2, 4, 5, 5]
+    docs = tg.Documents.find(torch.tensor([7, 8, BOS, 9, BOS, BOS, 3]), BOS)
+    assert docs.is_first.tolist() == [True, False, True, False, True, True, False]
+    assert docs.starts.tolist() == [0, 0, 2, 2, 4, 5, 5]
 
 
 @pytest.mark.parametrize("windows", [(16, 48), (1000, 1000)])
 @pytest.mark.parametrize(
     "changes", [{}, {"paired_heads": "pppppp"}, {"rotary_share": 0.0, "value_embeds": "010101"}]
 )
-def test_documents_do_not_leak(stream, windows, changes):
+def test_documents_do_not_leak(windows, changes):
     """Not through attention nor through what looks one token back: smear, keys, bigrams and their signs."""
     model = randomise(tg.GPT(tiny(bigram_signs=16, **changes)))
     tokens, _ = text(200, (0, 90, 150))
@@ -361,7 +355,7 @@ def test_documents_do_not_leak(stream, windows, changes):
         assert differs[begin + 1 : end].all() and not differs[:begin].any() and not differs[end:].any()
 
 
-def test_packed_documents_are_each_as_alone(stream):
+def test_packed_documents_are_each_as_alone():
     model = randomise(tg.GPT(tiny(bigram_signs=16)))
     tokens, targets = text(200, (0, 37, 161))
     packed, loss = stream(model, tokens), model(tokens, targets, torch.ones(1), WINDOWS)
@@ -373,9 +367,9 @@ def test_packed_documents_are_each_as_alone(stream):
     assert loss.item() == pytest.approx(alone, rel=1e-5)
 
 
-# =====================================================================================================================
+# ============================================================================================================
 # Declarations
-# =====================================================================================================================
+# ============================================================================================================
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -399,7 +393,7 @@ def test_bfloat16_computes_about_the_same():
     exact, coarse = (
         randomise(tg.GPT(tiny(bigram_signs=16), dtype)) for dtype in (torch.float32, torch.bfloat16)
     )
-    for p, q in zip(exact.parameters(), coarse.parameters()):
+    for p, q in zip(exact.parameters(), coarse.parameters(), strict=True):
         p.data.copy_(q.data)
     batch = (*text(200, (0, 90)), torch.tensor([1.0, 0.5]), WINDOWS)
     losses = [model(*batch) for model in (exact, coarse)]
@@ -421,7 +415,7 @@ def test_one_step_down_the_gradient_lowers_the_loss_as_it_says():
 
 
 def test_how_each_parameter_is_optimized():
-    """The tables of docs/model.md, "Optimizers"; extra inputs are tables and scalars like the others of their kind."""
+    """The tables of docs/model.md, "Optimizers"; extra inputs are tables and scalars like the others."""
     model = tg.GPT(tiny())
     adam = {
         "embed": (0.5, 0.95, 1, 150),
@@ -447,11 +441,11 @@ def test_how_each_parameter_is_optimized():
     }
     assert got == adam
     matrices = {
-        name: (spec.lr, spec.wd, spec.second_lr)
+        name: (spec.lr, spec.wd, spec.matrix_lrs)
         for name, spec in model.specs.items()
         if spec.optimizer == "muon"
     }
-    assert matrices == {"qkvo": (1, 1, 1), "mlp": (1, 1, 2)}
+    assert matrices == {"qkvo": (1, 1, (1, 1, 1, 1)), "mlp": (1, 1, (1, 2))}
 
 
 def test_initial_values():
@@ -506,9 +500,16 @@ def assert_uniform(x: torch.Tensor, std: float) -> None:
 def test_initial_values_of_medium():
     """What docs/model.md says of them, in a narrow model: D = 64, so that 1 / sqrt(D) is 1/8."""
     medium = tg.PRESETS["medium"]
-    names = (
-        "embed_std value_embed_std input_embed_std matrix_std qkv_std o_std resid_scale bigram_rows".split()
-    )
+    names = [
+        "embed_std",
+        "value_embed_std",
+        "input_embed_std",
+        "matrix_std",
+        "qkv_std",
+        "o_std",
+        "resid_scale",
+        "bigram_rows",
+    ]
     p = dict(tg.GPT(tiny(**{name: getattr(medium, name) for name in names})).named_parameters())
     for k in range(3):  # q, k, v: std 1 / sqrt(D); o begins at 0
         assert_uniform(p["qkvo"][:, k], 1 / 8)
@@ -523,13 +524,13 @@ def test_initial_values_of_medium():
     assert not any(p[name].any() for name in zero)
 
 
-# =====================================================================================================================
+# ============================================================================================================
 # Switches
-# =====================================================================================================================
+# ============================================================================================================
 
 
 def case(gone: str = "", new: str = "", reshaped: str = "", restarted: str = "", **changes):
-    """Names of parameters that the changes take away, bring, give another shape, give other initial values."""
+    """Names of parameters that the changes take away, bring, give another shape or other initial values."""
     names = dict(gone=gone, new=new, reshaped=reshaped, restarted=restarted)
     return pytest.param(
         changes,
@@ -654,7 +655,7 @@ def test_reshaped_banks_lose_only_the_rows_of_the_layers_that_went():
         ("attn_chunk", ("attn_gate",), {}),
     ],
 )
-def test_a_gate_at_its_start_is_a_constant_whatever_the_input(stream, chunk, names, changes):
+def test_a_gate_at_its_start_is_a_constant_whatever_the_input(chunk, names, changes):
     """0 for the smear, 1 for skip and value embeddings, 1/2 for attention."""
     gated, plain = tg.GPT(tiny(**changes)), tg.GPT(tiny(**changes | {chunk: ""}))
     randomise(gated, keep=names, std=0.4)
@@ -663,6 +664,14 @@ def test_a_gate_at_its_start_is_a_constant_whatever_the_input(stream, chunk, nam
         plain.o_scale.data *= 0.5
     tokens, _ = text(150, (0, 60))
     close(stream(gated, tokens), stream(plain, tokens), 1e-6)
+
+
+def test_mix_wants_a_scale_for_each_stream():
+    streams, scales = [torch.ones(3, 4) * k for k in (1, 2, 3)], [torch.tensor(float(k)) for k in (5, 7, 11)]
+    assert torch.equal(tg.mix(streams, scales), torch.full((3, 4), 5.0 + 14 + 33))
+    for few, many in ((streams, scales[:2]), (streams[:2], scales)):
+        with pytest.raises(AssertionError, match=f"{len(few)} streams, {len(many)} scales"):
+            tg.mix(few, many)
 
 
 def test_skip_brings_sigmoid_of_minus_three_halves_at_its_start():
@@ -720,7 +729,7 @@ def test_a_shared_table_is_one_parameter_with_the_gradients_of_both_places():
 
 @pytest.mark.parametrize("chunk", ["smear", "skip", "attn", "ve"])
 @pytest.mark.parametrize("own", [0, 6])
-def test_a_gate_reads_its_chunk(stream, chunk, own):
+def test_a_gate_reads_its_chunk(chunk, own):
     """The same as a gate over all dimensions, with zero weights outside the chunk."""
     tokens, _ = text(150, (0, 60))
     for first, last in ((0, 12), (20, 27), (60, 64)):
@@ -743,21 +752,21 @@ def test_a_gate_has_no_gradient_outside_its_chunk():
     inside[dims] = True
     x, qkvo = torch.zeros(5, 32), torch.randn(4, 32, 32, generator=rng)
     for y in (
-        tg.put_back(x, heads, n, qkvo, torch.tensor(1.0), w[:, :7], dims),
+        tg.project_output(x, heads, n, qkvo, torch.tensor(1.0), w[:, :7], dims),
         tg.skip(x, other, n, torch.tensor(-1.5), w[:1, :7], dims),
-        tg.gated_value(n, heads, w[:, :7], dims, 0),
-        tg.gated_value(n, heads, w, dims, 6),
+        tg.gate_value(n, heads, w[:, :7], dims, 0),
+        tg.gate_value(n, heads, w, dims, 6),
     ):
         (grad,) = torch.autograd.grad(y.square().sum(), n, retain_graph=True)
         assert torch.equal(grad != 0, inside.expand(5, 32))
     # what the other heads' share says of head 0's value: the gate's own dimensions of it, and no more
-    (grad,) = torch.autograd.grad(tg.gated_value(n, heads, w, dims, 6)[:, 1:].square().sum(), other)
+    (grad,) = torch.autograd.grad(tg.gate_value(n, heads, w, dims, 6)[:, 1:].square().sum(), other)
     assert torch.equal((grad != 0)[:, :8], (torch.arange(8) < 6).expand(5, 8))
 
 
-# =====================================================================================================================
+# ============================================================================================================
 # Formulas
-# =====================================================================================================================
+# ============================================================================================================
 
 
 @pytest.mark.parametrize("vocab", [256, 50257, 65536])
@@ -781,9 +790,9 @@ def test_bigram_hash_is_that_of_wrapping_32_bit_integers(vocab):
 def test_bigram_rows_get_the_sign_of_their_pair():
     model = randomise(tg.GPT(tiny(bigram_signs=24)))
     tokens, _ = text(100, (0, 40))
-    first, _ = tg.documents(tokens, BOS)
-    got = model.bigram(tokens, first, model.bigram_embed)
-    rows = tg.bigram_rows(tokens, first, 5 * 256)
+    docs = tg.Documents.find(tokens, BOS)
+    got = model.bigrams(tokens, docs)
+    rows = tg.bigram_rows(tokens, docs.is_first, 5 * 256)
     for t in range(100):
         pair = int(tokens[t]) ^ (
             int(tokens[t - 1]) if t not in (0, 40) else 0
@@ -794,7 +803,7 @@ def test_bigram_rows_get_the_sign_of_their_pair():
         model.bigram_sign, tg.GPT(tiny(bigram_signs=24, seed=5)).bigram_sign
     )  # not a matter of the seed
     unsigned = randomise(tg.GPT(tiny()))
-    assert torch.equal(unsigned.bigram(tokens, first, unsigned.bigram_embed), unsigned.bigram_embed[rows])
+    assert torch.equal(unsigned.bigrams(tokens, docs), unsigned.bigram_embed[rows])
 
 
 @pytest.mark.parametrize("share, turning", [(0.5, 8), (1.0, 16), (0.25, 4), (0.0, 0)])
@@ -826,7 +835,7 @@ def test_rotary_knows_only_distances():
 
 
 def test_yarn_by_hand():
-    """384 -> 896 tokens: a/b = 3/7; a f / 2pi rotations, 32 and more: kept, 1 and fewer: stretched, between: on a line."""
+    """384 -> 896 tokens: a/b = 3/7; of a f / 2pi rotations 32 stay, 1 stretches, between them: on a line."""
     rotations = torch.tensor([61.0, 32.0, 16.5, 1.0, 0.06])
     freqs, scale = tg.yarn(2 * math.pi / 384 * rotations, 384, 896)
     close(freqs, 2 * math.pi / 384 * torch.tensor([61.0, 32.0, 16.5 * 5 / 7, 3 / 7, 0.06 * 3 / 7]), 1e-6)
@@ -841,7 +850,9 @@ def test_a_chain_of_long_windows():
         model.set_long_window(after)
         if after not in (before, 1920):  # yarn_limit is 1664: above it only the window grows
             ramps = [min(max((before * f / (2 * math.pi) - 1) / 31, 0), 1) for f in freqs]
-            freqs = [f * (before / after + m * (1 - before / after)) for f, m in zip(freqs, ramps)]
+            freqs = [
+                f * (before / after + m * (1 - before / after)) for f, m in zip(freqs, ramps, strict=True)
+            ]
             scale *= 0.2 * math.log(after / before) + 1
         close(model.rotary_freqs, torch.tensor(freqs), 1e-6)
         assert float(model.softmax_scale) == pytest.approx(scale, rel=1e-6)
@@ -864,7 +875,7 @@ def test_without_yarn_only_the_window_is_noted():
 def test_smear_by_hand():
     rng = torch.Generator().manual_seed(0)
     x, w, scale = torch.randn(6, 24, generator=rng), torch.randn(1, 7, generator=rng), torch.tensor([0.7])
-    got = tg.first_stream(x, torch.tensor([1, 0, 0, 1, 0, 0]) > 0, scale, w, slice(5, 12))
+    got = tg.smear(x, torch.tensor([1, 0, 0, 1, 0, 0]) > 0, scale, w, slice(5, 12))
     for t in range(6):
         y = x[t] + (0.7 / (1 + math.exp(-float(w[0] @ x[t, 5:12]))) * x[t - 1] if t not in (0, 3) else 0)
         close(got[t], y / y.square().mean().sqrt(), 1e-6)
@@ -882,8 +893,8 @@ def test_paired_heads_are_interleaved_in_time():
     assert torch.equal(tg.unpair(paired), x)
 
 
-# The whole model once more, as docs/model.md says it: float64, T x T attention, a layer and a head at a time. The softmax is
-# sharper for the test's sake: at scale 0.1 little follows from where a head looks.
+# The whole model once more, as docs/model.md says it: float64, T x T attention, a layer and a head at a time.
+# The softmax is sharper for the test's sake: at scale 0.1 little follows from where a head looks.
 PLAIN = dict(
     windows="sslss-sl",
     paired_heads="p..p..p.",
@@ -984,7 +995,7 @@ def plain_loss(P, signs, tokens, targets, weights, windows, freqs, scale):
 
 @pytest.mark.parametrize("long_window", [48, 64])
 def test_the_whole_model_is_what_the_description_says(long_window):
-    """Loss and every parameter's gradient, with everything switched on, before and after a change of the long window."""
+    """Loss and every parameter's gradient, everything on, before and after a change of the long window."""
     model = randomise(tg.GPT(tiny(**PLAIN)), std=0.3)
     model.set_long_window(long_window)
     freqs, scale = torch.tensor([1024 ** (-j / 3) for j in range(4)]).double(), 1.0
@@ -1004,9 +1015,9 @@ def test_the_whole_model_is_what_the_description_says(long_window):
         close(p.grad, P[name].grad, 1e-3 if name == "qkv_scale" else 3e-5, name)
 
 
-# =====================================================================================================================
+# ============================================================================================================
 # Presets
-# =====================================================================================================================
+# ============================================================================================================
 
 
 def on_meta(preset: str) -> tg.GPT:
@@ -1103,12 +1114,12 @@ def test_sizes_of_presets_by_name(preset):
     assert sum(got.values()) == TOTALS[preset]
 
 
-# A layer of short: its MLP 2 * 3072 * 768 = 4,718,592, scales of stream, x0 and bigram 3; attention 4 * 768 * 768 =
-# 2,359,296, 2 scales, gates 6 * 12 = 72; a value embedding's gates 6 * 12 = 72 more; a skip 1 scale and 12 of a gate.
-# A layer of medium: MLP 2 * 4096 * 1024 = 8,388,608, scales of stream, x0 and extra input 3; attention 4 * 1024 * 1024 =
-# 4,194,304, 2 scales, gates 8 * 16 = 128; a value embedding's gates 128 more; a skip 17 more.
-# A layer of medium-2025: the same MLP, 4 scales (bigrams too); the same attention, gates 8 * 12 = 96; a value embedding's
-# gates 96 more; a skip 13 more.
+# A layer of short: its MLP 2 * 3072 * 768 = 4,718,592, scales of stream, x0 and bigram 3; attention 4 * 768 *
+# 768 = 2,359,296, 2 scales, gates 6 * 12 = 72; a value embedding's gates 6 * 12 = 72 more; a skip 1 scale and
+# 12 of a gate. A layer of medium: MLP 2 * 4096 * 1024 = 8,388,608, scales of stream, x0 and extra input 3;
+# attention 4 * 1024 * 1024 = 4,194,304, 2 scales, gates 8 * 16 = 128; a value embedding's gates 128 more; a
+# skip 17 more. A layer of medium-2025: the same MLP, 4 scales (bigrams too); the same attention, gates 8 * 12
+# = 96; a value embedding's gates 96 more; a skip 13 more.
 LAYER_SIZES = {
     "short": [
         7_077_965,
@@ -1237,7 +1248,7 @@ def test_topology_of_medium_2025():
     assert medium["value"] == [(0, "0"), (1, "1"), (2, "2"), (13, "0"), (14, "1"), (15, "2")]
     skips = medium["skip"]  # U-Net: nested pairs around the middle
     assert len(skips) > 1 and all(a < 8 <= b for a, b in skips)
-    assert all(c < a and b < d for (a, b), (c, d) in zip(skips, skips[1:]))
+    assert all(c < a and b < d for (a, b), (c, d) in pairwise(skips))
 
 
 def test_numbers_of_presets():
@@ -1268,16 +1279,22 @@ def test_numbers_of_presets():
 def plain_gpt2_loss(
     p: dict[str, torch.Tensor], tokens: torch.Tensor, targets: torch.Tensor, windows: str
 ) -> torch.Tensor:
-    """A pre-norm transformer with rotary attention and GELU, nothing else; heads of 64, its windows 16 and 48."""
-    norm = lambda x: x * (x.square().mean(-1, keepdim=True) + 1e-7).rsqrt()
+    """A pre-norm transformer with rotary attention and GELU, no more; heads of 64, its windows 16 and 48."""
+
+    def norm(x):
+        return x * (x.square().mean(-1, keepdim=True) + 1e-7).rsqrt()
+
     place = torch.arange(len(tokens))
     start = torch.where(tokens == 4095, place, 0).cummax(0).values
     turn = torch.polar(torch.ones(()).double(), place[:, None] * 1024 ** (-torch.arange(32).double() / 31))[
         :, None
     ]
-    rotated = lambda x: torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (32, 2))) * turn).flatten(-2)
+
+    def rotated(x):
+        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (32, 2))) * turn).flatten(-2)
+
     x = norm(p["embed"][tokens])
-    for (wq, wk, wv, wo), (up, down), window in zip(p["qkvo"], p["mlp"], windows):
+    for (wq, wk, wv, wo), (up, down), window in zip(p["qkvo"], p["mlp"], windows, strict=True):
         q, k, v = ((norm(x) @ w.T / 2).unflatten(-1, (-1, 64)) for w in (wq, wk, wv))
         seen = (
             (place <= place[:, None])

@@ -1,0 +1,1 @@
+"""Slower proofs, one command each: python -m tests.programs.NAME, from the project's folder."""
