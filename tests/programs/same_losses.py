@@ -60,7 +60,10 @@ def main() -> int:
         different = [pair for pair in zip(old, new, strict=False) if pair[0] != pair[1]]
         equal = not different and len(old) == len(new)
         failed = failed or not equal
-        print(f"{name}: {len(old)} lines, {'all equal' if equal else f'{len(different)} differ'}; {new[-1]}", flush=True)
+        print(
+            f"{name}: {len(old)} lines, {'all equal' if equal else f'{len(different)} differ'}; {new[-1]}",
+            flush=True,
+        )
         for before, after in different[:3]:
             print(f"    {before}\n    {after}", flush=True)
     return int(failed)
