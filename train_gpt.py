@@ -3189,7 +3189,7 @@ class Checkpoints:
             config=json.dumps(settings(self.cfg)),
             run_id=self.log.run_id,
             source_sha256=source_hash(),
-            torch=torch.__version__,
+            torch=str(torch.__version__),
             hardware=self.hardware,
             saved_at=time.time(),
             step=step,
@@ -3203,7 +3203,7 @@ class Checkpoints:
 
     def write_changes(self, saved: dict) -> None:
         """Into the log: what is no longer as it was. A record may not change its source."""
-        now = {"torch": torch.__version__, "hardware": self.hardware}
+        now = {"torch": str(torch.__version__), "hardware": self.hardware}
         if saved["source_sha256"] != source_hash():
             change = f"sha256 was {saved['source_sha256']}, is {source_hash()}"
             self.log.write(f"resumed: source changed, {change}")
@@ -3716,12 +3716,29 @@ def keep_freed_memory() -> None:
 
 
 QUERY_BLOCK = 128
+SPAN = 16384  # queries that attend at once where nothing is kept for a backward pass
 
 
 def banded_attention(
     q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, window: int, scale: Tensor | float
 ) -> Tensor:
     """reference_attention by blocks of queries and the keys they reach, window >= i - first_key[i] + 1."""
+    if len(q) <= SPAN or torch.is_grad_enabled():
+        return attend_in_blocks(q, k, v, first_key, window, scale)
+    parts = []
+    for start in range(0, len(q), SPAN):
+        begin = max(0, start - window + 1)  # the first key that this span reaches
+        seen = slice(begin, start + SPAN)
+        shifted = (first_key[seen] - begin).clamp_min(0)
+        part = attend_in_blocks(q[seen], k[seen], v[seen], shifted, window, scale)
+        parts.append(part[start - begin :])
+    return torch.cat(parts)
+
+
+def attend_in_blocks(
+    q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, window: int, scale: Tensor | float
+) -> Tensor:
+    """banded_attention of a whole sequence: work and memory are T x window."""
     T, H, d = q.shape
     back = -(-(min(window, T) - 1) // QUERY_BLOCK) * QUERY_BLOCK  # keys before a block's own
     blocks = -(-T // QUERY_BLOCK)

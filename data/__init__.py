@@ -1,1 +1,1 @@
-"""What makes, fetches and reads training data. Each command runs as `python data/NAME.py`; see README.md."""
+"""What makes, fetches and reads training data. Each command runs as `python -m data.NAME`; see README.md."""

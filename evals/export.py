@@ -49,6 +49,8 @@ def export(trained: Trained, folder: Path) -> Path:
         dtype=str(trained.model.dtype).removeprefix("torch."),
     )
     about = {"format": "pt", "config": json.dumps(tg.settings(own)), "step": str(trained.step)}
+    about["checkpoint_format"] = str(tg.CHECKPOINT_FORMAT)
+    about["checkpoint_format"] = str(tg.CHECKPOINT_FORMAT)
     data = save({name: t.contiguous() for name, t in trained.model.state_dict().items()}, metadata=about)
     make_folder(folder)
     files = {folder / "model.safetensors": data, folder / "vocab.tiktoken": vocab_file(trained.ranks)}

@@ -1,6 +1,6 @@
 """Loss and bits per byte of a trained model on token shards and text files.
 
-    python -m evals.loss CHECKPOINT [FILE ...] [--tokens N]
+    python -m evals.loss CHECKPOINT [FILE ...] [--tokens N] [--val_seq_len N]
 
 Without FILE: the validation of the run that made it, as its log has it. A text file is one document; bits
 per byte count its UTF-8 bytes. Longer streams are cut into sequences of the run's --val_seq_len, as
@@ -21,7 +21,7 @@ from evals.model import Trained, load, model_arguments, sequences
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    trained = load(args.checkpoint, args.vocab, args.device, args.dtype)
+    trained = load(args.checkpoint, args.vocab, args.device, args.dtype, args.val_seq_len)
     streams = {
         str(file): read_stream(file, trained) for file in args.files
     }  # all are read before one is measured
@@ -36,8 +36,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     model_arguments(parser)
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="a shard (.bin) or UTF-8 text")
     parser.add_argument("--tokens", type=int, default=0, help="only the first, of each file (default: all)")
+    shorter = "tokens of a sequence (default: the run's); fewer take less memory and cut more documents"
+    parser.add_argument("--val_seq_len", type=int, metavar="N", help=shorter)
     args = parser.parse_intermixed_args(argv)
     need(args.tokens >= 0, f"--tokens {args.tokens}: must not be negative")
+    length = args.val_seq_len
+    need(length is None or 1 <= length <= 2**24, f"--val_seq_len {length}: must lie between 1 and {2**24}")
     return args
 
 

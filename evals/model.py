@@ -3,7 +3,7 @@
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -109,20 +109,25 @@ def pick_device(given: str | None) -> str:
 
 
 def load(
-    path: str | Path, vocab: str | Path | None = None, device: str | None = None, dtype: str | None = None
+    path: str | Path,
+    vocab: str | Path | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    val_seq_len: int | None = None,
 ) -> Trained:
     """A checkpoint (.pt), an export (.safetensors), or a folder: the newest of them in it.
 
     vocab: a vocab.tiktoken, if not the export's own or the one beside the shards. device: a GPU where there
-    is one. dtype: of matrices and tables; the one that the model was trained in if not given. UserError: a
-    file that is missing, not whole, of another version of train_gpt.py, with weights that are not finite,
-    or a vocabulary that is not the model's.
+    is one. dtype: of matrices and tables; the one that the model was trained in if not given. val_seq_len:
+    tokens of a sequence that losses are measured in, if not the run's. UserError: a file that is missing, not
+    whole, of another version of train_gpt.py, with weights that are not finite, or another vocabulary.
     """
     device = pick_device(device)
     path = newest(Path(path))
     config, step, state = read_export(path) if path.suffix == ".safetensors" else read_checkpoint(path)
     cfg = read_config(config, path)
     need(0 <= step <= cfg.num_steps, f"{path}: stands at step {step} of {cfg.num_steps}; not a file of a run")
+    cfg = replace(cfg, val_seq_len=val_seq_len or cfg.val_seq_len)
     kind = getattr(torch, dtype) if dtype else tg.pick_dtype(cfg)
     with torch.device("meta"):  # only names, shapes and types: the values are in the file
         model = tg.GPT(cfg, kind)
@@ -181,10 +186,7 @@ def read_checkpoint(path: Path) -> Content:
     except Exception as error:  # noqa: BLE001, half a file can fail in many ways
         kind = type(error).__name__
         raise UserError(f"{path}: not a whole checkpoint of train_gpt.py ({kind})") from None
-    need(
-        version == tg.CHECKPOINT_FORMAT,
-        f"{path}: a checkpoint of another version of train_gpt.py; use that one",
-    )
+    check_format(version, path)
     right = isinstance(text, str) and type(step) is int and isinstance(state, dict)
     need(right, f"{path}: not a whole checkpoint of train_gpt.py")
     return text, step, dict(state)
@@ -199,10 +201,19 @@ def read_export(path: Path) -> Content:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             about = file.metadata()
+            check_format(int(about.get("checkpoint_format", 0)), path)
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
             return about["config"], int(about["step"]), state
+    except UserError:
+        raise
     except Exception as error:  # noqa: BLE001, as above
         raise UserError(f"{path}: not a whole export of evals/export.py ({type(error).__name__})") from None
+
+
+def check_format(written: object, path: Path) -> None:
+    """UserError: weights of a train_gpt.py whose model computes something else with the same shapes."""
+    other = f"{path}: of another version of train_gpt.py, whose model computes something else"
+    need(written == tg.CHECKPOINT_FORMAT, f"{other}; its log begins with the source to use")
 
 
 def read_config(text: str, path: Path) -> tg.Config:

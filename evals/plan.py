@@ -1,9 +1,8 @@
-"""What a run takes on GPUs that nobody has rented yet: parameters, FLOPs, bytes, and the least time of a
-step.
+"""What a run takes on GPUs that nobody has rented yet: parameters, FLOPs, bytes, the least time of a step.
 
-    python -m evals.plan short 8xH100 [--num_steps 1000 ...]       a preset, GPUs, then any flags of
-    train_gpt.py
+    python -m evals.plan short 8xH100 [--num_steps 1000 ...]
 
+A preset, GPUs, then any flags of train_gpt.py.
 Counts of this project's model and optimizer, rates of data sheets; nothing is measured, no GPU is needed.
 """
 
@@ -92,9 +91,29 @@ def kept_values(cfg: tg.Config) -> int:
     return total
 
 
+def validation_values(cfg: tg.Config) -> int:
+    """Activations a token at the peak of a validation, in the last layer's MLP.
+
+    Nothing is kept for a backward pass, but x0, the extra streams, looked-up values and outputs that a skip
+    or the backout asks for stay to the end.
+    """
+    D, layers = cfg.model_dim, tg.topology(cfg)
+    tables, extras = len(tg.value_tables(cfg)), cfg.extra_inputs + (cfg.bigram_rows > 0)
+    outputs = sum(layer.skip_sender or layer.backout for layer in layers)
+    attending = [layer for layer in layers if layer.attends]
+    attention = 0
+    if (
+        attending
+    ):  # its normed input; q, k, y, and v, which without a value embedding is a part of their product
+        attention = D + (4 if attending[-1].value_embed else 6) * D
+    mlp = (1 + cfg.mlp_ratio) * D  # normed, relu^2
+    return (2 + extras + outputs + tables) * D + attention + mlp  # 2: x0, the stream
+
+
 def planned_memory(cfg: tg.Config, world_size: int) -> dict[str, int]:
-    """Bytes on each GPU when the forward pass of its longest sequence ends. Their sum is the expected
-    peak.
+    """Bytes on each GPU when the forward pass of its longest sequence ends; their sum is the expected peak.
+
+    In training or in a validation, whichever holds more.
     """
     optimizer = on_paper(cfg, world_size)
     tokens = max(stage.batch_tokens for stage in cfg.stages) // cfg.micro_batches
@@ -102,13 +121,15 @@ def planned_memory(cfg: tg.Config, world_size: int) -> dict[str, int]:
     D, V = head.shape
     weights = sum(p.nbytes for p in optimizer.params.values())
     states = sum(t.nbytes for state in optimizer.state.values() for t in state.values())
+    training = tokens * kept_values(cfg) * head.itemsize + head.nbytes
+    validating = cfg.val_seq_len * validation_values(cfg) * head.itemsize
     logits = min(tokens, tg.HEAD_CHUNK["cuda"]) * V
     return {
         "weights": weights,
         "gradients": weights,
         "head's chunk": (2 * tokens * D + logits) * head.itemsize + 8 * head.numel(),
         "optimizer states": states,
-        "activations": tokens * kept_values(cfg) * head.itemsize + head.nbytes,
+        "activations": max(training, validating),
     }
 
 

@@ -35,7 +35,7 @@ from records.groups import (
     read_groups,
 )
 from records.leaderboard import leaderboard
-from records.reader import Run, read_paths
+from records.reader import Point, Run, read_logs
 from records.stats import MOST_RUNS, TESTS, Sample, below, holm, paired, runs_needed, stars, welch
 from records.tables import FORMATS, table
 
@@ -250,7 +250,21 @@ def side_table(runs: list[tuple[str, Run]], style: Style = Style(), key: str = "
             time_change = [style.time(point.seconds - first.seconds)] if n else []
             row += [point.text, *loss_change, style.time(point.seconds), *time_change]
         rows.append(row)
+    rows += last_row(curves, common[-1], style)
     return table(head, rows, style.form, left=())
+
+
+def last_row(curves: list[dict[int, Point]], step: int, style: Style) -> list[list[str]]:
+    """Where runs end at different steps: each one's end."""
+    ends = [curve[max(curve)] for curve in curves]
+    if all(end.step == step for end in ends):
+        return []
+    row = ["end"]
+    for n, end in enumerate(ends):
+        loss_change = [style.loss(end.value - ends[0].value)] if n else []
+        time_change = [style.time(end.seconds - ends[0].seconds)] if n else []
+        row += [f"{end.text} at {end.step}", *loss_change, style.time(end.seconds), *time_change]
+    return [row]
 
 
 def power_table(effect: float, sd: float, alpha: float, style: Style = Style()) -> str:
@@ -349,8 +363,7 @@ def main_crossing(args: argparse.Namespace) -> None:
     groups = []
     for named in map(named_path, args.groups):
         need(named.step is None, f"crossing: {named.name}: @{named.step} has no meaning here; leave it out")
-        runs = read_paths([named.path], warn)
-        need(runs, f"{named.name}: no logs there")
+        runs = read_logs([named.path], warn)
         groups.append(Group(named.name, Sample.of([]), Sample.of([]), runs=runs))
     say(crossing_table(groups, args.level, style_of(args), args.loss or "val_loss"))
 
@@ -359,7 +372,7 @@ def main_side(args: argparse.Namespace) -> None:
     need(len(args.groups) > 1, "side: give at least two logs")
     runs = []
     for named in map(named_path, args.groups):
-        found = read_paths([named.path], warn)
+        found = read_logs([named.path], warn)
         need(len(found) == 1, f"{named.name}: {len(found)} runs there; side takes logs of one run each")
         runs.append((named.name, found[0]))
     say(side_table(runs, style_of(args), args.loss or "val_loss"))

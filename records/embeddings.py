@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cli import UserError, arguments, command, need, one_line
-from records.files import extra, number_flag, path_flag, say
+from records.files import extra, file_kind, number_flag, path_flag, say
 from records.tables import FORMATS, table
 
 
@@ -56,6 +56,10 @@ def spectrum(rows, top: int = 64) -> Spectrum:
 def load(path: Path) -> tuple[dict, int, int]:
     """A checkpoint's tensors, size of the vocabulary and step. UserError if it is none; runs no code."""
     torch = extra("torch")
+    need(
+        file_kind(path) == "file",
+        f"{path}: no whole checkpoint of train_gpt.py (there is no file of that name)",
+    )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         tensors, config = content["model"], json.loads(content["config"])

@@ -13,10 +13,13 @@ summary = pandas.DataFrame(run_rows(runs))     # a row a run: loss, seconds, har
 import csv
 import json
 import math
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 from cli import UserError, need, one_line
-from records.files import extra, file_kind, reason, write_whole
+from records.files import current_umask, extra, file_kind, reason, write_whole
 from records.reader import Run, last_result, raw_pairs, to_number
 
 PLAIN = (str, int, float, bool, type(None))
@@ -92,17 +95,22 @@ def is_not_finite(value: object) -> bool:
 
 
 def write_tensorboard(runs: list[Run], out: Path) -> str:
-    """A folder a run under `out`, for `tensorboard --logdir out`."""
+    """A folder a run under `out`, for `tensorboard --logdir out`: whole or not at all."""
     extra("tensorboard")
     summary_writer = extra("torch.utils.tensorboard").SummaryWriter
-    names = folder_names(runs)
+    part = None
     try:
-        out.mkdir()
-        for run, name in zip(runs, names, strict=True):
-            with summary_writer(str(out / name)) as writer:
+        part = Path(tempfile.mkdtemp(prefix=".part-", dir=out.parent))
+        part.chmod(0o777 & ~current_umask())
+        for run, name in zip(runs, folder_names(runs), strict=True):
+            with summary_writer(str(part / name)) as writer:
                 write_run(run, writer)
+        os.rename(part, out)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({reason(error)})") from None
+    finally:
+        if part is not None:
+            shutil.rmtree(part, ignore_errors=True)
     return f"written: {out}, {len(runs)} runs; tensorboard --logdir {out}"
 
 

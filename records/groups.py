@@ -3,6 +3,7 @@
 import hashlib
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from records.stats import Sample
 
 FEW_POINTS = 5  # losses by which copies are told; runs with fewer may agree in them by chance
 LARGEST_NUMBERS = 2**20  # bytes of a file of raw numbers
+MOST_GROUPS = 500  # of a file of raw numbers
 FAR_ABOVE = 4000  # characters above a list in which its name is looked for
 
 
@@ -41,9 +43,14 @@ class Group:
 
 
 def group_of(
-    name: str, runs: list[Run], step: int | None = None, key: str = "val_loss", keep_copies: bool = False
+    name: str,
+    runs: list[Run],
+    step: int | None = None,
+    key: str = "val_loss",
+    keep_copies: bool = False,
+    tell: Callable[[str], None] = warn,
 ) -> Group:
-    """Runs without a result are left out with a word, as are copies of other runs unless they are kept."""
+    """Runs without a result are left out and told of, as are copies of other runs unless they are kept."""
     group = Group(name, Sample.of([]), Sample.of([]))
     results, known = [], {}
     for run in runs:
@@ -57,7 +64,7 @@ def group_of(
         if problem is not None:
             why = f" ({run.failure()})" if run.failure() else ""
             group.left_out.append(f"{run.name} left out, it {problem}{why}")
-            warn(f"{name}: {group.left_out[-1]}")
+            tell(f"{name}: {group.left_out[-1]}")
             continue
         group.runs.append(run)
         results.append(found)
@@ -133,6 +140,7 @@ def read_numbers(text: str, path: Path) -> list[Group]:
         kind = ("loss" if key["loss"] else "time") + key["kind"]
         if not groups or groups[-1]["name"] != name or kind in groups[-1]:
             groups.append({"name": name, "begin": match.start()})
+            need(len(groups) <= MOST_GROUPS, f"{path}: more than {MOST_GROUPS} groups of numbers; give fewer")
         groups[-1][kind] = list_of_numbers(body, f"{path}: {name}: {match['key']}")
     ends = [group["begin"] for group in groups[1:]] + [len(text)] * bool(groups)
     made = []
@@ -247,19 +255,38 @@ def named_path(text: str) -> NamedPath:
 
 def read_groups(texts: list[str], step: int | None, key: str) -> list[Group]:
     """The groups that a command line names, in its order. UserError if none has a result."""
-    groups = []
+    groups, paths = [], {}
+    told: list[str] = []  # one line if that is an error, else a warning each
     for named in map(named_path, texts):
         numbers = read_numbers_file(named)
         if numbers:
             groups += numbers
             continue
-        runs = read_paths([named.path], warn)
+        runs = read_paths([named.path], told.append)
         if not runs:
-            warn(f"{named.name}: no logs there")
-        groups.append(group_of(named.name, runs, step if named.step is None else named.step, key))
+            told.append(f"{named.name}: no logs there")
+        at = step if named.step is None else named.step
+        groups.append(group_of(named.name, runs, at, key, tell=told.append))
+        paths[id(groups[-1])] = named.path
+    tell_apart(groups, paths)
     shown = ", ".join(group.name for group in groups)
-    need(any(group.losses.n for group in groups), f"{shown}: no run there has the {key} that is asked for")
+    reasons = f" ({'; '.join(told[:3])})" if told else ""
+    need(
+        any(group.losses.n for group in groups),
+        f"{shown}: no run there has the {key} that is asked for{reasons}",
+    )
+    for line in told:
+        warn(line)
     return groups
+
+
+def tell_apart(groups: list[Group], paths: dict[int, Path]) -> None:
+    """Groups of one name, such as several records' this/, get their folder's name before it."""
+    names = [group.name for group in groups]
+    for group in groups:
+        path = paths.get(id(group))
+        if names.count(group.name) > 1 and path is not None and path.name == group.name:
+            group.name = one_line(f"{path.absolute().parent.name}/{path.name}", 80)
 
 
 def read_numbers_file(named: NamedPath) -> list[Group]:

@@ -13,6 +13,7 @@ import argparse
 import math
 import operator
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -23,18 +24,17 @@ from cli import UserError, arguments, command, need, one_line
 from records.diff import diff_text
 from records.export import export
 from records.files import STEP, number_flag, path_flag, say, warn
-from records.reader import Run, last_result, read_file, read_paths, result
+from records.reader import Run, last_result, read_file, read_logs, read_paths, result
 from records.tables import FORMATS, table
 
 STILL_WRITTEN = 120  # seconds since a log's last change within which its run counts as running
 POLL = 1.0  # seconds between two looks at a log that is followed
 
 
-def state_of(run: Run, key: str = "val_loss") -> str:
-    """finished, running, stopped, failed or interrupted."""
-    found, _ = result(run, key=key)
+def state_of(run: Run, is_whole: bool) -> str:
+    """finished, running, stopped, failed or interrupted. is_whole: it has a loss at its last planned step."""
     failure = run.failure()
-    if found is not None and failure is None:
+    if is_whole and failure is None:
         return "finished"
     if failure is not None:
         return failure.partition(":")[0]
@@ -58,7 +58,8 @@ class Row:
 
 def row_of(run: Run, step: int | None, key: str) -> Row:
     found, problem = result(run, step, key)
-    state = state_of(run, key)
+    is_whole = found is not None if step is None else result(run, key=key)[0] is not None
+    state = state_of(run, is_whole)
     if found is None and step is None:
         found = last_result(run, key)
     memory = run.peak_memory
@@ -134,8 +135,7 @@ def sort_key(name: str) -> Callable[[Row], tuple]:
 
 
 def list_runs(args: argparse.Namespace) -> str:
-    rows = [row_of(run, args.step, args.loss) for run in read_paths(args.paths, warn)]
-    need(rows, "no log among " + ", ".join(map(str, args.paths)))
+    rows = [row_of(run, args.step, args.loss) for run in read_logs(args.paths, warn)]
     for keep in args.where:
         rows = [row for row in rows if keep(row)]
     if args.last:
@@ -174,22 +174,34 @@ def progress(run: Run) -> str:
     return f"{run.name}: " + ", ".join(parts)
 
 
+def show_progress(line: str, is_terminal: bool) -> None:
+    """On a terminal always the same line, else one below the other."""
+    if not is_terminal:
+        say(line)
+        return
+    columns = shutil.get_terminal_size().columns
+    sys.stdout.write(f"\r\x1b[K{line[: columns - 1]}")
+    sys.stdout.flush()
+
+
 def follow(path: Path, patience: float) -> None:
     """Prints a line for each change of the log's last run, until it ends or is silent for so many seconds."""
     is_terminal = sys.stdout is not None and sys.stdout.isatty()
+    end_of_line = "\n" if is_terminal else ""
     shown, changed = "", time.monotonic()
     while True:
         runs, problem = read_file(path)
         line = one_line(progress(runs[-1]) if runs else f"{path}: waiting ({problem})", 200)
         if line != shown:
-            say(f"\r\x1b[K{line}" if is_terminal else line)
+            show_progress(line, is_terminal)
             shown, changed = line, time.monotonic()
         ended = bool(runs) and (runs[-1].failure() is not None or result(runs[-1])[0] is not None)
         if ended and (runs[-1].planned is not None or runs[-1].failure()):
-            say(one_line(f"{runs[-1].name}: {runs[-1].failure() or 'finished'}", 300))
+            say(end_of_line + one_line(f"{runs[-1].name}: {runs[-1].failure() or 'finished'}", 300))
             return
         if time.monotonic() - changed >= patience:
-            say(f"{path.name}: no new line for {patience:g} s: the run has stopped, or is stuck")
+            name = one_line(path.name)
+            say(f"{end_of_line}{name}: no new line for {patience:g} s: the run has stopped, or is stuck")
             return
         time.sleep(min(POLL, patience))
 
@@ -245,8 +257,7 @@ def pick_command(argv: list[str]) -> tuple[str, list[str]]:
 
 
 def one_run(path: Path) -> Run:
-    runs = read_paths([path], warn)
-    need(runs, f"{path}: no log there")
+    runs = read_logs([path], warn)
     if len(runs) > 1:
         raise UserError(f"{path}: {len(runs)} runs there; give a log of one run")
     return runs[0]
@@ -261,8 +272,7 @@ def main(argv: list[str]) -> None:
         say(diff_text(*map(one_run, args.paths)))
     elif what == "export":
         need(args.out, "export: give --out NAME.csv, NAME.jsonl, or with --to tensorboard a folder")
-        runs = read_paths(args.paths, warn)
-        need(runs, "no log among " + ", ".join(map(str, args.paths)))
+        runs = read_logs(args.paths, warn)
         say(export(runs, args.out, args.to))
     elif args.follow:
         need(len(args.paths) == 1 and not args.paths[0].is_dir(), "--follow: give one log")

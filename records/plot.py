@@ -31,7 +31,7 @@ from records.files import (
     write_whole,
 )
 from records.groups import named_path
-from records.reader import Run, read_paths
+from records.reader import Run, read_logs
 from records.stats import Sample
 
 Curve = tuple[list[float], list[float]]  # x, loss
@@ -375,7 +375,7 @@ def main(argv: list[str]) -> None:
     groups = []
     for named in map(named_path, args.groups):
         need(named.step is None, f"{named.name}: @{named.step} has no meaning here; --to ends the picture")
-        groups.append((in_words(named.name) if args.words else named.name, read_paths([named.path], warn)))
+        groups.append((in_words(named.name) if args.words else named.name, read_logs([named.path], warn)))
     draw(groups, args)
 
 

@@ -75,14 +75,20 @@ class Run:
         """The file's path; with #2, #3 .. behind it for later runs of a file."""
         return f"{self.path}{self.name[len(self.path.stem) :]}"
 
-    def events(self) -> list[tuple[int, bytes]]:
-        """(step, rest of the line) of each event that stands: what a resumed run did again is left out."""
+    def events(self, wanted: tuple[bytes, ...] = (b":",)) -> list[tuple[int, bytes]]:
+        """(step, rest of the line) of each event that has one of the `wanted` words.
+
+        What a resumed run did again is left out.
+        """
+        is_wanted = re.compile(b"|".join(map(re.escape, wanted))).search
         found: list[tuple[int, bytes]] = []
         for match in EVENT.finditer(self.body):
             if match["resumed"] is not None:
                 drop_repeated(found, int(match["resumed"]))
                 continue
             rest = match["rest"]
+            if not is_wanted(rest):
+                continue
             if self.is_cut and match.end() == len(self.body):
                 rest = whole_pairs(rest)
             if CURVES.search(rest):
@@ -94,9 +100,7 @@ class Run:
         names = [name for name, meaning in LLM_C.items() if meaning == key] + [key]
         wanted = tuple(f"{name}:".encode() for name in names)
         found = []
-        for step, rest in self.events():
-            if not any(name in rest for name in wanted):
-                continue
+        for step, rest in self.events(wanted):
             pairs = raw_pairs(rest)
             value = to_number(pairs.get(key, ""))
             if value is None:
@@ -373,6 +377,18 @@ def read_paths(paths: list[Path], warn: Callable[[str], None] | None = None) -> 
             runs += found
             if problem and warn:
                 warn(f"{file}: skipped ({problem})")
+    return runs
+
+
+def read_logs(paths: list[Path], warn: Callable[[str], None]) -> list[Run]:
+    """As read_paths; UserError, with the first reasons, if there is no log at all."""
+    told: list[str] = []
+    runs = read_paths(paths, told.append)
+    names = ", ".join(map(str, paths))
+    reasons = f": {'; '.join(told[:3])}" if told else ""
+    need(runs, one_line(f"no log among {names}", 600) + reasons)
+    for line in told:
+        warn(line)
     return runs
 
 

@@ -42,7 +42,7 @@ from records.files import (
 )
 from records.groups import Group, group_of, numbers_text
 from records.plot import canvas, save, time_axis
-from records.reader import read_paths, result
+from records.reader import read_logs, result
 from records.rules import ROOT, TRACKS, Finding, Submission, check
 from records.stats import below, welch
 from records.tables import FORMATS, table
@@ -65,8 +65,7 @@ def findings_table(findings: list[Finding], form: str = "text") -> str:
 
 def group(name: str, path: Path) -> Group:
     """The runs of a record, all of which count: none may be unfinished."""
-    runs = read_paths([path], warn)
-    need(runs, f"{path}: no logs there")
+    runs = read_logs([path], warn)
     for run in runs:
         found, problem = result(run)
         if found is not None and not math.isfinite(found.loss):

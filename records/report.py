@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from cli import UserError, arguments, command, need, one_line
-from records.compare import groups_note, groups_table
+from records.compare import PAIRS_NOTE, groups_note, groups_table, pairs_table
 from records.diff import configuration_text, facts_text, source_text
 from records.files import LOSS, MARK, STEP, check_output, extra, file_kind, path_flag, say, warn, write_text
 from records.groups import Group, comparison_warnings, group_of, named_path
@@ -74,7 +74,8 @@ def curve_figure(groups: list[Group], key: str, x: str) -> dict:
                 }
             )
     label = "step" if x == "step" else "training time, seconds"
-    layout = {"xaxis": {"title": {"text": label}}, "yaxis": {"title": {"text": f"{key}, nats a token"}}}
+    axes = {"xaxis": {"title": {"text": label}}, "yaxis": {"title": {"text": f"{key}, nats a token"}}}
+    layout = axes | {"margin": {"t": 20}}
     return {"id": f"{key}-{x}", "data": traces, "layout": layout}
 
 
@@ -185,6 +186,8 @@ def page(title: str, groups: list[Group], target: float | None, samples: str) ->
     notes += [f"{group.name}: {line}" for group in groups for line in group.left_out]
     body = [f"<h1>{html.escape(title)}</h1>", "<h2>Groups</h2>", preformatted(groups_table(groups, target))]
     body += [f"<p class=note>{html.escape(one_line(note, 1000))}</p>" for note in notes]
+    if len(groups) > 1:
+        body += ["<h2>Pairs</h2>", preformatted(f"{pairs_table(groups, first=True)}\n\n{PAIRS_NOTE}")]
     body += ["<h2>Runs</h2>", preformatted(runs_text(groups)), "<h2>Curves</h2>"]
     for question, figure in figures:
         body += [f"<h3>{html.escape(question)}</h3>", f'<div class=plot id="{figure["id"]}"></div>']
@@ -221,13 +224,13 @@ def main(argv: list[str]) -> None:
     args = flags().parse_intermixed_args(argv)
     need(args.out.suffix in (".html", ".htm"), f"--out {args.out}: ends in .html")
     check_output(args.out)
-    for module in ("plotly", "scipy.stats"):
-        extra(module)
     groups = []
     for named in map(named_path, args.groups):
         step = args.step if named.step is None else named.step
         groups.append(group_of(named.name, read_paths([named.path], warn), step))
     need(any(group.runs for group in groups), "no log with a validation loss among " + ", ".join(args.groups))
+    for module in ("plotly", "scipy.stats"):
+        extra(module)
     samples = samples_text(args.checkpoint) if args.checkpoint else ""
     write_text(args.out, page(one_line(args.title, 200), groups, args.target, samples))
     say(f"written: {args.out}, {sum(len(group.runs) for group in groups)} runs")

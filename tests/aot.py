@@ -33,6 +33,21 @@ from triton.runtime.jit import JITFunction, MockTensor  # noqa: E402
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
+def use_torchs_ptxas(torch_folder: Path) -> None:
+    """A CUDA build of torch brings a ptxas of its own, with which Inductor compiles, and Triton in the same process from then
+    on. So that the figures here are of what a GPU would get, and ptxas knows the PTX that it is asked about: that one from the
+    start. An own TRITON_PTXAS_PATH stays."""
+    for path in (
+        torch_folder / "bin/ptxas",
+        torch_folder / "_inductor/bin/ptxas",
+    ):  # the wheel's; where 2.11 looks
+        if os.access(path, os.X_OK) and not os.environ.get("TRITON_PTXAS_PATH"):
+            os.environ["TRITON_PTXAS_PATH"] = str(path)
+
+
+use_torchs_ptxas(Path(torch.__file__).parent)
+
+
 @dataclass(frozen=True)
 class Limits:
     """Of one architecture: shared memory in bytes that a block can ask for, and what a multiprocessor has."""
@@ -190,11 +205,12 @@ def ptxas_for(cc: int) -> str:
 
         return get_ptxas(cc).path
     except (ImportError, AttributeError, TypeError):  # older than 3.8
-        return str(BIN / ("ptxas-blackwell" if cc >= 100 else "ptxas"))
+        given = os.environ.get("TRITON_PTXAS_PATH")
+        return str(BIN / "ptxas-blackwell") if cc >= 100 else given or str(BIN / "ptxas")
 
 
 def ptxas_v(ptx: str, cc: int, fmad: bool = True, extra: tuple[str, ...] | list[str] = ()) -> str:
-    """What `ptxas -v` says of this source, by Triton's own ptxas. RuntimeError holds its complaint."""
+    """What `ptxas -v` says of this source, by the ptxas that Triton uses for cc. RuntimeError holds its complaint."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "k.ptx")
         source.write_text(ptx)

@@ -1,4 +1,4 @@
-"""How fast records/logs.py lists 1,700 logs of about 100 KB, every tenth one damaged.
+"""How fast `python -m records.logs` lists 1,700 logs of about 100 KB, every tenth one damaged.
 
     python tests/log_speed.py [--logs 1700] [--kilobytes 100]
 
@@ -7,6 +7,7 @@ Half of a log is source, the rest events: a line a step, a validation every 125.
 
 import argparse
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -47,10 +48,14 @@ def main() -> None:
         command = [sys.executable, "-m", "records.logs", folder]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         seconds = time.perf_counter() - began
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
         sys.exit(done.stderr)
     listed = len(done.stdout.splitlines()) - 2  # without the head
-    print(f"{args.logs} logs, {megabytes:.0f} MB: {seconds:.1f} s, {listed} runs listed")
+    print(
+        f"{args.logs} logs, {megabytes:.0f} MB: {seconds:.1f} s, {listed} runs listed; "
+        f"{usage.ru_utime + usage.ru_stime:.1f} s of processor time"
+    )
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ train_gpt.py at its full size on "an H100", without a GPU: a driver that does no
 
 What is real: torch.compile, Inductor, Triton and ptxas for sm_90, the rules of CUDA-graph capture, torch's allocator with
 79 GiB, the processes of several ranks, and every call that would reach the GPU, which is counted. What is not: kernels do
-nothing, in no time, so no loss, time or choice of an autotuner means anything. Eight steps meet every stage and the untie
-step. A call that makes the host wait for the device inside a step is a failure (exit code 1), named by its line; so is an
+nothing, in no time, so no loss, time or choice of an autotuner means anything. Two steps of each stage, the untie step among
+them, and validations between them and at the end, two sequences a rank. A call that makes the host wait for the device inside a step is a failure (exit code 1), named by its line; so is an
 operator without its kernel, or work that cannot be captured.
 
 Needs Linux, a C compiler, and a Python with a CUDA build of torch and its headers; without, it says so and ends with 0:
@@ -39,16 +39,10 @@ import numpy as np
 
 TESTS = Path(__file__).resolve().parent
 BEGIN, END = "<!-- null device: begin -->", "<!-- null device: end -->"
-STEPS = [
-    "--num_steps",
-    "8",
-    "--extension_share",
-    "0.25",
-    "--val_every",
-    "4",
-]  # 2 in each stage and in the extension
-PRESETS, VAL_SEQ_LENS = ("short", "medium", "one-gpu"), {"short": 32768, "medium": 32768, "one-gpu": 16384}
-TRAIN_TOKENS, BOS, DOCUMENT = 4_000_000, 50256, 400
+STAGES = {"short": 4, "medium": 13, "one-gpu": 4}  # of each preset, the extension among them
+PRESETS = tuple(STAGES)
+VAL_SEQ_LEN = 262_144  # of all of them
+TRAIN_TOKENS, BOS, DOCUMENT = 13_000_000, 50256, 400
 
 KINDS = ("kernel", "blas", "nccl", "copy")  # in the order of nullgpu/counts.h
 COUNTS = (
@@ -83,6 +77,12 @@ class Figures:
     replayed: float  # share of work that comes from graphs
     syncs: dict[str, int]  # lines of train_gpt.py at which a step waited for the device, how often
     fallbacks: list[str]  # lines of the log that say that something else ran instead
+
+
+def steps_of(preset: str) -> list[str]:
+    """Flags for two steps in each stage, of which the last is the extension; validation after every fourth and the last."""
+    count = STAGES[preset]
+    return ["--num_steps", str(2 * count), "--extension_share", str(1 / count), "--val_every", "4"]
 
 
 # what this machine lacks
@@ -258,9 +258,9 @@ def run(case: Case, train_gpt: Path, folder: Path, cache: Path) -> dict:
     flags = [
         "--preset",
         case.preset,
-        *STEPS,
+        *steps_of(case.preset),
         "--val_tokens",
-        str(2 * VAL_SEQ_LENS[case.preset] * case.ranks),
+        str(2 * VAL_SEQ_LEN * case.ranks),
         "--data_dir",
         str(folder / "data"),
         "--log_dir",
@@ -434,7 +434,7 @@ def build_once(folder: Path) -> None:
         (folder / "lib").mkdir()
         build(folder / "lib")
     if not (folder / "data").exists():
-        make_data(folder / "data", 2 * max(VAL_SEQ_LENS.values()) * 8)
+        make_data(folder / "data", 2 * VAL_SEQ_LEN * 8)
 
 
 def main(argv: list[str]) -> int:

@@ -21,8 +21,8 @@ from conftest import ROOT, made_up_text, run_command, tiny
 import train_gpt as tg
 from data.shards import write_shard
 
-# 13 steps: the long window grows (YaRN) before step 6, and again for the last validation; embedding and head part with the
-# update of step 9, so between the save points 8 and 10; the odd last step leaves a gradient that nobody will use.
+# 13 steps: the long window grows (YaRN) before step 6; the last validation only looks further; embedding and head part with
+# the update of step 9, so between the save points 8 and 10; the odd last step leaves a gradient that nobody will use.
 STEPS, SAVE_POINTS, WINDOW_GROWS, UNTIED = 13, [2, 4, 6, 8, 10, 12, 13], 6, 10
 BASE = dict(num_steps=STEPS, val_every=4, micro_batches=2, final_long_window=96)
 DTYPES = ["float32", "bfloat16"]
@@ -138,7 +138,7 @@ def resumable(undisturbed, folder: Path, step: int, **changes) -> tg.Config:
 def test_the_save_points_lie_where_it_is_difficult(undisturbed):
     schedule = tg.Schedule(undisturbed.cfg)
     saved = {step: torch.load(path) for step, path in undisturbed.checkpoints.items()}
-    assert schedule.windows(WINDOW_GROWS - 1) != schedule.windows(WINDOW_GROWS) != schedule.windows(STEPS)
+    assert schedule.windows(WINDOW_GROWS - 1) != schedule.windows(WINDOW_GROWS) != schedule.val_windows(STEPS)
     assert [int(saved[step]["model"]["long_window"]) for step in (WINDOW_GROWS, WINDOW_GROWS + 2, STEPS)] == [
         48,
         64,
@@ -557,6 +557,24 @@ def test_a_checkpoint_of_another_configuration_is_refused_by_name(
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before  # not even a line in the log
 
 
+def test_a_checkpoint_of_before_o_and_the_loss_changed_is_refused(tiny_data, tmp_path, monkeypatch, capsys):
+    """It has no format in it. Its shapes would fit, and the run would go on with o turned over."""
+    run = a_run(tiny_data, tmp_path)
+    path = save_at(run, 4)
+    content = torch.load(path)
+    assert content.pop("format") == tg.CHECKPOINT_FORMAT
+    torch.save(content, path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(tg, "parse_config", lambda argv: (replace(run.cfg, resume=True), {}))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        tg.main()
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and len(error.splitlines()) == 1
+    assert f"{path}: a checkpoint of an older train_gpt.py" in error and "--log_dir" in error
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_what_auto_came_to_on_the_machine_that_saved_counts(tiny_data, tmp_path, monkeypatch):
     """Else weights would lose their low bits, or gain some, on a machine of another kind."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
@@ -619,9 +637,8 @@ def test_a_disk_that_is_really_full(tiny_data, tmp_path):
     assert result.returncode == 0, result.stderr
     events = events_of(out)
     assert re.match(rf"step:{STEPS}/{STEPS} val_loss:", events[-1])
-    assert sum("NOT saved at step" in line and "No space left on device" in line for line in events) == 5, (
-        events
-    )
+    failures = [line for line in events if "NOT saved at step" in line]
+    assert len(failures) == 5 and "No space left on device" in failures[0], events
     assert sorted(torch.load(path)["step"] for path in out.glob("*.pt")) == [2, 4] and not list(
         out.glob(".*")
     )

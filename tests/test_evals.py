@@ -40,11 +40,11 @@ def lively(cfg: tg.Config) -> tg.GPT:
 
 
 def trained(reach: tuple[int, int] = (16, 64), **changes) -> model.Trained:
-    """At the end of its run, so that `reach` are the windows of the last validation."""
+    """At the end of its run, so that `reach` are the windows of the last validation. Its angles are those of training."""
     stages = tuple(replace(stage, windows=(reach[0], stage.windows[1])) for stage in tiny().stages)
     cfg = tiny(vocab_size=VOCAB + 1, bos_id=BOS, stages=stages, final_long_window=reach[1], **changes)
     net = lively(cfg).requires_grad_(False)
-    net.set_long_window(reach[1])
+    net.set_long_window(64)
     return model.Trained(net, cfg.num_steps, ROOT / "made up", None)
 
 
@@ -63,16 +63,15 @@ def checkpoint(folder, vocab: dict[bytes, int], step: int = 8, **changes):
     save_vocab(data / "vocab.tiktoken", vocab)
     write_shard(data / "x_val_000000.bin", stream(700, seed=3).numpy())
     cfg = tiny(vocab_size=VOCAB + 1, bos_id=BOS, data_dir=str(data), **changes)
-    path = folder / f"run.step{step:06d}.pt"
-    tg.save_checkpoint(
-        path,
-        {
-            "config": json.dumps(tg.settings(cfg)),
-            "run_id": "run",
-            "step": step,
-            "model": lively(cfg).state_dict(),
-        },
-    )
+    path, net = folder / f"run.step{step:06d}.pt", lively(cfg)
+    net.set_long_window(tg.Schedule(cfg).windows(step - 1)[1])  # what its last step was trained with
+    content = {
+        "config": json.dumps(tg.settings(cfg)),
+        "run_id": "run",
+        "step": step,
+        "model": net.state_dict(),
+    }
+    tg.save_checkpoint(path, content | {"format": tg.CHECKPOINT_FORMAT})
     return path
 
 
@@ -153,22 +152,41 @@ def test_bfloat16_stays_close():
 # Loading
 
 
-def test_a_checkpoint_is_loaded_with_its_window_and_vocabulary(tmp_path, ranks):
-    path = checkpoint(tmp_path, ranks)
-    it = model.load(path, device="cpu")
+# Of 8 steps the first four have a long window of 48 tokens, the others one of 64; the last validation looks 96 far.
+@pytest.mark.parametrize(
+    "step, windows, trained_with",
+    [(2, (16, 48), 48), (4, (16, 64), 64), (6, (16, 64), 64), (8, (16, 96), 64)],
+    ids=["in a stage", "where a stage begins", "in the last stage", "at the end"],
+)
+def test_a_checkpoint_is_loaded_with_its_windows_its_angles_and_its_vocabulary(
+    tmp_path, ranks, step, windows, trained_with
+):
+    """As the run validated it there: with the stage that begins, and at the end with the angles of training."""
+    it = model.load(checkpoint(tmp_path, ranks, step=step, final_long_window=96), device="cpu")
     net = lively(it.cfg)
-    net.set_long_window(it.cfg.final_long_window)
-    assert it.windows == (16, 64) and int(it.model.long_window) == 64
+    net.set_long_window(trained_with)
+    assert it.windows == windows and int(it.model.long_window) == trained_with
     for (name, want), found in zip(net.state_dict().items(), it.model.state_dict().values(), strict=True):
         assert torch.equal(found, want), name
     tokens = stream(80)
-    assert torch.equal(it.hidden(tokens), net.hidden(tokens, (16, 64)))
+    torch.testing.assert_close(it.hidden(tokens), net.hidden(tokens, windows), rtol=0, atol=1e-5)
     assert it.decode(it.encode(TEXT)) == "<|endoftext|>" + TEXT
 
 
-def test_a_checkpoint_of_half_a_run_keeps_that_stage_s_windows(tmp_path, ranks):
-    it = model.load(checkpoint(tmp_path, ranks, step=2), device="cpu")
-    assert it.windows == (16, 48) and int(it.model.long_window) == 48
+@pytest.mark.parametrize("changes", [{}, FEATURES["every layer paired and long"], FEATURES["no rotary"]])
+def test_a_long_stream_attends_a_span_at_a_time(tmp_path, ranks, monkeypatch, changes):
+    it, tokens = model.load(checkpoint(tmp_path, ranks, **changes), device="cpu"), stream(300)
+    net = lively(it.cfg)
+    net.set_long_window(64)
+    want, lengths, attention = net.hidden(tokens, it.windows), [], tg.attention
+    monkeypatch.setitem(
+        tg.IN_USE, "attention", lambda q, *rest: (lengths.append(len(q)), attention(q, *rest))[1]
+    )
+    for span in (1000, 128, 50):
+        monkeypatch.setattr(model, "SPAN", span)
+        lengths.clear()
+        torch.testing.assert_close(it.hidden(tokens), want, rtol=0, atol=1e-4)
+        assert max(lengths) <= min(2 * 300, span + 63), "queries with the keys that they reach, and no more"
 
 
 def test_of_a_folder_the_newest_is_loaded(tmp_path, ranks):
@@ -201,6 +219,11 @@ def spoil(content: dict, **config) -> dict:
         (lambda c: spoil(c, mlp_ratio=2), "weights are not those"),
         (lambda c: c | {"config": "[]"}, "another version|cannot be read"),
         (lambda c: {k: v for k, v in c.items() if k != "model"}, "not a whole checkpoint"),
+        (
+            lambda c: {k: v for k, v in c.items() if k != "format"},
+            "another version of train_gpt.py, whose model",
+        ),
+        (lambda c: c | {"format": 1}, "another version of train_gpt.py, whose model"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_used_is_named(tmp_path, ranks, change, words):
@@ -334,8 +357,9 @@ def test_losses_are_the_model_s_own():
     assert abs(loss.total_loss(it, tokens.numpy()) - want) < 1e-3
 
 
-def test_a_run_s_checkpoint_has_the_loss_of_its_log(tmp_path, ranks, capsys):
-    """The whole way: train, save at the end, load the folder, measure."""
+def test_each_checkpoint_of_a_run_has_the_loss_of_its_log(tmp_path, ranks, monkeypatch, capsys):
+    """The whole way: train, save in each stage, where the second begins, and at the end; load, measure."""
+    monkeypatch.setattr(tg, "KEPT_CHECKPOINTS", 99)
     data = tmp_path / "data"
     data.mkdir()
     save_vocab(data / "vocab.tiktoken", ranks)
@@ -347,19 +371,35 @@ def test_a_run_s_checkpoint_has_the_loss_of_its_log(tmp_path, ranks, capsys):
         data_dir=str(data),
         log_dir=str(tmp_path / "logs"),
         warmup=False,
-        save_every=6,
+        save_every=2,
+        val_every=2,
         final_long_window=96,
     )
     tg.train(cfg, {})
-    logged = [line for line in capsys.readouterr().out.splitlines() if "step:8/8 val_loss" in line][0]
-    loss.main([str(tmp_path / "logs"), "--device", "cpu"])
-    printed = dict(pair.split(":") for pair in capsys.readouterr().out.split()[:3])
-    wanted = dict(pair.split(":") for pair in logged.split())
-    assert (printed["loss"], printed["bpb"], printed["tokens"]) == (
-        wanted["val_loss"],
-        wanted["val_bpb"],
-        "512",
-    )
+    logged = [line for line in capsys.readouterr().out.splitlines() if " val_loss:" in line]
+    files = sorted((tmp_path / "logs").glob("*.pt"))
+    assert [line.split("/")[0] for line in logged] == ["step:0", "step:2", "step:4", "step:6", "step:8"]
+    for file, line in zip([*files, tmp_path / "logs"], [*logged[1:], logged[-1]], strict=True):
+        loss.main([str(file), "--device", "cpu"])
+        printed = dict(pair.split(":") for pair in capsys.readouterr().out.split()[:3])
+        wanted = dict(pair.split(":") for pair in line.split())
+        assert float(printed["loss"]) == pytest.approx(
+            float(wanted["val_loss"]), abs=1.1e-4
+        )  # digits, rounded
+        assert float(printed["bpb"]) == pytest.approx(float(wanted["val_bpb"]), abs=1.1e-4)
+        assert printed["tokens"] == "512"
+
+
+def test_sequences_of_another_length_than_the_run_s(tmp_path, ranks, capsys):
+    """Longer ones too, for which there are no angles in the file."""
+    path, shard = checkpoint(tmp_path, ranks), tmp_path / "data" / "x_val_000000.bin"
+    assert model.load(path, device="cpu").longest == 512
+    for size in (100, 699, 5000):
+        loss.main([str(path), str(shard), "--device", "cpu", "--val_seq_len", str(size)])
+        it = model.load(path, device="cpu", val_seq_len=size)
+        parts = stream(700, seed=3)
+        nats = sum(float(it.losses(parts[at : at + size + 1]).sum()) for at in range(0, 699, size))
+        assert capsys.readouterr().out.startswith(f"loss:{nats / 699:.4f} ")
 
 
 def test_a_text_s_bits_per_byte(tmp_path, ranks, capsys):
@@ -540,6 +580,7 @@ def test_samples_are_printed_and_counted(tmp_path, ranks, capsys):
         ("sample", ["CHECKPOINT", b"\xff"], ["not UTF-8"]),
         ("loss", ["CHECKPOINT", "NOTEXT"], ["no.txt", "byte 3 is not UTF-8"]),
         ("loss", ["CHECKPOINT", "nowhere.bin"], ["nowhere.bin"]),
+        ("loss", ["CHECKPOINT", "--val_seq_len", "0"], ["--val_seq_len 0"]),
         ("hellaswag", ["CHECKPOINT", "nowhere.jsonl"], ["nowhere.jsonl", "--fetch"]),
         ("export", ["nowhere", "out"], ["nowhere", "--save_every"]),
     ],

@@ -213,6 +213,27 @@ def test_a_bug_is_not_taken_for_a_broken_connection(hub, tmp_path, monkeypatch):
         fineweb.fetch(1, "10B", tmp_path)
 
 
+def test_a_closed_pipe_is_not_taken_for_a_broken_connection(hub, tmp_path, monkeypatch):
+    """`| head -1`: cli.command ends quietly, nothing is tried again."""
+
+    def closed(line):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(fineweb, "say", closed)
+    fetch = fineweb.Fetch("kjj0/fineweb10B-gpt2", tmp_path, [VAL])
+    with pytest.raises(BrokenPipeError):
+        fetch.run()
+    assert hub.fetched() == [VAL]
+
+
+def test_what_somebody_keeps_in_the_folders_stays(hub, tmp_path):
+    (tmp_path / ".staging").mkdir()
+    (tmp_path / ".staging" / "notes").write_text("mine")
+    fineweb.main(["--out", str(tmp_path), "1"])
+    assert os.listdir(tmp_path / ".staging") == ["notes"]
+    assert_whole(tmp_path, 1, also=(".staging",))
+
+
 # The disk
 
 
@@ -324,7 +345,20 @@ def test_no_hub_at_all(hub, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags", [["0"], ["104"], ["1030", "--dataset", "100B"], ["nine"], ["--dataset", "1B"], ["--what"]]
+    "flags",
+    [
+        ["0"],
+        ["104"],
+        ["1030", "--dataset", "100B"],
+        ["nine"],
+        ["--dataset", "1B"],
+        ["--what"],
+        ["--out", ""],
+        ["9" * 400],
+        ["9" * 5000],
+        ["1", "--out", "n" * 300],
+        ["1", "--out", "/dev/null"],
+    ],
 )
 def test_wrong_flags(hub, flags):
     with pytest.raises(UserError) as error:

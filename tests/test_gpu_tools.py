@@ -1,11 +1,13 @@
 """The tools that stand in for a GPU: they find what they are for, and are quiet where nothing is."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import run_command
 
 triton = pytest.importorskip("triton", reason="Triton is not installed (it is made for Linux)")
 
@@ -229,6 +231,32 @@ def test_the_sanitizer_finds_what_is_planted_and_nothing_else():
 
 
 # ahead-of-time compilation
+
+
+@pytest.fixture
+def torch_with_ptxas(tmp_path) -> Path:
+    """A folder as a CUDA build of torch has it, with a ptxas that says of every source that it spills 7 bytes."""
+    ptxas = tmp_path / "torch" / "bin" / "ptxas"
+    ptxas.parent.mkdir(parents=True)
+    told = "release 13.0, V13.0.48\\n7 bytes spill stores, 7 bytes spill loads"
+    ptxas.write_text(f'#!/bin/sh\necho "Cuda compilation tools, {told}" | tee /dev/stderr\n')
+    ptxas.chmod(0o755)
+    return ptxas.parent.parent
+
+
+@pytest.mark.parametrize("tool", ["aot", "inductor_stats"])
+@pytest.mark.parametrize("own", ["", "/somewhere/ptxas"])
+def test_the_tools_ask_the_ptxas_that_torch_brings(torch_with_ptxas, tool, own):
+    """From their import on, as Inductor does; but not where somebody has chosen another."""
+    code = (
+        f"import os, torch; torch.__file__ = {str(torch_with_ptxas / '__init__.py')!r}; import {tool}, aot\n"
+        "print(os.environ['TRITON_PTXAS_PATH'])\n"
+        "print('7 bytes spill stores' in aot.ptxas_v('.version 9.0', 80))"
+    )
+    tests = str(Path(__file__).parent)
+    done = run_command([sys.executable, "-c", code], PYTHONPATH=tests, TRITON_PTXAS_PATH=own)
+    path, *asked = done.stdout.splitlines()
+    assert path == own or (path == str(torch_with_ptxas / "bin/ptxas") and asked == ["True"]), done.stderr
 
 
 @triton.jit

@@ -144,7 +144,7 @@ def test_a_folder_beside_the_program_is_found_from_anywhere(tmp_path, monkeypatc
 
 
 def plain_sequences(shards: list[list[int]], wanted: list[tuple[int, int]]) -> list[list[int]] | None:
-    """model.md and data.md in plain Python: for each (tokens, limit) whole documents, cut at the limit. None: too few."""
+    """docs/model.md, "Data", in plain Python: for each (tokens, limit) whole documents, cut at the limit. None: too few."""
     documents = []
     for tokens in shards:
         for token in tokens:
@@ -219,6 +219,43 @@ def test_sequences_are_those_of_a_plain_walk_over_shards_and_stages(tmp_path, se
         assert tokens.dtype == targets.dtype == torch.int64
         assert tokens[0] == BOS
         assert tokens.tolist() == sequence[:-1] and targets.tolist() == sequence[1:]
+
+
+@pytest.fixture(scope="module")
+def long_documents(tmp_path_factory) -> tuple[Path, list[list[int]]]:
+    """Shards of documents of log-normal length, many of them longer than the limits of `short` and `medium`."""
+    folder, shards, rng = tmp_path_factory.mktemp("long"), [], np.random.default_rng(0)
+    for _ in range(4):
+        lengths = rng.lognormal(7.0, 1.0, 90).astype(int) + 1
+        documents = [[BOS, *rng.integers(0, BOS, length).tolist()] for length in lengths]
+        assert sum(length > 4096 for length in lengths) > 1
+        shards.append(sum(documents, []))
+    write_shards(folder, shards)
+    return folder, shards
+
+
+@pytest.mark.parametrize("preset, limit", [("short", 2048), ("medium", 4096)])
+def test_the_stream_of_a_record_preset_on_any_number_of_ranks(long_documents, preset, limit):
+    """A step of every stage, at an eighth of its tokens: eight sequences from whole documents, cut at the preset's limit."""
+    folder, shards = long_documents
+    record = tg.PRESETS[preset]
+    stages = tuple(replace(stage, batch_tokens=stage.batch_tokens // 8) for stage in record.stages)
+    cfg = tiny(data_dir=str(folder), stages=stages, micro_batches=8, num_steps=1, epochs=20)
+    expected = plain_sequences(
+        20 * shards, [(row.batch_tokens // 8 + 1, limit) for row in stages for _ in range(8)]
+    )
+    assert any(
+        sequence[limit : limit + 1] == [BOS] for sequence in expected
+    )  # one begins with a cut document
+    for ranks in (1, 2, 4, 8):
+        found = [[] for _ in range(8 * len(stages))]
+        for rank in range(ranks):
+            loader = tg.Loader(cfg)
+            for step, row in enumerate(stages):
+                for n, (tokens, targets) in enumerate(loader.step(row, rank, ranks)):
+                    found[8 * step + n * ranks + rank] = [*tokens.tolist(), int(targets[-1])]
+                    assert torch.equal(tokens[1:], targets[:-1])
+        assert found == expected
 
 
 @pytest.mark.parametrize(

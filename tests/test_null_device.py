@@ -1,7 +1,9 @@
 """What of null_device.py works without a CUDA build: its arguments, its reasons to skip, its figures and its table."""
 
+import ctypes
 import re
 import shutil
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -99,25 +101,108 @@ def test_each_thing_that_is_missing_has_its_reason(monkeypatch, tmp_path):
     assert "Linux" in nd.skip_reason()
 
 
+def config(preset: str, *flags: str) -> tg.Config:
+    """What the program runs a preset with, on one rank."""
+    flags = (*nd.steps_of(preset), "--val_tokens", str(2 * nd.VAL_SEQ_LEN), *flags)
+    return tg.parse_config(["--preset", preset, *flags])[0]
+
+
+def test_every_preset_for_gpus_is_run_but_the_older_form_of_medium():
+    assert {name for name, cfg in tg.PRESETS.items() if cfg.device == "cuda"} == {*nd.PRESETS, "medium-2025"}
+
+
 @pytest.mark.parametrize("preset", nd.PRESETS)
 def test_the_steps_meet_every_stage_and_the_untie_step(preset):
-    cfg, _ = tg.parse_config(
-        ["--preset", preset, *nd.STEPS, "--val_tokens", str(2 * nd.VAL_SEQ_LENS[preset])]
-    )
+    cfg = config(preset)
     schedule = tg.Schedule(cfg)
     met = Counter(schedule.stage_index(step) for step in range(cfg.num_steps))
     assert met == dict.fromkeys(range(len(cfg.stages)), 2)  # an even and an odd step each
     assert schedule.untie_step < cfg.num_steps - 1  # and steps after it
-    assert cfg.val_seq_len == nd.VAL_SEQ_LENS[preset] and cfg.val_every < cfg.num_steps
+    assert cfg.val_seq_len == nd.VAL_SEQ_LEN and cfg.val_every < cfg.num_steps
 
 
-def test_the_data_lasts_for_the_run(tmp_path):
-    nd.make_data(tmp_path / "data", 65536)
-    cfg, _ = tg.parse_config(
-        ["--preset", "short", *nd.STEPS, "--val_tokens", "65536", "--data_dir", str(tmp_path / "data")]
-    )
-    tg.Loader(cfg).check_enough(tg.Schedule(cfg))
-    assert tg.Validation(cfg).count == 2
+def test_the_data_lasts_for_every_run(tmp_path):
+    nd.make_data(tmp_path / "data", 2 * nd.VAL_SEQ_LEN)
+    for preset in nd.PRESETS:
+        cfg = config(preset, "--data_dir", str(tmp_path / "data"))
+        tg.Loader(cfg).check_enough(tg.Schedule(cfg))
+        assert tg.Validation(cfg).count == 2
+
+
+# the rules of capture, in the null device's own library
+
+
+@pytest.fixture(scope="module")
+def runtime(tmp_path_factory) -> ctypes.CDLL:
+    """nullcudart.c, compiled with as much of CUDA's header as it names: this test needs no CUDA."""
+    if not shutil.which("gcc"):
+        pytest.skip("there is no gcc to build the null device with")
+    library, source = tmp_path_factory.mktemp("null") / "libnullcudart.so", nd.TESTS / "nullgpu"
+    flags = ["-shared", "-fPIC", "-Wl,-Bsymbolic", f"-I{source / 'testing'}", "-lpthread", "-ldl"]
+    subprocess.run(["gcc", source / "nullcudart.c", *flags, "-o", library], check=True)
+    return ctypes.CDLL(str(library))
+
+
+ERRORS = re.findall(
+    r"^  (cuda(?:Success|Error\w+))", (nd.TESTS / "nullgpu/testing/cuda_runtime_api.h").read_text(), re.M
+)
+
+
+class Capture:
+    """Streams 0, 1 and 2 of CUDA, two of our own, an event; calls by name, which give the name of their error."""
+
+    def __init__(self, runtime: ctypes.CDLL):
+        self.runtime, self.graph = runtime, ctypes.c_void_p()
+        self.streams = [*map(ctypes.c_void_p, range(3)), ctypes.c_void_p(), ctypes.c_void_p()]
+        for stream in self.streams[3:]:
+            self("cudaStreamCreate", ctypes.byref(stream))
+        self.event = ctypes.c_void_p()
+        self("cudaEventCreate", ctypes.byref(self.event))
+
+    def __call__(self, name: str, *args) -> str:
+        return ERRORS[getattr(self.runtime, name)(*args)]
+
+    def begin(self) -> None:
+        assert self("cudaStreamBeginCapture", self.streams[3], 1) == "cudaSuccess"
+
+    def wait(self, stream: int, recorded_on: int) -> str:
+        """The stream waits for what another has recorded."""
+        assert self("cudaEventRecord", self.event, self.streams[recorded_on]) == "cudaSuccess"
+        return self("cudaStreamWaitEvent", self.streams[stream], self.event, 0)
+
+    def end(self) -> str:
+        return self("cudaStreamEndCapture", self.streams[3], ctypes.byref(self.graph))
+
+
+def test_a_capture_takes_in_a_stream_that_waits_for_it(runtime):
+    capture = Capture(runtime)
+    capture.begin()
+    assert capture.wait(4, recorded_on=3) == capture.wait(3, recorded_on=4) == "cudaSuccess"
+    assert capture.wait(0, recorded_on=1) == "cudaSuccess"  # neither has to do with it
+    assert capture.end() == "cudaSuccess" and capture.graph.value
+    assert capture.wait(0, recorded_on=3) == "cudaSuccess"  # it is over
+
+
+@pytest.mark.parametrize("stream", [0, 1, 2])
+def test_a_default_stream_cannot_join_a_capture_and_ends_it(runtime, stream):
+    capture = Capture(runtime)
+    capture.begin()
+    assert capture.wait(stream, recorded_on=3) == "cudaErrorStreamCaptureImplicit"
+    assert capture.end() == "cudaErrorStreamCaptureInvalidated" and not capture.graph.value
+    capture.begin()  # the next one is as good as ever
+    assert capture.end() == "cudaSuccess" and capture.graph.value
+
+
+@pytest.mark.parametrize("call", ["cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize"])
+def test_a_host_that_waits_during_a_capture_ends_it(runtime, call):
+    capture = Capture(runtime)
+    capture.begin()
+    capture("cudaEventRecord", capture.event, capture.streams[3])
+    waits_for = {"cudaStreamSynchronize": capture.streams[3], "cudaEventSynchronize": capture.event}
+    args = [waits_for[call]] if call in waits_for else []
+    assert capture(call, *args) == "cudaErrorStreamCaptureUnsupported"
+    assert capture.end() == "cudaErrorStreamCaptureInvalidated" and not capture.graph.value
+    assert capture("cudaDeviceSynchronize") == "cudaSuccess"
 
 
 def test_the_counters_have_the_order_of_the_c_source():

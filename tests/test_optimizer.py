@@ -1,4 +1,4 @@
-"""NorMuon, Adam, exact bfloat16 weights, and the class that drives them, against what design/model.md says in section 3."""
+"""NorMuon, Adam, exact bfloat16 weights, and the class that drives them, against docs/model.md, "Optimizers"."""
 
 import pytest
 import torch
@@ -68,7 +68,7 @@ def test_polar_express_multiplies_on_the_shorter_side():
 
 # NorMuon
 
-COEFFICIENTS = (  # copied from model.md, not from the program
+COEFFICIENTS = (  # copied from docs/model.md, not from the program
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
     (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
@@ -89,7 +89,7 @@ def plain_polar_express(u: torch.Tensor) -> torch.Tensor:
 
 
 class PlainNorMuon:
-    """model.md, section 3, one matrix, float64, no in-place tricks."""
+    """docs/model.md, "NorMuon": one matrix, float64, no in-place tricks."""
 
     def __init__(self, weight: torch.Tensor):
         self.weight = weight.double()
@@ -114,7 +114,7 @@ class PlainNorMuon:
         u = self.direction(g, mu, beta2)
         rows, columns = u.shape
         rate = lr * max(1.0, rows / columns) ** 0.5 * (2 if twice else 1)
-        agree = torch.sign(u) * torch.sign(self.weight) > 0
+        agree = torch.sign(u) * torch.sign(self.weight) >= 0
         self.weight = self.weight - rate * u - torch.where(agree, wd * lr * rate * self.weight, 0.0)
 
 
@@ -169,7 +169,7 @@ def test_normuon_direction_of_nothing_is_nothing():
 
 
 @pytest.mark.parametrize("shape", [(4, 64, 16), (4, 16, 64), (4, 32, 32)])
-def test_polar_express_is_model_md_up_to_bfloat16(shape):
+def test_polar_express_is_the_description_up_to_bfloat16(shape):
     g = spread(*shape, condition=10.0)
     expected = torch.stack([plain_polar_express(matrix) for matrix in g])
     assert (
@@ -179,7 +179,7 @@ def test_polar_express_is_model_md_up_to_bfloat16(shape):
 
 
 @pytest.mark.parametrize("shape", MATRICES)
-def test_normuon_is_model_md_in_float64_over_several_steps(shape, monkeypatch):
+def test_normuon_is_the_description_in_float64_over_several_steps(shape, monkeypatch):
     # With bfloat16 out of the way (its error is the test above), every other step can be compared closely.
     monkeypatch.setattr(
         tg, "polar_express", lambda u: torch.stack([plain_polar_express(matrix) for matrix in u]).float()
@@ -244,6 +244,34 @@ def test_normuon_decays_only_where_update_and_weight_agree(shape, factor):
     assert 0.3 < agree.float().mean() < 0.7
     expected = torch.where(agree, 3.0 * 0.01 * (0.01 * factor * RATES_OF_FOUR) * begin, 0.0)
     torch.testing.assert_close(after[0.0] - after[3.0], expected, rtol=1e-2, atol=3e-7)
+
+
+def test_normuon_decays_what_has_no_update():
+    """A weight whose update is 0 agrees with it: 3.0 x 0.01 x 0.01 of it goes. (Adam's mask says the opposite, below.)"""
+    p, begin = torch.ones(4, 32, 32), torch.ones(4, 32, 32)
+    settings = dict(lr=0.01, wd=3.0, momentum=0.9, beta2=0.95, rates=torch.ones(4, 1, 1))
+    tg.normuon_(p, None, torch.zeros_like(p), *muon_state(p), **settings)
+    torch.testing.assert_close(begin - p, torch.full_like(p, 3e-4), rtol=1e-3, atol=0)
+
+
+def one_layer() -> dict:
+    return dict(windows="s", paired_heads=".", value_embeds=".", skips=".", backout=".", extra_inputs=0)
+
+
+def test_the_second_moment_of_o_has_one_value_for_each_output():
+    """A loss that looks at output 5 alone: o's gradient is its row 5, a matrix of rank one. Orthogonalised, that row has
+    a length s between 0.85 and 1.145, so the mean square of its 64 inputs is s^2 / 64; the other outputs' are 0."""
+    model, optimizer = build(**one_layer())
+    assert model.qkvo.shape == (1, 4, 64, 64) and optimizer.state["qkvo"]["second"].shape == (4, 64, 1)
+    heads, zeros = random(30, 4, 16), torch.zeros(30, 64)
+    out = tg.put_back(zeros, heads, zeros, model.qkvo[0], torch.tensor(1.0), None, None)
+    torch.testing.assert_close(out[:, 5], heads.flatten(1) @ model.qkvo[0, 3, 5])  # row 5 makes output 5
+    add_gradients(model, 0)
+    model.qkvo.grad = torch.autograd.grad(out[:, 5].sum(), model.qkvo)[0]
+    optimizer.step(0, lr_mul=1.0, momentum=0.9, untie=False)
+    second = optimizer.state["qkvo"]["second"]
+    assert not second[:3].any() and second[3].flatten().nonzero().flatten().tolist() == [5]
+    assert 0.85**2 < float(second[3, 5, 0]) / (0.05 / 64) < 1.145**2
 
 
 # Adam
@@ -392,7 +420,7 @@ def test_compiled_adam_on_a_cpu_is_adam():
 
 # The class that drives both
 
-# model.md's figures. Spelled out, because the cpu preset under tiny() is tuned for itself.
+# docs/model.md's figures. Spelled out, because the cpu preset under tiny() is tuned for itself.
 RATES = dict(adam_lr=0.008, adam_wd=0.005, adam_eps=1e-10, muon_lr=0.023, muon_wd=1.2, muon_beta2=0.95)
 
 
@@ -476,7 +504,7 @@ def test_adam_steps_on_the_sum_of_two_gradients_and_counts_its_own_steps(matrix_
 
 
 def test_scalars_that_do_not_learn_stay_as_they_start():
-    model, optimizer = build(scalar_lr=0.0, resid_scale=1.0)
+    model, optimizer = build(scalar_lr=0.0, x0_lr=0.0, resid_scale=1.0)
     begin = values(model)
     for step in range(2):
         add_gradients(model, step)
@@ -528,7 +556,7 @@ def test_a_bfloat16_model_is_optimized_as_if_it_were_float32():
         assert torch.equal(bits(value), bits(wide.get_parameter(name).detach())), name
 
 
-# model.md's tables. Adam: betas, lr x, wd x; names without the name of a table at their end.
+# docs/model.md's tables. Adam: betas, lr x, wd x; names without the name of a table at their end.
 ENDS, TABLE, SCALAR, X0 = (
     ((0.5, 0.95), 1, 150),
     ((0.75, 0.95), 75, 5),
@@ -538,7 +566,7 @@ ENDS, TABLE, SCALAR, X0 = (
 ADAM_TABLE = {
     "embed": ENDS,
     "lm_head": ENDS,
-    "input_embed": ENDS,
+    "input_embed": TABLE,
     "value_embed": TABLE,
     "bigram_embed": TABLE,
     "smear_scale": SCALAR,
@@ -562,21 +590,54 @@ def row(name: str) -> str:
     return start if len(end) == 1 else name
 
 
-def test_each_parameter_is_declared_as_the_table_says():
-    model, _ = build()
+def assert_declared(model: tg.GPT, table: dict[str, tuple]) -> None:
     muon, adam = kinds(model)
-    assert {row(name) for name in adam} == set(ADAM_TABLE)
+    assert {row(name) for name in adam} <= set(table)
     for name in adam:
         spec = model.specs[name]
-        assert (spec.betas, spec.lr, spec.wd) == ADAM_TABLE[row(name)], name
+        assert (spec.betas, spec.lr, spec.wd) == table[row(name)], name
     assert {
         name: (model.specs[name].lr, model.specs[name].wd, model.specs[name].second_lr) for name in muon
     } == {"qkvo": (1, 1, 1), "mlp": (1, 1, 2)}
 
 
-@pytest.mark.parametrize("preset", ["short", "medium"])
-def test_the_record_presets_have_the_rates_of_model_md(preset):
-    assert {name: getattr(tg.PRESETS[preset], name) for name in RATES} == RATES
+# The same for medium: Adam's betas are 0.8 and 0.95 but for the scalars', and all of it goes half as fast, but for theirs.
+MEDIUM_BETAS = (0.8, 0.95)
+MEDIUM_TABLE = {
+    "embed": (MEDIUM_BETAS, 1, 150),
+    "lm_head": (MEDIUM_BETAS, 1, 150),
+    "input_embed": (MEDIUM_BETAS, 75, 5),
+    "value_embed": (MEDIUM_BETAS, 75, 5),
+    **{f"{name}_scale": ((0.9, 0.99), 10, 0) for name in ("smear", "skip", "qkv", "o", "resid", "backout")},
+    "x0_scale": (MEDIUM_BETAS, 5, 0),
+    "input_scale": (MEDIUM_BETAS, 5, 0),
+    "attn_gate": (MEDIUM_BETAS, 1, 1),
+    "ve_gate": (MEDIUM_BETAS, 1, 1),
+    "smear_gate": (MEDIUM_BETAS, 0.01, 0),
+    "skip_gate": (MEDIUM_BETAS, 0.01, 0),
+}
+MEDIUM_RATES = RATES | dict(adam_lr=0.004, adam_eps=1e-8, muon_lr=0.015)
+
+
+@pytest.mark.parametrize(
+    "preset, table", [("short", ADAM_TABLE), ("medium", MEDIUM_TABLE), ("medium-2025", ADAM_TABLE)]
+)
+def test_each_parameter_of_a_record_preset_is_declared_as_its_table_says(preset, table):
+    with torch.device("meta"):
+        assert_declared(tg.GPT(tg.PRESETS[preset]), table)
+
+
+def test_each_parameter_is_declared_as_the_table_says():
+    model, _ = build()
+    assert_declared(model, ADAM_TABLE)
+    assert {row(name) for name in kinds(model)[1]} == set(ADAM_TABLE)
+
+
+@pytest.mark.parametrize(
+    "preset, rates", [("short", RATES), ("medium", MEDIUM_RATES), ("medium-2025", RATES)]
+)
+def test_the_record_presets_have_the_rates_of_the_description(preset, rates):
+    assert {name: getattr(tg.PRESETS[preset], name) for name in rates} == rates
 
 
 def test_each_of_adams_parameters_moves_and_decays_by_its_row_of_the_table():

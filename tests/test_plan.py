@@ -2,6 +2,7 @@
 
 import functools
 import sys
+import weakref
 from collections import Counter
 from dataclasses import replace
 
@@ -12,6 +13,8 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT, assert_user_error, run_command, tiny
 from test_ranks import join, world  # noqa: F401, a fixture
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt as tg
@@ -46,9 +49,9 @@ def test_flops_of_each_part_are_those_of_a_real_step(monkeypatch):
     cfg, found = replace(CFG, **NO_GATES, dtype="float32"), Counter()
 
     def counting(part, f):
-        def run(*args):
+        def run(*args, **named):
             with FlopCounterMode(display=False) as counter:
-                result = f(*args)
+                result = f(*args, **named)
             found[part] += counter.get_total_flops()
             return result
 
@@ -112,6 +115,49 @@ def test_kept_activations_are_those_of_the_compiled_gpu_model(monkeypatch):
     assert found == 2 * T * planning.kept_values(cfg) + model.lm_head.nbytes + scaled
 
 
+class Alive(TorchDispatchMode):
+    """Bytes of the bfloat16 tensors that have been made inside and still exist, each storage once, without the model's own."""
+
+    def __init__(self, model: tg.GPT):
+        super().__init__()
+        self.sizes, self.own = {}, {p.untyped_storage()._cdata for p in model.parameters()}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for t in tree_leaves(result):
+            if isinstance(t, torch.Tensor) and t.dtype == torch.bfloat16:
+                storage = t.untyped_storage()
+                if storage._cdata not in self.own | self.sizes.keys():
+                    self.sizes[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self.sizes.pop, storage._cdata, None)
+        return result
+
+
+@pytest.mark.parametrize("value_embeds", [".01.2", ".01.."])
+def test_activations_of_a_validation_are_those_that_still_exist_in_its_last_layer(value_embeds, monkeypatch):
+    """Counted when a piece of the model is done; within the last one, the MLP's, its input and relu^2 come on top."""
+    cfg, T, found = replace(CFG, value_embeds=value_embeds), 96, {}
+    for name, fast in (("attention", tg.attention_triton), ("mlp", tg.mlp_triton)):
+        monkeypatch.setitem(tg.IN_USE, name, fast)
+    monkeypatch.setitem(tg.HEAD_CHUNK, "meta", T)
+    with torch.device("meta"):
+        model, ids = tg.GPT(cfg, torch.bfloat16), torch.empty(T, dtype=torch.int64)
+    mlp_block, alive = model.mlp_block, Alive(model)
+
+    def noting(*args):
+        result = mlp_block(*args)
+        found[len(found)] = sum(alive.sizes.values())
+        return result
+
+    model.mlp_block = noting
+    model.head_chunk = lambda *args, **named: (torch.zeros((), device="meta"), None, None)
+    with torch.no_grad(), alive:
+        model(ids, ids, torch.empty(1, device="meta"), cfg.stages[0].windows, False)
+    assert len(found) == 5
+    inside = (1 + cfg.mlp_ratio) * cfg.model_dim * T * 2
+    assert found[4] + inside == 2 * T * planning.validation_values(cfg) and found[4] == max(found.values())
+
+
 def states_on_a_gpu(optimizer: tg.Optimizer) -> int:
     """Bytes. On this CPU low is the whole float32 value, on a GPU the half that bfloat16 leaves out."""
     return sum(
@@ -136,6 +182,16 @@ def test_whole_presets_need_what_their_gpus_have():
     }
     assert max(need.values()) < 80e9 and need["one-gpu", 1] < 24e9 < need["medium", 8]
     assert need["short", 8] < need["short", 1] and need["one-gpu", 1] < need["short", 1]
+
+
+def test_a_validation_of_one_gpu_holds_more_than_its_training_steps():
+    """12,288 tokens in training, 262,144 in a validation."""
+    one_gpu = tg.PRESETS["one-gpu"]
+    validating = 2 * 262144 * planning.validation_values(one_gpu)
+    assert validating > 2 * 12288 * planning.kept_values(one_gpu)
+    assert planning.planned_memory(one_gpu, 1)["activations"] == validating
+    shorter = planning.planned_memory(replace(one_gpu, val_seq_len=8192), 1)["activations"]
+    assert shorter == 2 * 12288 * planning.kept_values(one_gpu) + 2 * 768 * 50304
 
 
 # Several ranks

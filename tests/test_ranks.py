@@ -482,6 +482,8 @@ SMALL = [
     32,
     "--head_dim",
     16,
+    "--val_seq_len",
+    4096,
     "--val_tokens",
     8192,
     "--windows",

@@ -16,6 +16,7 @@ import pytest
 import step_time
 import torch
 from conftest import CLEAN_ENV, ROOT, assert_user_error, run_command, tiny
+from test_model import PLAIN, plain_loss, randomise
 
 import train_gpt as tg
 
@@ -29,6 +30,8 @@ SMALL = [
     32,
     "--head_dim",
     16,
+    "--val_seq_len",
+    4096,
     "--val_tokens",
     8192,  # seconds, not minutes
     "--windows",
@@ -195,16 +198,152 @@ def test_the_clock_stands_still_during_validation(tiny_data, tmp_path, monkeypat
 
 
 def test_micro_batches_add_up_to_the_whole_step(tiny_data, tmp_path):
-    """The gradient of a step is the mean over its micro-batches: twice the same tokens change nothing."""
-    run = tiny_run(tiny_data, tmp_path, micro_batches=2)
-    tokens, targets = next(run.loader.step(run.cfg.stages[0]))
-    run.loader.step = lambda *args: iter([(tokens, targets)] * 2)
-    both = float(run.train_step(0, (16, 48))[0])
-    alone = tiny_run(tiny_data, tmp_path, micro_batches=1)
-    alone.loader.step = lambda *args: iter([(tokens, targets)])
-    assert both == pytest.approx(float(alone.train_step(0, (16, 48))[0]), abs=1e-6)
-    for (name, p), q in zip(run.model.named_parameters(), alone.model.parameters()):
-        torch.testing.assert_close(p, q, atol=2e-3, rtol=0, msg=name)
+    """Two of 256 tokens are one of 512: the loss is the mean, the gradient that of the sum. Each begins with a document."""
+    one_token = (tg.Stage(until=2.0, batch_tokens=512, windows=(16, 48), max_doc_len=96, lr_mul=1.0),)
+    two = tiny_run(tiny_data, tmp_path, micro_batches=2, stages=one_token)
+    parts = list(two.loader.step(two.cfg.stages[0]))
+    one = tiny_run(tiny_data, tmp_path, micro_batches=1, stages=one_token)
+    whole = [tuple(map(torch.cat, zip(*parts)))]
+    for run, batches in ((two, parts), (one, whole)):
+        randomise(run.model)
+        run.dials[0] = 1.0  # the weight of the next token's loss
+        run.compute(batches, (16, 48))
+    assert len(parts) == 2 and float(two.result[0]) == pytest.approx(float(one.result[0]), rel=1e-6)
+    mean = one.model(*whole[0], torch.ones(1), (16, 48))
+    assert float(one.result[0]) == pytest.approx(mean.item(), rel=1e-6)
+    for (name, p), q in zip(one.model.named_parameters(), two.model.parameters()):
+        [grad] = torch.autograd.grad(mean, p, retain_graph=True)
+        for summed in (p.grad, q.grad):  # over an eighth of a step's 512 tokens, as docs/model.md says
+            assert (summed - 64 * grad).norm() < 1e-4 * summed.norm(), name
+
+
+# A document with a few tokens that stand nowhere else, among others that fill the step.
+RARE = [255, 201, 7, 202, 8, 203, 9, 204, 7, 205, 8, 206]
+
+
+def step_with_the_rare_document(size: int, micro_batches: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """So many micro-batches of `size` tokens each, of documents of 12; the rare one is the second of the last."""
+    rng, batches = np.random.default_rng(size + micro_batches), []
+    for n in range(micro_batches):
+        tokens = rng.integers(0, 200, size + 1)
+        tokens[::12] = 255
+        if n == micro_batches - 1:
+            tokens[12:24] = RARE
+        batches.append(tg.split_targets(tokens))
+    return batches
+
+
+def rare_updates(cfg: tg.Config) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """In float64, of the rows of the rare tokens in each table: the gradient of the rare document's own losses, summed, over
+    8; and where they start."""
+    model = randomise(tg.GPT(cfg), std=0.3)
+    P = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
+    tokens, targets = torch.tensor(RARE), torch.tensor([*RARE[1:], 255])
+    freqs = torch.tensor([1024 ** (-j / 3) for j in range(4)]).double()
+    loss = plain_loss(P, model.bigram_sign.double(), tokens, targets, [1.0], (9, 33), freqs, 1.0)
+    (len(RARE) * loss / 8).backward()
+    rare = [token for token in RARE if 200 < token < 255]
+    tables = [f"value_embed_{k}" for k in "012"] + ["input_embed_0", "input_embed_1"]
+    return {name: P[name].grad[rare] for name in tables}, {name: P[name].detach()[rare] for name in tables}
+
+
+@pytest.mark.parametrize("size, micro_batches", [(48, 1), (240, 1), (96, 4), (48, 8)])
+def test_eps_weighs_the_same_on_a_row_that_is_touched_once_however_large_the_step(
+    size, micro_batches, tiny_data, tmp_path
+):
+    """Adam's first update of it is lr g / (|g| + eps), g the gradient of a summed loss; eps is chosen as large as g."""
+    stage = tg.Stage(2.0, size * micro_batches, (9, 33), 96, 1.0)
+    cfg = dict(**PLAIN, stages=(stage,), micro_batches=micro_batches, num_steps=1, adam_every=1, adam_wd=0.0)
+    cfg |= dict(adam_lr=0.008, untie_share=0.0, val_seq_len=256)
+    gradients, begin = rare_updates(tiny(**cfg))
+    eps = float(torch.cat([g.flatten() for g in gradients.values()]).abs().median())
+    run = tiny_run(tiny_data, tmp_path, **cfg, adam_eps=eps)
+    randomise(run.model, std=0.3)
+    run.loader.step = lambda *args: iter(step_with_the_rare_document(size, micro_batches))
+    run.train_step(0, (9, 33))
+    rare = [token for token in RARE if 200 < token < 255]
+    for name, g in gradients.items():
+        expected = -0.008 * 75 * g / (g.abs() + eps)
+        moved = run.model.get_parameter(name).detach()[rare].double() - begin[name]
+        assert (moved - expected).norm() < 1e-4 * expected.norm(), name
+
+
+# What attention turns by, and multiplies with, at each step of `short`: 32 frequencies, and the scale of the softmax. YaRN,
+# in Python's floats, at the three changes of the long window.
+SHORT_WINDOWS = {0: 384, 502: 896, 1005: 1408, 1507: 1664}
+SHORT_SCALES = {0: 0.1, 502: 0.1169459572, 1005: 0.1275175238, 1507: 0.1317779884}
+
+
+def short_frequencies() -> dict[int, list[float]]:
+    """By the step from which on they hold."""
+    freqs, found, before = [1024 ** (-j / 31) for j in range(32)], {}, None
+    for step, window in SHORT_WINDOWS.items():
+        if before:
+            turns = [before * f / (2 * math.pi) for f in freqs]  # rotations within the old window
+            kept = [min(max((r - 1) / 31, 0), 1) for r in turns]
+            freqs = [f * (before / window + m * (1 - before / window)) for f, m in zip(freqs, kept)]
+        found[step], before = freqs, window
+    return found
+
+
+def test_angles_and_scale_of_short_change_at_three_steps_and_not_at_the_last_validation(
+    tiny_data, tmp_path, monkeypatch
+):
+    """`short`'s steps, windows and head width in a run that computes nothing, with its validations."""
+    short = tg.PRESETS["short"]
+    stages = tuple(replace(stage, batch_tokens=8) for stage in short.stages)
+    names = (
+        "num_steps extension_share head_dim softmax_scale final_long_window val_every yarn_limit rotary_share"
+    )
+    cfg = dict(stages=stages, micro_batches=1, model_dim=512, epochs=99, paired_heads="......")
+    cfg |= {name: getattr(short, name) for name in names.split()}
+    run, calls, seen, validated = tiny_run(tiny_data, tmp_path, **cfg), [], {}, {}
+    set_long_window = run.model.set_long_window
+
+    def state() -> tuple[float, list[float]]:
+        return float(run.model.softmax_scale), run.model.rotary_freqs.tolist()
+
+    def train_step(step, windows):
+        seen[step], run.steps_done = (windows, *state()), step + 1
+        return torch.tensor([1.0, 0.0])
+
+    def validate(windows):
+        validated[run.steps_done] = (windows, *state())
+        return 1.0
+
+    run.model.set_long_window = lambda window: (
+        calls.append((run.steps_done, window)),
+        set_long_window(window),
+    )
+    monkeypatch.setattr(run, "train_step", train_step)
+    monkeypatch.setattr(run, "validate", validate)
+    run.loop()
+    assert calls == [(502, 896), (1005, 1408), (1507, 1664)]
+    frequencies = short_frequencies()
+    for step in (*range(1547), 1547):
+        begin = max(change for change in SHORT_WINDOWS if change <= step)
+        for windows, scale, freqs in [found[step] for found in (seen, validated) if step in found]:
+            assert windows[1] == (SHORT_WINDOWS[begin] if step < 1547 else 2560)
+            assert scale == pytest.approx(SHORT_SCALES[begin], rel=1e-6)
+            assert freqs == pytest.approx(frequencies[begin], rel=1e-6)
+    assert list(validated) == [0, 250, 500, 750, 1000, 1250, 1500, 1547] and len(seen) == 1547
+    assert validated[1547][1] == pytest.approx(0.13178, abs=5e-6)  # with the windows of `short`, not 0.14313
+
+
+def test_yarn_of_medium_stops_at_13_blocks():
+    """The long window grows ten times in training; the angles change with the first three."""
+    medium = tg.PRESETS["medium"]
+    schedule, model = tg.Schedule(medium), tg.GPT(tiny(stages=medium.stages, micro_batches=512))
+    changed, before, window = [], model.rotary_freqs.clone(), int(model.long_window)
+    for step in range(medium.num_steps):
+        if schedule.windows(step)[1] != window:
+            model.set_long_window(window := schedule.windows(step)[1])
+            changed.append((step, not torch.equal(model.rotary_freqs, before)))
+            before = model.rotary_freqs.clone()
+    steps = [392, 784, 1175, 1567, 1959, 2350, 2742, 3134]
+    assert changed == list(zip(steps, [True] * 3 + [False] * 5))
+    expected = math.prod(0.2 * math.log(b / a) + 1 for a, b in ((3, 7), (7, 11), (11, 13)))
+    assert float(model.softmax_scale / medium.softmax_scale) == pytest.approx(expected, rel=1e-6)
 
 
 # ---- what ends a run early

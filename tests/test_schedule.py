@@ -34,23 +34,25 @@ def test_each_stage_of_short_is_a_third_of_the_scheduled_steps(step, stage):
 @pytest.mark.parametrize(
     "step, batch, windows, max_doc_len",
     [
-        (0, 131072, (128, 384), 896),
+        (0, 131072, (128, 384), 2048),
         (502, 262144, (384, 896), 2048),
         (1005, 393216, (640, 1408), 2048),
         (1507, 393216, (768, 1664), 2048),
         (1546, 393216, (768, 1664), 2048),
     ],
 )
-def test_the_stages_of_short_are_model_mds(step, batch, windows, max_doc_len):
+def test_the_stages_of_short_are_those_of_the_description(step, batch, windows, max_doc_len):
     stage = short().stage(step)
     assert (stage.batch_tokens, stage.max_doc_len) == (batch, max_doc_len)
-    assert short().windows(step) == windows
+    assert short().windows(step) == short().val_windows(step) == windows
 
 
 def test_only_the_validation_after_the_last_step_looks_further():
-    assert short().windows(1546) == (768, 1664)
-    assert short().windows(1547) == (768, 2560)
-    assert short(final_long_window=4000).windows(1547) == (768, 4000)
+    assert short().val_windows(1546) == (768, 1664)
+    assert short().val_windows(1547) == (768, 2560)
+    assert short(final_long_window=4000).val_windows(1547) == (768, 4000)
+    assert short().windows(1547) == (768, 1664)  # what the model was trained with
+    assert short().val_windows(502) == (384, 896)  # before a stage's first step: that stage's own
 
 
 @pytest.mark.parametrize(
@@ -59,19 +61,25 @@ def test_only_the_validation_after_the_last_step_looks_further():
         (0, 1.0),
         (501, 1.0),  # flat, stage 1
         (502, 1.52),
-        (678, 1.52),  # 45 % of 1507 is 678.15
-        (679, 1.518544),  # left (1 - 679 / 1507) / 0.55 = 0.998974
-        (1004, 0.961748),
-        (1005, 1.087223),  # the next stage's multiplier, on the way down
-        (1092, 0.916131),  # half way from 678.15 to 1507: about (1.73 + 0.1) / 2
-        (1506, 0.101967),
+        (678, 1.52),  # 45 % of 1507 is 678.15: the line to 0.1 begins at 678 and is 829 steps long
+        (679, 1.52 - 1.42 / 829),
+        (1000, 1.52 - 1.42 * 322 / 829),
+        (1004, 1.52 - 1.42 * 326 / 829),
+        (1005, 1.73 - 1.63 * 327 / 829),  # the next stage's multiplier, on the way down
+        (1506, 1.73 - 1.63 * 828 / 829),
         (1507, 0.1),
         (1530, 0.1),
         (1546, 0.1),
     ],
 )
 def test_learning_rate_of_short(step, expected):
-    assert short().lr_mul(step) == pytest.approx(expected, abs=1e-6)
+    assert short().lr_mul(step) == pytest.approx(expected, abs=1e-12)
+
+
+def test_learning_rate_of_short_in_digits():
+    """The same line, worked out once on paper."""
+    digits = {679: "1.518287", 1000: "0.968444", 1005: "1.087045", 1506: "0.101966"}
+    assert {step: f"{short().lr_mul(step):.6f}" for step in digits} == digits
 
 
 def test_learning_rate_ends_at_final_lr_and_stays_flat_without_a_cooldown():
@@ -126,6 +134,91 @@ def test_untie_step_of_short_is_odd_and_at_two_thirds():
     assert short(num_steps=1546).untie_step == 1005  # 2 / 3 x 1506 is 1004, even: one later
 
 
+# medium: 4,700 scheduled steps, of which a twelfth is 391.67, and 40 more at the final settings. Stage k begins at the first
+# step in its twelfth, ceil(4700 k / 12). Windows in blocks of 128: (first step, tokens a step, short, long, multiplier).
+MEDIUM_STAGES = [
+    (0, 131072, 1, 3, 1.0),
+    (392, 262144, 3, 7, 1.52),
+    (784, 393216, 5, 11, 1.73),
+    (1175, 524288, 6, 13, 2.0),
+    (1567, 524288, 7, 15, 2.0),
+    (1959, 524288, 8, 17, 2.0),
+    (2350, 524288, 9, 19, 2.0),
+    (2742, 524288, 10, 21, 2.0),
+    (3134, 524288, 11, 23, 2.0),
+    (3525, 524288, 11, 23, 2.0),
+    (3917, 524288, 11, 23, 2.0),
+    (4309, 524288, 11, 23, 2.0),
+    (4700, 524288, 11, 23, 2.0),
+]
+
+
+def medium(**changes) -> tg.Schedule:
+    return tg.Schedule(replace(tg.PRESETS["medium"], **changes))
+
+
+def test_the_stages_of_medium():
+    schedule, begins = medium(), [row[0] for row in MEDIUM_STAGES]
+    assert (schedule.cfg.num_steps, schedule.cfg.scheduled_steps) == (4740, 4700)
+    assert schedule.ends == [*begins[1:], 4740]
+    for (begin, tokens, short_blocks, long_blocks, _), end in zip(MEDIUM_STAGES, schedule.ends, strict=True):
+        for step in (begin, end - 1):
+            stage = schedule.stage(step)
+            assert (stage.batch_tokens, stage.max_doc_len) == (tokens, 4096)
+            assert schedule.windows(step) == (128 * short_blocks, 128 * long_blocks)
+            assert schedule.val_windows(step) == schedule.windows(step)
+    assert schedule.windows(4740) == (11 * 128, 23 * 128)
+    assert schedule.val_windows(4740) == (11 * 128, 27 * 128)
+
+
+@pytest.mark.parametrize(
+    "step, expected",
+    [  # flat to int(4700 x 0.3) = 1410, then a line of 3,290 steps to 0.1
+        *[(begin, mul) for begin, _, _, _, mul in MEDIUM_STAGES if begin <= 1410],
+        (391, 1.0),
+        (783, 1.52),
+        (1174, 1.73),
+        (1410, 2.0),
+        (1411, 2.0 - 1.9 / 3290),
+        (1566, 2.0 - 1.9 * 156 / 3290),
+        (1567, 2.0 - 1.9 * 157 / 3290),
+        (3055, 1.05),  # half way
+        (4699, 2.0 - 1.9 * 3289 / 3290),
+        (4700, 0.1),
+        (4739, 0.1),
+    ],
+)
+def test_learning_rate_of_medium(step, expected):
+    assert medium().lr_mul(step) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "step, expected",
+    [  # stages of 392, 392 and 391 steps
+        (0, (1.0, 0.5, 0.25)),
+        (196, (1.0, 0.5, 0.125)),
+        (391, (1.0, 0.5, 0.25 / 392)),
+        (392, (1.0, 0.5, 0.0)),
+        (588, (1.0, 0.25, 0.0)),
+        (783, (1.0, 0.5 / 392, 0.0)),
+        (784, (1.0, 0.0, 0.0)),
+        (1174, (1.0, 0.0, 0.0)),
+        (4739, (1.0, 0.0, 0.0)),
+    ],
+)
+def test_weights_of_the_next_tokens_of_medium(step, expected):
+    assert medium().predict(step) == pytest.approx(expected, abs=1e-12)
+
+
+def test_momentum_of_medium():
+    momenta = {0: 0.85, 150: 0.90, 300: 0.95, 4690: 0.95, 4715: 0.90, 4739: 0.852}
+    assert {step: medium().momentum(step) for step in momenta} == pytest.approx(momenta, abs=1e-12)
+
+
+def test_embedding_and_head_of_medium_part_at_step_785():
+    assert medium().untie_step == 785  # a sixth of 4,700 is 783.3, the next odd step after 784
+
+
 @pytest.mark.parametrize("every", [1, 2, 3])
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 2 / 3, 0.9])
 def test_untie_step_is_the_first_of_adams_from_its_share_on(share, every):
@@ -146,12 +239,13 @@ def test_untie_share_1_never_comes_not_even_in_the_extension(num_steps, extensio
 
 @pytest.mark.parametrize(
     "step, stage, lr, momentum, predict",
-    [
+    [  # the line begins at int(120 x 0.45) = 53, as 0.45 is 0.44999... in floating point, and is 67 steps long
         (0, 0, 1.0, 0.85, (1.0, 0.5)),
         (30, 0, 1.0, 0.90, (1.0, 0.25)),
-        (54, 0, 1.0, 0.94, (1.0, 0.05)),
-        (60, 1, 10 / 11 + 0.1 / 11, 0.95, (1.0, 0.0)),
-        (87, 1, 0.55, 0.95, (1.0, 0.0)),
+        (53, 0, 1.0, 0.85 + 0.1 * 53 / 60, (1.0, 0.5 * 7 / 60)),
+        (54, 0, 1.0 - 0.9 / 67, 0.94, (1.0, 0.05)),
+        (60, 1, 1.0 - 0.9 * 7 / 67, 0.95, (1.0, 0.0)),
+        (87, 1, 1.0 - 0.9 * 34 / 67, 0.95, (1.0, 0.0)),
         (100, 1, None, 0.95, (1.0, 0.0)),
         (110, 1, None, 0.90, (1.0, 0.0)),
         (119, 1, None, 0.855, (1.0, 0.0)),
@@ -202,9 +296,9 @@ def test_every_preset_has_a_schedule_that_makes_sense(preset):
     )
     assert schedule.momentum(0) == cfg.momentum_min
     assert schedule.momentum(cfg.num_steps // 2) == pytest.approx(cfg.momentum_max)
-    assert (
-        schedule.windows(cfg.num_steps)[1] == cfg.final_long_window >= schedule.windows(cfg.num_steps - 1)[1]
-    )
+    trained, last = schedule.windows(cfg.num_steps - 1), schedule.val_windows(cfg.num_steps)
+    assert schedule.windows(cfg.num_steps) == trained
+    assert last == (trained[0], cfg.final_long_window) and last[1] >= trained[1]
 
 
 @pytest.mark.parametrize(
@@ -217,7 +311,7 @@ def test_runs_of_very_few_steps(num_steps, batches):
     for step in steps:
         assert math.isfinite(schedule.lr_mul(step)) and 0.85 <= schedule.momentum(step) <= 0.95
         assert len(schedule.predict(step)) == 3 and schedule.untie_step % 2 == 1
-    assert schedule.lr_mul(0) >= 1.0 and schedule.windows(num_steps) == (768, 2560)
+    assert schedule.lr_mul(0) >= 1.0 and schedule.val_windows(num_steps) == (768, 2560)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +354,7 @@ def test_overrides_name_only_what_differs_from_the_preset():
             "7",
             "--seed",
             str(base.seed),
-            "--yarn",
+            "--warmup",
             "--no-qk_norm",
             "--muon_lr",
             str(base.muon_lr),
@@ -346,6 +440,7 @@ REFUSED = [
             "extra_inputs",
             "bigram_rows",
             "bigram_signs",
+            "yarn_limit",
             "val_every",
             "momentum_warmup",
             "momentum_cooldown",
@@ -357,7 +452,12 @@ REFUSED = [
         for name in (
             "embed_std",
             "value_embed_std",
+            "input_embed_std",
             "matrix_std",
+            "qkv_std",
+            "o_std",
+            "x0_lr",
+            "skip_gate_lr",
             "muon_lr",
             "muon_wd",
             "adam_lr",
@@ -383,6 +483,12 @@ REFUSED = [
             "momentum_min",
             "momentum_max",
             "muon_beta2",
+            "bigram_momentum",
+            "embed_beta1",
+            "table_beta1",
+            "x0_beta1",
+            "gate_beta1",
+            "gate_beta2",
         )
         for text in ("-0.1", "1.1", "nan")
     ],
@@ -463,7 +569,7 @@ def test_a_model_without_layers_is_refused():
         ("cpu", ["--stages", "3"], "--stages"),
         ("cpu", ["--num_steps"], "--num_steps"),
         ("cpu", ["seven"], "seven"),
-        ("cpu", ["--yarn=maybe"], "--yarn"),
+        ("cpu", ["--key_offset=maybe"], "--key_offset"),
     ],
 )
 def test_a_wrong_flag_is_refused_with_one_line_that_names_it(preset, argv, word):

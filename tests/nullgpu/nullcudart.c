@@ -32,6 +32,7 @@ typedef struct { u64 capture; } Handle; // a stream, or an event: the capture th
 static u64 eager[KINDS], replayed[KINDS], captures, replays, waits, pageable;
 static Graph *graph;                    // being captured
 static u64 capture_id;                  // of the newest capture
+static int invalid;                     // that capture: an illegal call was made during it, so that it ends with an error
 static Handle defaults[3];              // the streams 0, 1 and 2 of CUDA
 static __thread enum cudaStreamCaptureMode thread_mode = cudaStreamCaptureModeGlobal;
 
@@ -48,7 +49,7 @@ void nullgpu_counts(u64 *out) { // eager by kind, replayed by kind, captures, re
 static cudaError_t host_waits(const char *call, int for_captured) {
   int illegal = for_captured || (graph && thread_mode != cudaStreamCaptureModeRelaxed);
   TRACE("%s: the host waits%s", call, illegal ? ", illegal during capture" : "");
-  waits++;
+  invalid |= illegal, waits++;
   return illegal ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
 }
 
@@ -217,6 +218,7 @@ cudaError_t cudaEventDestroy(cudaEvent_t e) { return free(e), cudaSuccess; }
 cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s) { return *handle(e) = *handle(s), cudaSuccess; }
 cudaError_t cudaEventRecordWithFlags(cudaEvent_t e, cudaStream_t s, unsigned flags) { return cudaEventRecord(e, s); }
 cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t e, unsigned flags) { // joins a capture, as in CUDA
+  if (captured(e) && (size_t)s < 3) return invalid = 1, cudaErrorStreamCaptureImplicit; // those streams never do
   if (captured(e)) *handle(s) = *handle(e);
   return cudaSuccess;
 }
@@ -241,10 +243,11 @@ cudaError_t cudaStreamGetCaptureInfo(cudaStream_t s, enum cudaStreamCaptureStatu
 cudaError_t cudaStreamBeginCapture(cudaStream_t s, enum cudaStreamCaptureMode mode) {
   if (graph) return cudaErrorIllegalState; // one at a time here
   TRACE("cudaStreamBeginCapture");
-  return graph = calloc(1, sizeof *graph), handle(s)->capture = ++capture_id, cudaSuccess;
+  return graph = calloc(1, sizeof *graph), invalid = 0, handle(s)->capture = ++capture_id, cudaSuccess;
 }
 cudaError_t cudaStreamEndCapture(cudaStream_t s, cudaGraph_t *made) {
-  TRACE("cudaStreamEndCapture");
+  TRACE("cudaStreamEndCapture%s", invalid ? " of an invalid capture" : "");
+  if (invalid) return free(graph), *made = 0, graph = 0, invalid = 0, cudaErrorStreamCaptureInvalidated;
   return *made = (cudaGraph_t)graph, graph = 0, captures++, cudaSuccess;
 }
 cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *exec, cudaGraph_t made, u64 flags) {
