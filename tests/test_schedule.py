@@ -1,10 +1,11 @@
 """The schedule at steps worked out by hand, and the command line: presets, overrides, every value that is refused."""
 
 import math
+import re
 from dataclasses import fields, replace
 
 import pytest
-from conftest import tiny
+from conftest import ROOT, tiny
 
 import train_gpt as tg
 from data.prepare import tokens_needed
@@ -326,6 +327,32 @@ def test_runs_of_very_few_steps(num_steps, batches):
 )
 def test_tokens_needed(preset, changes, tokens):
     assert tokens_needed(replace(tg.PRESETS[preset], **changes)) == tokens
+
+
+# docs/model.md
+
+
+def constants() -> list[tuple[str, str, str]]:
+    """(field, short's, medium's) of the table in docs/model.md."""
+    text = (ROOT / "docs" / "model.md").read_text().split("### Constants")[1].split("\n## ")[0]
+    return re.findall(r"^\| `(\w+)` \| (\S+) \| (\S+) \|$", text, re.MULTILINE)
+
+
+def test_the_description_s_constants_are_those_of_the_presets():
+    for field, short_value, medium_value in constants():
+        for name, text in (("short", short_value), ("medium", medium_value)):
+            value = getattr(tg.PRESETS[name], field)
+            assert value == (text if isinstance(value, str) else float(text)), (name, field)
+
+
+def test_the_description_has_every_number_in_which_short_and_medium_differ():
+    short_preset, medium_preset = tg.PRESETS["short"], tg.PRESETS["medium"]
+    layers = {"preset", "stages", "windows", "paired_heads", "value_embeds", "skips", "backout"}
+    elsewhere = {"extension_share", "untie_share", "fp8_head"}  # in words
+    differing = {
+        f.name for f in fields(tg.Config) if getattr(short_preset, f.name) != getattr(medium_preset, f.name)
+    }
+    assert differing - layers - elsewhere <= {field for field, _, _ in constants()}
 
 
 # The command line
