@@ -2,8 +2,9 @@
 
     python evals/loss.py CHECKPOINT [FILE ...] [--tokens N] [--val_seq_len N]
 
-Without FILE: the validation of the run that made it, as its log has it. A text file is one document; bits per byte count its
-UTF-8 bytes. Longer streams are cut into sequences of the run's --val_seq_len, as validation does, or of another length.
+Without FILE: the validation of the run that made it, as its log has it. A text file is one document; bits per
+byte count its UTF-8 bytes. Longer streams are cut into sequences of the run's --val_seq_len, as validation
+does, or of another length.
 """
 
 import argparse

@@ -269,10 +269,10 @@ def load(
 ) -> Trained:
     """A checkpoint (.pt), an export (.safetensors), or a folder: the newest of them in it. No code of the file is run.
 
-    vocab: a vocab.tiktoken, if not the export's own or the one beside the shards. device: a GPU where there is one.
-    dtype: of matrices and tables; the one that the model was trained in if not given. val_seq_len: tokens of a sequence that
-    losses are measured in, if not the run's. UserError: a file that is missing, not whole, of another version of train_gpt.py,
-    or a vocabulary that is not the model's.
+    vocab: a vocab.tiktoken, if not the export's own or the one beside the shards. device: a GPU where there
+    is one. dtype: of matrices and tables; the one that the model was trained in if not given. val_seq_len:
+    tokens of a sequence that losses are measured in, if not the run's. UserError: a file that is missing, not
+    whole, of another version of train_gpt.py, or a vocabulary that is not the model's.
     """
     path = newest(Path(path))
     config, step, state = (read_export if path.suffix == ".safetensors" else read_checkpoint)(path)
@@ -310,8 +310,9 @@ def attend_in_spans(
     paired: bool,
     key_offset: bool,
 ) -> Tensor:
-    """train_gpt.attend for long streams: SPAN queries at a time with the keys that they reach, so that the scores of a whole
-    stream (for 262,144 tokens and a window of 2,560 some 17 GB a layer) never exist at once."""
+    """train_gpt.attend for long streams: SPAN queries at a time with the keys that they reach, so that the
+    scores of a whole stream (for 262,144 tokens and a window of 2,560 some 17 GB a layer) never exist at
+    once."""
     q, k, v = tg.placed(q, k, v, first, cos, sin, paired, key_offset)
     doc_start = 2 * doc_start.repeat_interleave(2) if paired else doc_start
     lo = torch.maximum(doc_start, torch.arange(len(q), device=q.device) - reach + 1)

@@ -65,12 +65,14 @@ def kept_values(cfg: Config) -> int:
 
 
 def validation_values(cfg: Config) -> int:
-    """Activations a token at the peak of a validation, in the last layer's MLP. Nothing is kept for a backward pass, but every
-    layer's output may still be asked for (skips, backout), as may x0, what is added to the stream, and looked-up values."""
+    """Activations a token at the peak of a validation, in the last layer's MLP. Nothing is kept for a
+    backward pass, but every layer's output may still be asked for (skips, backout), as may x0, what is added
+    to the stream, and looked-up values."""
     D, W, rows = cfg.model_dim, cfg.num_heads * cfg.head_dim, topology(cfg)
     tables = len({row.value_embed for row in rows} - {None})
     attending = [row for row in rows if row.window != "none"]
-    # of the last attention: its normed input; q, k, y, and v, which without a value embedding is a part of their product
+    # of the last attention: its normed input; q, k, y, and v, which without a value embedding is a part of
+    # their product
     attention = D + (4 if attending[-1].value_embed else 6) * W if attending else 0
     added = cfg.extra_inputs + (cfg.bigram_rows > 0)
     mlp = (1 + cfg.mlp_ratio) * D  # the MLP's: normed, relu^2
@@ -78,8 +80,8 @@ def validation_values(cfg: Config) -> int:
 
 
 def planned_memory(cfg: Config, ranks: int) -> dict[str, int]:
-    """Bytes on each GPU when the forward pass of its longest sequence ends, in training or in a validation, whichever holds
-    more. Their sum is the expected peak."""
+    """Bytes on each GPU when the forward pass of its longest sequence ends, in training or in a validation,
+    whichever holds more. Their sum is the expected peak."""
     optimizer, tokens = (
         on_paper(cfg, ranks),
         max(stage.batch_tokens for stage in cfg.stages) // cfg.micro_batches,

@@ -162,9 +162,9 @@ else:
             assert error(t.grad, grad) < 5e-3
 
     def assert_symmetric(product: torch.Tensor, tolerance: float) -> None:
-        """A block of 128 x 128 and its mirror image are the same bits, as the kernel stores one product in both places.
-        Within a block on the diagonal the two halves are sums of their own: whether those agree to the bit is the affair of
-        whoever multiplies, here NumPy's library."""
+        """A block of 128 x 128 and its mirror image are the same bits, as the kernel stores one product in
+        both places. Within a block on the diagonal the two halves are sums of their own: whether those agree
+        to the bit is the affair of whoever multiplies, here NumPy's library."""
         mirrored = product.mT.contiguous()
         for row in range(0, product.size(-2), 128):
             here = slice(row, row + 128)

@@ -421,7 +421,8 @@ def test_one_step_down_the_gradient_lowers_the_loss_as_it_says():
 
 
 def test_how_each_parameter_is_optimized():
-    """The tables of docs/model.md, "Optimizers"; extra inputs are tables and scalars like the others of their kind."""
+    """The tables of docs/model.md, "Optimizers"; extra inputs are tables and scalars like the others of their
+    kind."""
     model = tg.GPT(tiny())
     adam = {
         "embed": (0.5, 0.95, 1, 150),
@@ -506,9 +507,15 @@ def assert_uniform(x: torch.Tensor, std: float) -> None:
 def test_initial_values_of_medium():
     """What docs/model.md says of them, in a narrow model: D = 64, so that 1 / sqrt(D) is 1/8."""
     medium = tg.PRESETS["medium"]
-    names = (
-        "embed_std value_embed_std input_embed_std matrix_std qkv_std o_std resid_scale bigram_rows".split()
-    )
+    names = [
+        "embed_std",
+        "value_embed_std",
+        "input_embed_std",
+        "matrix_std",
+        "qkv_std",
+        "o_std",
+        "resid_scale",
+    ]
     p = dict(tg.GPT(tiny(**{name: getattr(medium, name) for name in names})).named_parameters())
     for k in range(3):  # q, k, v: std 1 / sqrt(D); o begins at 0
         assert_uniform(p["qkvo"][:, k], 1 / 8)
@@ -882,8 +889,8 @@ def test_paired_heads_are_interleaved_in_time():
     assert torch.equal(tg.unpair(paired), x)
 
 
-# The whole model once more, as docs/model.md says it: float64, T x T attention, a layer and a head at a time. The softmax is
-# sharper for the test's sake: at scale 0.1 little follows from where a head looks.
+# The whole model once more, as docs/model.md says it: float64, T x T attention, a layer and a head at a time.
+# The softmax is sharper for the test's sake: at scale 0.1 little follows from where a head looks.
 PLAIN = dict(
     windows="sslss-sl",
     paired_heads="p..p..p.",
@@ -1103,12 +1110,13 @@ def test_sizes_of_presets_by_name(preset):
     assert sum(got.values()) == TOTALS[preset]
 
 
-# A layer of short: its MLP 2 * 3072 * 768 = 4,718,592, scales of stream, x0 and bigram 3; attention 4 * 768 * 768 =
-# 2,359,296, 2 scales, gates 6 * 12 = 72; a value embedding's gates 6 * 12 = 72 more; a skip 1 scale and 12 of a gate.
-# A layer of medium: MLP 2 * 4096 * 1024 = 8,388,608, scales of stream, x0 and extra input 3; attention 4 * 1024 * 1024 =
-# 4,194,304, 2 scales, gates 8 * 16 = 128; a value embedding's gates 128 more; a skip 17 more.
-# A layer of medium-2025: the same MLP, 4 scales (bigrams too); the same attention, gates 8 * 12 = 96; a value embedding's
-# gates 96 more; a skip 13 more.
+# A layer of short: its MLP 2 * 3072 * 768 = 4,718,592, scales of stream, x0 and bigram 3; attention 4 * 768 *
+# 768 = 2,359,296, 2 scales, gates 6 * 12 = 72; a value embedding's gates 6 * 12 = 72 more; a skip 1 scale and
+# 12 of a gate.
+# A layer of medium: MLP 2 * 4096 * 1024 = 8,388,608, scales of stream, x0 and extra input 3; attention
+# 4 * 1024 * 1024 = 4,194,304, 2 scales, gates 8 * 16 = 128; a value embedding's gates 128 more; a skip 17.
+# A layer of medium-2025: the same MLP, 4 scales (bigrams too); the same attention, gates 8 * 12 = 96; a value
+# embedding's gates 96 more; a skip 13.
 LAYER_SIZES = {
     "short": [
         7_077_965,

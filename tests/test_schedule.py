@@ -135,8 +135,9 @@ def test_untie_step_of_short_is_odd_and_at_two_thirds():
     assert short(num_steps=1546).untie_step == 1005  # 2 / 3 x 1506 is 1004, even: one later
 
 
-# medium: 4,700 scheduled steps, of which a twelfth is 391.67, and 40 more at the final settings. Stage k begins at the first
-# step in its twelfth, ceil(4700 k / 12). Windows in blocks of 128: (first step, tokens a step, short, long, multiplier).
+# medium: 4,700 scheduled steps, of which a twelfth is 391.67, and 40 more at the final settings. Stage k
+# begins at the first step in its twelfth, ceil(4700 k / 12). Windows in blocks of 128: (first step, tokens a
+# step, short, long, multiplier).
 MEDIUM_STAGES = [
     (0, 131072, 1, 3, 1.0),
     (392, 262144, 3, 7, 1.52),
@@ -240,7 +241,7 @@ def test_untie_share_1_never_comes_not_even_in_the_extension(num_steps, extensio
 
 @pytest.mark.parametrize(
     "step, stage, lr, momentum, predict",
-    [  # the line begins at int(120 x 0.45) = 53, as 0.45 is 0.44999... in floating point, and is 67 steps long
+    [  # the line begins at int(120 x 0.45) = 53, as 1 - 0.55 is 0.44999... in floating point; 67 steps long
         (0, 0, 1.0, 0.85, (1.0, 0.5)),
         (30, 0, 1.0, 0.90, (1.0, 0.25)),
         (53, 0, 1.0, 0.85 + 0.1 * 53 / 60, (1.0, 0.5 * 7 / 60)),
