@@ -34,9 +34,9 @@ BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 def use_torchs_ptxas(torch_folder: Path) -> None:
-    """A CUDA build of torch brings a ptxas of its own, with which Inductor compiles, and Triton in the same process from then
-    on. So that the figures here are of what a GPU would get, and ptxas knows the PTX that it is asked about: that one from the
-    start. An own TRITON_PTXAS_PATH stays."""
+    """A CUDA build of torch brings a ptxas of its own, with which Inductor compiles, and Triton in the same
+    process from then on. So that the figures here are of what a GPU would get, and ptxas knows the PTX that
+    it is asked about: that one from the start. An own TRITON_PTXAS_PATH stays."""
     for path in (
         torch_folder / "bin/ptxas",
         torch_folder / "_inductor/bin/ptxas",
@@ -210,7 +210,8 @@ def ptxas_for(cc: int) -> str:
 
 
 def ptxas_v(ptx: str, cc: int, fmad: bool = True, extra: tuple[str, ...] | list[str] = ()) -> str:
-    """What `ptxas -v` says of this source, by the ptxas that Triton uses for cc. RuntimeError holds its complaint."""
+    """What `ptxas -v` says of this source, by the ptxas that Triton uses for cc. RuntimeError holds its
+    complaint."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "k.ptx")
         source.write_text(ptx)

@@ -5,11 +5,12 @@ train_gpt.py at its full size on "an H100", without a GPU: a driver that does no
     python tests/null_device.py --presets short --ranks 1 --graphs on
     python tests/null_device.py --write             # the rows go into the table of tests/README.md
 
-What is real: torch.compile, Inductor, Triton and ptxas for sm_90, the rules of CUDA-graph capture, torch's allocator with
-79 GiB, the processes of several ranks, and every call that would reach the GPU, which is counted. What is not: kernels do
-nothing, in no time, so no loss, time or choice of an autotuner means anything. Two steps of each stage, the untie step among
-them, and validations between them and at the end, two sequences a rank. A call that makes the host wait for the device inside a step is a failure (exit code 1), named by its line; so is an
-operator without its kernel, or work that cannot be captured.
+What is real: torch.compile, Inductor, Triton and ptxas for sm_90, the rules of CUDA-graph capture, torch's
+allocator with 79 GiB, the processes of several ranks, and every call that would reach the GPU, which is
+counted. What is not: kernels do nothing, in no time, so no loss, time or choice of an autotuner means
+anything. Two steps of each stage, the untie step among them, and validations between them and at the end, two
+sequences a rank. A call that makes the host wait for the device inside a step is a failure (exit code 1),
+named by its line; so is an operator without its kernel, or work that cannot be captured.
 
 Needs Linux, a C compiler, and a Python with a CUDA build of torch and its headers; without, it says so and ends with 0:
 
@@ -80,7 +81,8 @@ class Figures:
 
 
 def steps_of(preset: str) -> list[str]:
-    """Flags for two steps in each stage, of which the last is the extension; validation after every fourth and the last."""
+    """Flags for two steps in each stage, of which the last is the extension; validation after every fourth
+    and the last."""
     count = STAGES[preset]
     return ["--num_steps", str(2 * count), "--extension_share", str(1 / count), "--val_every", "4"]
 

@@ -149,7 +149,8 @@ ERRORS = re.findall(
 
 
 class Capture:
-    """Streams 0, 1 and 2 of CUDA, two of our own, an event; calls by name, which give the name of their error."""
+    """Streams 0, 1 and 2 of CUDA, two of our own, an event; calls by name, which give the name of their
+    error."""
 
     def __init__(self, runtime: ctypes.CDLL):
         self.runtime, self.graph = runtime, ctypes.c_void_p()
