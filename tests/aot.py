@@ -1,12 +1,13 @@
 """
-Triton kernels compiled for any NVIDIA GPU on a machine without one, and what came out: registers, spills, shared memory,
-tensor cores, TMA.
+Triton kernels compiled for any NVIDIA GPU on a machine without one, and what came out: registers, spills,
+shared memory, tensor cores, TMA.
 
-    with aot.record(90) as launches:                # every kernel[grid](...) inside is compiled for sm_90, not launched
-        attention(*tensors_on_meta)                 # the wrapper itself: alignments are what a launch would have
+    with aot.record(90) as launches:    # every kernel[grid](...) inside is compiled for sm_90, not launched
+        attention(*tensors_on_meta)     # the wrapper itself: alignments are what a launch would have
     print(aot.header(), *map(aot.row, launches), sep="\\n")
 
-or one kernel: aot.compile_jit(kernel, torch.bfloat16, 1024, grid=(1,), cc=90, BLOCK=128); a dtype stands for a pointer.
+or one kernel: aot.compile_jit(kernel, torch.bfloat16, 1024, grid=(1,), cc=90, BLOCK=128); a dtype stands
+for a pointer.
 """
 
 import os
@@ -139,7 +140,9 @@ def install(cc: int = 90) -> None:
 
 
 class T(MockTensor):
-    """A pointer to dtype: T(torch.bfloat16), or T("bf16"); aligned=False: its address cannot be divided by 16."""
+    """A pointer to dtype: T(torch.bfloat16), or T("bf16"); aligned=False: its address cannot be divided
+    by 16.
+    """
 
     def __init__(self, dtype, shape: tuple[int, ...] = (1,), aligned: bool = True):
         super().__init__(dtype)
@@ -150,7 +153,9 @@ class T(MockTensor):
 
 
 def as_arg(x):
-    """A tensor without memory (meta, fake) or a dtype as a pointer; a GPU's allocator aligns every storage."""
+    """A tensor without memory (meta, fake) or a dtype as a pointer; a GPU's allocator aligns every
+    storage.
+    """
     if isinstance(x, torch.Tensor) and not (type(x) is torch.Tensor and x.device.type == "cpu"):
         return T(x.dtype, tuple(x.shape), aligned=int(x.storage_offset()) * x.element_size() % 16 == 0)
     return T(x) if isinstance(x, torch.dtype) else x
@@ -281,7 +286,9 @@ def jit_function(fn) -> JITFunction:
 
 
 def compile_jit(fn, *args, grid=(1,), cc: int | None = None, **named) -> Result:
-    """With the specialisation (divisible by 16, equal to 1, dtypes) that a launch with these arguments would get."""
+    """With the specialisation (divisible by 16, equal to 1, dtypes) that a launch with these arguments
+    would get.
+    """
     if cc is not None:
         install(cc)
     fn, began = jit_function(fn), time.time()
@@ -338,6 +345,6 @@ def row(r: Result) -> str:
     counts = " ".join(f"{name}={count}" for name, count in r.counts.items() if count)
     told = "".join(f"\n      ptxas: {warning[:220]}" for warning in r.warnings)
     return (
-        f"{r.name:44s} {r.cc:<3d} {r.warps} {r.stages}  {r.regs:<4d} {r.spill_st:<6d} {r.smem:<6d} {r.tmem:<4d} "
-        f"{r.ctas_per_sm:<3d} {r.fits!s:5s} {counts}  [{r.secs:.1f}s] grid={r.grid}{told}"
+        f"{r.name:44s} {r.cc:<3d} {r.warps} {r.stages}  {r.regs:<4d} {r.spill_st:<6d} {r.smem:<6d} "
+        f"{r.tmem:<4d} {r.ctas_per_sm:<3d} {r.fits!s:5s} {counts}  [{r.secs:.1f}s] grid={r.grid}{told}"
     )

@@ -1,7 +1,7 @@
 """
-train_gpt.py at its full size on "an H100", without a GPU: a driver that does nothing, under a CUDA build of torch.
+train_gpt.py at its full size on "an H100", without a GPU: a driver that does nothing, under CUDA torch.
 
-    python tests/null_device.py                     # every preset for GPUs, 1 and 4 ranks, with and without CUDA graphs
+    python tests/null_device.py                 # every preset for GPUs, 1 and 4 ranks, with and without CUDA graphs
     python tests/null_device.py --presets short --ranks 1 --graphs on
     python tests/null_device.py --write             # the rows go into the table of tests/README.md
 
@@ -12,7 +12,8 @@ anything. Two steps of each stage, the untie step among them, and validations be
 sequences a rank. A call that makes the host wait for the device inside a step is a failure (exit code 1),
 named by its line; so is an operator without its kernel, or work that cannot be captured.
 
-Needs Linux, a C compiler, and a Python with a CUDA build of torch and its headers; without, it says so and ends with 0:
+Needs Linux, a C compiler, and a Python with a CUDA build of torch and its headers; without, it says so and
+ends with 0:
 
     pip install torch==2.13.0 numpy nvidia-cuda-crt nvidia-cuda-cccl        # from PyPI, some gigabytes
 """
@@ -234,7 +235,9 @@ def run_both(matches_reference: Callable) -> Callable:
 
 
 def inside(path: Path, result: Path, flags: list[str]) -> None:
-    """Runs train_gpt.py in this process, which has the null device, and leaves its figures in result, JSON."""
+    """Runs train_gpt.py in this process, which has the null device, and leaves its figures in result,
+    JSON.
+    """
     spec = util.spec_from_file_location("train_gpt", path)
     tg = sys.modules["train_gpt"] = util.module_from_spec(spec)
     spec.loader.exec_module(tg)
@@ -269,7 +272,9 @@ def inside(path: Path, result: Path, flags: list[str]) -> None:
 
 
 def run(case: Case, train_gpt: Path, folder: Path, cache: Path) -> dict:
-    """Starts the ranks of a case and waits for them -> what `inside` wrote. RuntimeError holds the end of their output."""
+    """Starts the ranks of a case and waits for them -> what `inside` wrote. RuntimeError holds the end of
+    their output.
+    """
     result, graphs = folder / "result.json", "--graphs" if case.graphs else "--no-graphs"
     log = folder / f"{case.preset}.{case.ranks}{graphs}.txt"
     result.unlink(missing_ok=True)
@@ -301,7 +306,9 @@ def run(case: Case, train_gpt: Path, folder: Path, cache: Path) -> dict:
 
 
 def fallbacks(log: str) -> list[str]:
-    """What train_gpt.py says of an operator without its kernel, of work without a graph, of compilation that failed."""
+    """What train_gpt.py says of an operator without its kernel, of work without a graph, of compilation
+    that failed.
+    """
     pattern = re.compile(r"operators: .*plain \(|graphs: no graph|compile: torch.compile failed")
     return [line for line in log.splitlines() if pattern.match(line)]
 
@@ -378,7 +385,9 @@ def case_of(row: str) -> tuple[int, int, bool]:
 
 
 def write_table(readme: Path, lines: list[str]) -> None:
-    """lines: head, rule, rows. Between the markers; rows of other cases stay there. An error without markers."""
+    """lines: head, rule, rows. Between the markers; rows of other cases stay there. An error without
+    markers.
+    """
     whole = readme.read_text()
     if whole.count(BEGIN) != 1 or whole.count(END) != 1:
         fail(f"{readme}: needs one line {BEGIN} and one {END} for the table to stand between")
@@ -427,7 +436,9 @@ def cases(args: argparse.Namespace) -> list[Case]:
 
 
 def measure(wanted: list[Case], train_gpt: Path, folder: Path) -> Iterator[tuple[Case, Figures]]:
-    """Of a preset and number of ranks the first case runs twice: the optimizer's share is compiled for each number anew."""
+    """Of a preset and number of ranks the first case runs twice: the optimizer's share is compiled for
+    each number anew.
+    """
     import inductor_stats
 
     build_once(folder)

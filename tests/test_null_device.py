@@ -1,4 +1,6 @@
-"""What of null_device.py works without a CUDA build: its arguments, its reasons to skip, its figures and its table."""
+"""What of null_device.py works without a CUDA build: its arguments, its reasons to skip, its figures and
+its table.
+"""
 
 import ctypes
 import re
