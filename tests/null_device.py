@@ -1,7 +1,7 @@
 """
 train_gpt.py at its full size on "an H100", without a GPU: a driver that does nothing, under CUDA torch.
 
-    python tests/null_device.py            # every preset for GPUs, 1 and 4 ranks, with and without CUDA graphs
+    python tests/null_device.py           # every preset for GPUs, 1 and 4 ranks, with and without CUDA graphs
     python tests/null_device.py --presets short --ranks 1 --graphs on
     python tests/null_device.py --write             # the rows go into the table of tests/README.md
 
