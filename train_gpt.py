@@ -73,7 +73,9 @@ except ImportError:  # no Triton for this system, so no GPU either: kernels are 
     tl = SimpleNamespace(constexpr=None)
     TensorDescriptor = None
 
-SOURCE = Path(__file__).read_text()  # read before anything slow, so that the log holds what really ran
+SOURCE = Path(__file__).read_text(
+    encoding="utf-8"
+)  # read before anything slow, so that the log holds what really ran
 
 
 class UserError(Exception):
@@ -1252,15 +1254,21 @@ class Optimizer:
 
         return wait
 
+    def whole_shape(self, name: str, key: str) -> torch.Size:
+        """(rows or matrices, ...) of all ranks, without padding: the same for every number of ranks."""
+        p = self.params[name]
+        rows = math.prod(p.shape[:-2]) if self.is_muon(name) else len(p)
+        return torch.Size((rows, *self.state[name][key].shape[1:]))
+
     def whole_state(self, name: str, key: str) -> Tensor:
-        """(rows, ...) of all ranks, without padding: the same for every number of ranks. All must call it."""
-        shard, p = self.state[name][key], self.params[name]
+        """The state of all ranks, of whole_shape. All must call it."""
+        shard = self.state[name][key]
         if not self.specs[name].sharded or self.env.world_size == 1:
             return shard
         whole = shard.new_empty(len(shard) * self.env.world_size, *shard.shape[1:])
         wait = self.env.all_gather(whole.view(torch.uint8), shard.view(torch.uint8))  # gloo gathers no int16
         wait()
-        return whole[: math.prod(p.shape[:-2])] if self.is_muon(name) else whole[: len(p)]
+        return whole[: self.whole_shape(name, key)[0]]
 
     def load_state(self, name: str, key: str, whole: Tensor) -> None:
         """The reverse: this rank keeps its shard of what whole_state gave."""
@@ -1474,6 +1482,10 @@ class Loader:
         self.tokens = read_shard(self.files[file], cfg.vocab_size, cfg.bos_id)
         self.starts = np.flatnonzero(self.tokens == cfg.bos_id)
         self.sizes = np.diff(self.starts, append=len(self.tokens))
+        last, place = len(self.starts), f"document {document}, where a checkpoint stands"
+        need(
+            document <= last, f"{self.files[file]}: has {last} documents, not {place}; are these its shards?"
+        )
         self.file, self.document = file, document
         self.max_doc_len, self.ends = 0, self.starts  # where documents end that are cut at max_doc_len
 
@@ -1550,9 +1562,10 @@ def read_token_bytes(folder: Path, cfg: Config) -> np.ndarray | None:
         return None
     try:
         counts = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
         kind = type(error).__name__
         raise UserError(f"{path}: not an array of NumPy ({kind}); make the data again") from None
+    need(isinstance(counts, np.ndarray), f"{path}: an archive, not an array of NumPy; make the data again")
     fits = counts.shape == (cfg.vocab_size,) and counts.dtype == np.uint16
     need(fits, f"{path}: {counts.dtype} {counts.shape}, not uint16 ({cfg.vocab_size},); make the data again")
     return counts.astype(np.int64)
@@ -2848,7 +2861,8 @@ def open_standard_streams() -> None:
 def say(line: str) -> None:
     """A line for whoever watches. When nobody can (`| head`, a full disk), the run goes on without."""
     try:
-        print(line, flush=True)
+        encoding = sys.stdout.encoding or "utf-8"
+        print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
     except (OSError, ValueError):
         silence = os.open(os.devnull, os.O_WRONLY)
         with contextlib.suppress(OSError, ValueError):
@@ -2861,6 +2875,12 @@ def complain(message: str, exit_code: int) -> int:
     with contextlib.suppress(OSError, ValueError):
         print(line.encode("utf-8", "replace").decode(), file=sys.stderr, flush=True)
     return exit_code
+
+
+def first_line(error: BaseException) -> str:
+    """Of its message; without a message its kind."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def describe_bug(error: Exception) -> str:
@@ -2886,7 +2906,7 @@ class StopSignals:
     def __init__(self, cfg: Config):
         self.cfg = cfg
         self.name: str | None = None  # of the last signal
-        self.heard_at = 0.0
+        self.heard_at = 0.0  # when the first one came
         self.leaving = False  # the run ends already
         self.may_save: Callable[[], bool] = lambda: False
 
@@ -2897,9 +2917,10 @@ class StopSignals:
             signal.signal(number, self.on_signal)
 
     def on_signal(self, number: int, _frame: object) -> None:
-        later = time.monotonic() - self.heard_at > 2  # torchrun's comes twice at once
-        again = self.name is not None and later
-        self.name, self.heard_at = signal.Signals(number).name, time.monotonic()
+        if self.name is None:
+            self.heard_at = time.monotonic()
+        again = time.monotonic() - self.heard_at > 2  # torchrun's comes twice at once
+        self.name = signal.Signals(number).name
         wait_for_step = self.cfg.save_on_stop and self.may_save()
         if not self.leaving and (again or not wait_for_step):
             raise Stopped(self.name)
@@ -2955,7 +2976,7 @@ class Log:
         """Line by line, so that an interrupted run's log is whole so far; locked, so that no other run writes
         it.
         """
-        self.file = self.path.open("a", buffering=1)
+        self.file = self.path.open("a", buffering=1, encoding="utf-8", errors="backslashreplace")
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -2967,9 +2988,9 @@ class Log:
     def write(self, line: str, echo: bool = True) -> None:
         if not self.writes:
             return
-        if self.file is None:
-            self.open()
         try:
+            if self.file is None:
+                self.open()
             self.file.write(line + "\n")
         except OSError as error:  # a full disk: the run matters more than its log
             complain(f"log: a line could not be written ({error.strerror})", 0)
@@ -3189,7 +3210,7 @@ class Checkpoints:
 
     def write(self, step: int, **content: Any) -> None:
         """A new file. Where it cannot be written the run goes on, and the last good one stays."""
-        path = Path(self.cfg.log_dir) / f"{self.log.run_id}.step{step:06d}.pt"
+        path = Path(self.cfg.log_dir) / checkpoint_name(self.log.run_id, step)
         content |= dict(
             format=CHECKPOINT_FORMAT,
             config=json.dumps(settings(self.cfg)),
@@ -3204,7 +3225,7 @@ class Checkpoints:
             save_checkpoint(path, content)
             self.log.write(f"checkpoint: {path}")
         except (OSError, RuntimeError) as error:  # a full disk, most often, behind a RuntimeError of torch
-            reason = str(error.__context__ or error).splitlines()[0]
+            reason = first_line(error.__context__ or error)
             self.log.write(f"checkpoint: NOT saved at step {step}, the last good one stays ({reason})")
 
     def write_changes(self, saved: dict) -> None:
@@ -3233,14 +3254,21 @@ def save_checkpoint(path: Path, content: dict) -> None:
     finally:
         part.unlink(missing_ok=True)
     for killed in path.parent.glob(f".{run}.step*.part"):  # what a process that was killed left
-        killed.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            killed.unlink()
     # Steps count, not times of change: clocks are set back, copies look new. The one just written always
-    # stays.
-    older = [other for other in path.parent.glob(f"{run}.step*.pt") if step_of(other) < step_of(path)]
-    newer = [other for other in path.parent.glob(f"{run}.step*.pt") if step_of(other) > step_of(path)]
-    older.sort(key=step_of, reverse=True)
-    for superseded in [*older[KEPT_CHECKPOINTS - 1 :], *newer]:  # newer: what this run did not go on from
-        superseded.unlink(missing_ok=True)
+    # stays, and so does what somebody called RUN.step000100.best.pt.
+    found = path.parent.glob(f"{run}.step*.pt")
+    own = [other for other in found if other.name == checkpoint_name(run, step_of(other))]
+    older = sorted((other for other in own if step_of(other) < step_of(path)), key=step_of, reverse=True)
+    newer = [other for other in own if step_of(other) > step_of(path)]  # what this run did not go on from
+    for superseded in [*older[KEPT_CHECKPOINTS - 1 :], *newer]:
+        with contextlib.suppress(OSError):  # the new one is safe; that counts
+            superseded.unlink()
+
+
+def checkpoint_name(run: str, step: int) -> str:
+    return f"{run}.step{step:06d}.pt"
 
 
 def step_of(path: Path) -> int:
@@ -3289,6 +3317,13 @@ def check_checkpoint(content: dict, path: Path, cfg: Config) -> None:
     position = content["loader"]
     counts = len(position) == 2 and all(isinstance(n, int) and n >= 0 for n in position)
     need(counts, f"{path}: its place in the data is {position!r}; {remove}")
+    for name in ("clock", "tokens_seen", "flops"):
+        good = math.isfinite(content[name]) and content[name] >= 0
+        need(good, f"{path}: its {name} is {content[name]}; {remove}")
+    try:
+        torch.Generator().set_state(content["rng"])
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"{path}: no state of a random generator ({first_line(error)}); {remove}") from None
 
 
 def check_weights(content: dict, model: GPT, optimizer: Optimizer) -> None:
@@ -3301,14 +3336,21 @@ def check_weights(content: dict, model: GPT, optimizer: Optimizer) -> None:
     different = [name for name in sorted({*expected, *found}) if expected.get(name) != found.get(name)]
     names = ", ".join(different[:5])
     need(not different, f"{run}: not this model's tensors ({names}); remove it to go on without")
-    keys = {name: set(state) for name, state in optimizer.state.items()}
-    kept = {name: set(state) for name, state in content["optimizer"].items() if isinstance(state, dict)}
-    need(keys == kept, f"{run}: not this optimizer's tensors; remove it to go on without")
+    shapes = {}
+    for name, state in optimizer.state.items():
+        shapes[name] = {key: optimizer.whole_shape(name, key) for key in state}
+    kept = {}
+    for name, state in content["optimizer"].items():
+        entries = state.items() if isinstance(state, dict) else ()
+        kept[name] = {key: t.shape if isinstance(t, Tensor) else None for key, t in entries}
+    need(shapes == kept, f"{run}: not this optimizer's tensors; remove it to go on without")
     tensors = dict(content["model"])
     for name, state in content["optimizer"].items():
         tensors |= {f"{name} {key}": t for key, t in state.items()}
     for name, t in tensors.items():
-        good = isinstance(t, Tensor) and (not t.is_floating_point() or bool(t.isfinite().all()))
+        dense = isinstance(t, Tensor) and t.layout == torch.strided and not t.is_quantized
+        need(dense, f"{run}: {name} is no plain tensor; remove it to go on without")
+        good = not t.is_floating_point() or bool(t.isfinite().all())
         need(good, f"{run}: {name} is not finite; remove it to go on from an older one")
 
 
@@ -3377,7 +3419,7 @@ def compile_failure(cfg: Config, device: torch.device) -> str | None:
         compiled = torch.compile(lambda x: x.sin() + 1)
         compiled(torch.ones(8, device=device))
     except Exception as error:  # noqa: BLE001, whatever it is, the run goes on without
-        return f"torch.compile failed: {str(error).strip().splitlines()[0]}"
+        return f"torch.compile failed: {first_line(error)}"
     torch._dynamo.config.recompile_limit = 64  # a graph for each kind of layer, stage and validation window
     return None
 
@@ -3528,7 +3570,7 @@ def matches_reference(
             if not error < 0.05:
                 return f"relative error {error:.2g}"
     except Exception as error:  # noqa: BLE001, whatever it is, the plain version stays
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        return f"{type(error).__name__}: {first_line(error)}"
     return ""
 
 
@@ -3561,7 +3603,7 @@ class CudaGraphs:
             self.captured[key], self.pool = graph, graph.pool()
             graph.replay()  # the first time takes longer
         except RuntimeError as error:
-            self.log.write(f"graphs: no graph of {key} ({str(error).splitlines()[0]})")
+            self.log.write(f"graphs: no graph of {key} ({first_line(error)})")
 
     def run(self, key: object, work: Callable[[], None]) -> None:
         if key in self.captured:
