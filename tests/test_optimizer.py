@@ -188,7 +188,7 @@ def test_polar_express_is_the_description_up_to_bfloat16(shape):
 def test_normuon_is_the_description_in_float64_over_several_steps(shape, monkeypatch):
     # With bfloat16 out of the way (its error is the test above), every other step can be compared closely.
     monkeypatch.setattr(
-        tg, "polar_express", lambda u, _: torch.stack([plain_polar_express(matrix) for matrix in u]).float()
+        tg, "polar_express", lambda u, **_: torch.stack([plain_polar_express(matrix) for matrix in u]).float()
     )
     settings, momenta = dict(lr=0.02, wd=8.0, beta2=0.9), (0.85, 0.9, 0.95, 0.95, 0.5)
     begin = 0.2 * random(*shape, seed=1)
@@ -553,6 +553,7 @@ def test_muon_steps_on_each_gradient_with_the_momentum_it_is_given():
                 wd=1.2,
                 momentum=torch.tensor(momentum),
                 beta2=0.95,
+                dtype=optimizer.kernels.muon_dtype,
                 matrix_lrs=rates[name],
             )
             torch.testing.assert_close(optimizer.params[name].detach().flatten(0, 1), p, rtol=1e-6, atol=1e-7)
