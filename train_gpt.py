@@ -1058,7 +1058,7 @@ class Schedule:
         cfg, flat_steps = self.cfg, int(self.cfg.scheduled_steps * (1 - self.cfg.cooldown_share))
         if step < flat_steps or not cfg.cooldown_share:
             return self.stage(step).lr_mul
-        done = min(1.0, (step - flat_steps) / (cfg.scheduled_steps - flat_steps))
+        done = min(1.0, (step - flat_steps) / max(1, cfg.scheduled_steps - flat_steps))
         return (1 - done) * self.stage(step).lr_mul + done * cfg.final_lr
 
     def momentum(self, step: int) -> float:

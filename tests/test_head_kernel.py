@@ -118,6 +118,7 @@ else:
         loss, *none = tg.head_chunk_triton(x, head, targets, weights, CAP, False)
         assert none == [None, None]
         assert torch.equal(loss, head_chunk_bf16(x, head, targets, weights, CAP, True)[0])
+        assert torch.equal(loss, tg.head_chunk_triton(x, head, targets, weights, CAP, True, False)[0])
         assert not torch.equal(loss, tg.head_chunk_triton(x, head, targets, weights, CAP, True)[0])
         z = x @ head
         before = z.clone()
