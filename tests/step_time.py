@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,9 +60,10 @@ def main(argv: list[str]) -> None:
 
 
 def machine(run: "tg.Run") -> list[str]:
-    rates = {
-        dtype: tg.matrix_ceiling(run.ranks.device, dtype) / 1e9 for dtype in (torch.bfloat16, torch.float32)
-    }
+    """bfloat16 only where the hardware multiplies it, or this run wants it: elsewhere a product takes minutes."""
+    own = {torch.float32, run.model.dtype, tg.pick_dtype(replace(run.cfg, dtype="auto"))}
+    dtypes = [dtype for dtype in (torch.bfloat16, torch.float32) if dtype in own]
+    rates = {dtype: tg.matrix_ceiling(run.ranks.device, dtype) / 1e9 for dtype in dtypes}
     return [
         f"{torch.get_num_threads()} threads; a product of two 2048 x 2048 matrices: "
         + ", ".join(
