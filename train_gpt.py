@@ -1605,7 +1605,7 @@ class Schedule:
         flat_steps = int(cfg.scheduled_steps * (1 - cfg.cooldown_share))
         if step < flat_steps or cfg.cooldown_share == 0:
             return lr_mul
-        done = min(1.0, (step - flat_steps) / (cfg.scheduled_steps - flat_steps))
+        done = min(1.0, (step - flat_steps) / max(1, cfg.scheduled_steps - flat_steps))
         return (1 - done) * lr_mul + done * cfg.final_lr
 
     def momentum(self, step: int) -> float:

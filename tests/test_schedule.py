@@ -85,7 +85,14 @@ def test_learning_rate_of_short_in_digits():
 
 def test_learning_rate_ends_at_final_lr_and_stays_flat_without_a_cooldown():
     assert short(final_lr=0.15).lr_mul(1507) == pytest.approx(0.15)
-    assert [short(cooldown_share=0.0).lr_mul(step) for step in (0, 700, 1506)] == [1.0, 1.52, 1.73]
+    for share in (0.0, 1e-18):  # the second is lost in 1 - 1e-18
+        assert [short(cooldown_share=share).lr_mul(step) for step in (0, 700, 1506, 1507)] == [
+            1.0,
+            1.52,
+            1.73,
+            1.73,
+        ]
+    assert short(cooldown_share=1.0).lr_mul(0) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -323,6 +330,7 @@ def test_runs_of_very_few_steps(num_steps, batches):
         ("short", {"num_steps": 1}, 262144),
         ("short", {"num_steps": 2, "micro_batches": 16}, 131072 + 393216),
         ("one-gpu", {}, 502 * 131072 + 503 * 262144 + 542 * 393216),
+        ("medium", {}, 392 * 131072 + 392 * 262144 + 391 * 393216 + 3565 * 524288),
         ("cpu", {"num_steps": 10, "stages": (tg.Stage(2.0, 4096, (64, 64), 512, 1.0),)}, 40960),
     ],
 )
