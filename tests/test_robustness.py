@@ -51,7 +51,7 @@ def test_only_superseded_checkpoints_of_the_run_are_deleted(tmp_path):
     tg.save_checkpoint(tmp_path / tg.checkpoint_name("run", 4), {"step": 4})  # went on from 3: 9 was damaged
     kept = {path.name for path in tmp_path.iterdir()}
     # what stands at a later step was not this run's: it stays until the run comes there
-        assert kept == {*others, "run.step000003.pt", "run.step000004.pt", "run.step000009.pt"}
+    assert kept == {*others, "run.step000003.pt", "run.step000004.pt", "run.step000009.pt"}
 
 
 def test_a_checkpoint_is_saved_though_an_old_one_cannot_be_deleted(tmp_path):
