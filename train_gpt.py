@@ -3243,9 +3243,9 @@ def step_of(path: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def read_checkpoint(path: Path) -> dict | None:
-    """The content of a checkpoint, none of whose code is run; None, and a word on stderr, if it is not
-    whole.
+def read_checkpoint(path: Path, quiet: bool = False) -> dict | None:
+    """The content of a checkpoint, none of whose code is run; None, and a word on stderr unless quiet, if
+    it is not whole.
     """
     try:
         if zipfile.ZipFile(path).testzip():  # torch does not look at the checksums that it writes
@@ -3255,7 +3255,8 @@ def read_checkpoint(path: Path) -> dict | None:
             raise ValueError
         return content
     except Exception as error:  # noqa: BLE001, half a file can fail in many ways
-        complain(f"resume: {path} is not whole ({type(error).__name__}), looking for an older one", 0)
+        if not quiet:
+            complain(f"resume: {path} is not whole ({type(error).__name__}), looking for an older one", 0)
         return None
 
 
@@ -3328,13 +3329,13 @@ def newest_checkpoint(cfg: Config) -> tuple[dict | None, Path | None]:
     return newest_of(paths)
 
 
-def newest_of(paths: list[Path]) -> tuple[dict | None, Path | None]:
+def newest_of(paths: list[Path], quiet: bool = False) -> tuple[dict | None, Path | None]:
     """Runs are ordered by the time that their newest whole file says, a run's files by their steps."""
     newest_of_run: dict[str, tuple[dict, Path]] = {}
     for path in sorted(paths, key=step_of, reverse=True):
         run = path.name.partition(".step")[0]
         if run not in newest_of_run:
-            content = read_checkpoint(path)
+            content = read_checkpoint(path, quiet)
             if content is not None:
                 newest_of_run[run] = content, path
     if not newest_of_run:

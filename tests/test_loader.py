@@ -201,7 +201,7 @@ def wanted(cfg: tg.Config) -> list[tuple[int, int]]:
 def walk(cfg: tg.Config, rank: int = 0, ranks: int = 1) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
     """What one rank trains on, a list for each step."""
     loader, schedule = tg.Loader(cfg), tg.Schedule(cfg)
-    return [list(loader.step(schedule.stage(step), rank, ranks)) for step in range(cfg.num_steps)]
+    return [list(loader.load_batches(schedule.stage(step), rank, ranks)) for step in range(cfg.num_steps)]
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -252,7 +252,7 @@ def test_the_stream_of_a_record_preset_on_any_number_of_ranks(long_documents, pr
         for rank in range(ranks):
             loader = tg.Loader(cfg)
             for step, row in enumerate(stages):
-                for n, (tokens, targets) in enumerate(loader.step(row, rank, ranks)):
+                for n, (tokens, targets) in enumerate(loader.load_batches(row, rank, ranks)):
                     found[8 * step + n * ranks + rank] = [*tokens.tolist(), int(targets[-1])]
                     assert torch.equal(tokens[1:], targets[:-1])
         assert found == expected
@@ -275,22 +275,22 @@ def test_documents_by_hand(tmp_path, limit, expected):
     for sequence in expected:
         if sequence is None:
             with pytest.raises(tg.UserError):
-                loader.pieces(5, limit)
+                loader.next_sequence(5, limit)
         else:
-            assert np.concatenate(loader.pieces(5, limit)).tolist() == sequence
+            assert np.concatenate(loader.next_sequence(5, limit)).tolist() == sequence
 
 
 def test_tokens_before_the_first_document_of_a_shard_are_skipped(tmp_path):
     write_shards(tmp_path, [[7, 7, 7, BOS, 1, 2], [8, 8, BOS, 3, 4]])
-    assert np.concatenate(tg.Loader(config(tmp_path)).pieces(6, 100)).tolist() == [BOS, 1, 2, BOS, 3, 4]
+    assert np.concatenate(tg.Loader(config(tmp_path)).next_sequence(6, 100)).tolist() == [BOS, 1, 2, BOS, 3, 4]
 
 
 def test_a_new_limit_holds_from_the_next_document_on(tmp_path):
     document = [BOS, *range(1, 10)]
     write_shards(tmp_path, [document * 4])
     loader = tg.Loader(config(tmp_path))
-    assert np.concatenate(loader.pieces(8, 4)).tolist() == document[:4] * 2
-    assert np.concatenate(loader.pieces(12, 6)).tolist() == document[:6] * 2  # goes on where it was
+    assert np.concatenate(loader.next_sequence(8, 4)).tolist() == document[:4] * 2
+    assert np.concatenate(loader.next_sequence(12, 6)).tolist() == document[:6] * 2  # goes on where it was
 
 
 def test_a_second_epoch_begins_again_with_the_first_shard(tmp_path):
