@@ -1223,6 +1223,7 @@ class Optimizer:
                 beta2=cfg.muon_beta2,
                 matrix_lrs=self.matrix_lrs[name],
                 symmetric_product=self.kernels.symmetric_product,
+                dtype=self.kernels.muon_dtype,
             )
         else:
             adam_ = partial(
@@ -1280,6 +1281,31 @@ def symmetric_product(x: Tensor, alpha: float = 1.0, beta: float = 0.0) -> Tenso
     return torch.baddbmm(x, x, x.mT, alpha=alpha, beta=beta)
 
 
+POLAR_EXPRESS = (  # 2505.16932, its coefficients for five steps, safety 2e-2, cushion 2
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def polar_express(
+    grad: Tensor, symmetric_product: Callable = symmetric_product, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """grad (n, rows, columns) -> about U V^T of its singular value decomposition, in dtype."""
+    x = grad.to(dtype)
+    tall = x.size(-2) > x.size(-1)
+    if tall:  # the Gram matrix on the shorter side
+        x = x.mT.contiguous()
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
+    for a, b, c in POLAR_EXPRESS:
+        gram = symmetric_product(x)
+        polynomial = symmetric_product(gram, alpha=c, beta=b)
+        x = torch.baddbmm(x, polynomial, x, beta=a)  # rounds once
+    return x.mT.contiguous() if tall else x
+
+
 def normuon_(
     p: Tensor,
     mantissa_lo: Tensor | None,
@@ -1293,12 +1319,14 @@ def normuon_(
     beta2: float,
     matrix_lrs: Tensor,
     symmetric_product: Callable = symmetric_product,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     """One NorMuon step (2510.05491) on matrices (n, rows, columns), in place; matrix_lrs (n, 1, 1)
     times lr.
     """
     grad = grad.float()
-    update = normuon_direction(grad, momentum_buffer, second_moment, momentum, beta2, symmetric_product)
+    orthogonalise = partial(polar_express, symmetric_product=symmetric_product, dtype=dtype)
+    update = normuon_direction(grad, momentum_buffer, second_moment, momentum, beta2, orthogonalise)
     weight = fp32_weight(p, mantissa_lo)
     agree = update * weight >= 0  # cautious weight decay, 2411.16085: never against the update
     kept = 1 - wd * lr**2 * matrix_lrs * agree
@@ -1311,11 +1339,11 @@ def normuon_direction(
     second_moment: Tensor,
     momentum: Tensor | float,
     beta2: float,
-    symmetric_product: Callable = symmetric_product,
+    orthogonalise: Callable = polar_express,
 ) -> Tensor:
     """Nesterov momentum, orthogonalised, rows (or columns) of equal size on average; the whole norm stays."""
     momentum_buffer.lerp_(grad, 1 - momentum)
-    update = polar_express(grad.lerp(momentum_buffer, momentum), symmetric_product)
+    update = orthogonalise(grad.lerp(momentum_buffer, momentum))
     dim = averaged_dim(update)
     squares = update.norm(dim=dim, keepdim=True, dtype=torch.float32).square()  # of each row (or column)
     second_moment.lerp_(squares / update.size(dim), 1 - beta2)
@@ -1323,29 +1351,6 @@ def normuon_direction(
     size = squares.sum(dim=(-2, -1), keepdim=True)
     scaled_size = (squares * scale.square()).sum(dim=(-2, -1), keepdim=True)
     return update * (scale * (size / scaled_size.clamp_min(1e-20)).sqrt())
-
-
-POLAR_EXPRESS = (  # 2505.16932, its coefficients for five steps, safety 2e-2, cushion 2
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-)
-
-
-def polar_express(grad: Tensor, symmetric_product: Callable = symmetric_product) -> Tensor:
-    """grad (n, rows, columns) -> about U V^T of its singular value decomposition, bfloat16."""
-    x = grad.bfloat16()
-    tall = x.size(-2) > x.size(-1)
-    if tall:  # the Gram matrix on the shorter side
-        x = x.mT.contiguous()
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
-    for a, b, c in POLAR_EXPRESS:
-        gram = symmetric_product(x)
-        polynomial = symmetric_product(gram, alpha=c, beta=b)
-        x = torch.baddbmm(x, polynomial, x, beta=a)  # rounds once
-    return x.mT.contiguous() if tall else x
 
 
 def adam_(
@@ -1898,6 +1903,7 @@ class Kernels:
     static_grads: bool = False  # gradients keep their memory, since graphs write there
     lazy_bigrams: bool = False  # only touched rows of the bigram table move, see lazy_adam_
     sparse_bigram_grad: bool = False  # and its gradient holds nothing but them
+    muon_dtype: torch.dtype = torch.bfloat16  # of polar_express's products
     note: str = "all plain"  # the log's line on what runs
 
 
@@ -3355,11 +3361,15 @@ def saved_at(content: dict) -> float:
 
 
 def pick_dtype(cfg: Config) -> torch.dtype:
-    """auto: bfloat16 on GPUs and on CPUs that multiply it in hardware (AVX-512 BF16, AMX), else float32."""
+    """auto: bfloat16 where the hardware multiplies it, else float32."""
     if cfg.dtype != "auto":
         return getattr(torch, cfg.dtype)
-    fast = cfg.device == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if multiplies_bfloat16(cfg.device) else torch.float32
+
+
+def multiplies_bfloat16(device: str) -> bool:
+    """GPUs do, and CPUs with AVX-512 BF16 or AMX; emulated, a product takes twenty times as long."""
+    return device == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def compile_failure(cfg: Config, device: torch.device) -> str | None:
@@ -3681,6 +3691,7 @@ class Cpu:
             new_mantissa=new_float32_copy,
             lazy_bigrams=lazy,
             sparse_bigram_grad=lazy and env.world_size == 1,  # ranks exchange rows of a dense gradient
+            muon_dtype=torch.bfloat16 if multiplies_bfloat16("cpu") else torch.float32,
         )
         if self.compile_failure is None:
             whole = partial(torch.compile, dynamic=False, fullgraph=True)

@@ -1,12 +1,13 @@
 """
-Triton kernels compiled for any NVIDIA GPU on a machine without one, and what came out: registers, spills, shared memory,
-tensor cores, TMA.
+Triton kernels compiled for any NVIDIA GPU on a machine without one, and what came out: registers, spills,
+shared memory, tensor cores, TMA.
 
-    with aot.record(90) as launches:                # every kernel[grid](...) inside is compiled for sm_90, not launched
-        attention(*tensors_on_meta)                 # the wrapper itself: alignments are what a launch would have
+    with aot.record(90) as launches:    # every kernel[grid](...) inside is compiled for sm_90, not launched
+        attention(*tensors_on_meta)     # the wrapper itself: alignments are what a launch would have
     print(aot.header(), *map(aot.row, launches), sep="\\n")
 
-or one kernel: aot.compile_jit(kernel, torch.bfloat16, 1024, grid=(1,), cc=90, BLOCK=128); a dtype stands for a pointer.
+or one kernel: aot.compile_jit(kernel, torch.bfloat16, 1024, grid=(1,), cc=90, BLOCK=128); a dtype stands
+for a pointer.
 """
 
 import os
@@ -34,9 +35,9 @@ BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 def use_torchs_ptxas(torch_folder: Path) -> None:
-    """A CUDA build of torch brings a ptxas of its own, with which Inductor compiles, and Triton in the same process from then
-    on. So that the figures here are of what a GPU would get, and ptxas knows the PTX that it is asked about: that one from the
-    start. An own TRITON_PTXAS_PATH stays."""
+    """A CUDA build of torch brings a ptxas of its own, with which Inductor compiles, and Triton in the same
+    process from then on. So that the figures here are of what a GPU would get, and ptxas knows the PTX that
+    it is asked about: that one from the start. An own TRITON_PTXAS_PATH stays."""
     for path in (
         torch_folder / "bin/ptxas",
         torch_folder / "_inductor/bin/ptxas",
@@ -139,7 +140,9 @@ def install(cc: int = 90) -> None:
 
 
 class T(MockTensor):
-    """A pointer to dtype: T(torch.bfloat16), or T("bf16"); aligned=False: its address cannot be divided by 16."""
+    """A pointer to dtype: T(torch.bfloat16), or T("bf16"); aligned=False: its address cannot be divided
+    by 16.
+    """
 
     def __init__(self, dtype, shape: tuple[int, ...] = (1,), aligned: bool = True):
         super().__init__(dtype)
@@ -150,7 +153,9 @@ class T(MockTensor):
 
 
 def as_arg(x):
-    """A tensor without memory (meta, fake) or a dtype as a pointer; a GPU's allocator aligns every storage."""
+    """A tensor without memory (meta, fake) or a dtype as a pointer; a GPU's allocator aligns every
+    storage.
+    """
     if isinstance(x, torch.Tensor) and not (type(x) is torch.Tensor and x.device.type == "cpu"):
         return T(x.dtype, tuple(x.shape), aligned=int(x.storage_offset()) * x.element_size() % 16 == 0)
     return T(x) if isinstance(x, torch.dtype) else x
@@ -210,7 +215,8 @@ def ptxas_for(cc: int) -> str:
 
 
 def ptxas_v(ptx: str, cc: int, fmad: bool = True, extra: tuple[str, ...] | list[str] = ()) -> str:
-    """What `ptxas -v` says of this source, by the ptxas that Triton uses for cc. RuntimeError holds its complaint."""
+    """What `ptxas -v` says of this source, by the ptxas that Triton uses for cc. RuntimeError holds its
+    complaint."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "k.ptx")
         source.write_text(ptx)
@@ -280,7 +286,9 @@ def jit_function(fn) -> JITFunction:
 
 
 def compile_jit(fn, *args, grid=(1,), cc: int | None = None, **named) -> Result:
-    """With the specialisation (divisible by 16, equal to 1, dtypes) that a launch with these arguments would get."""
+    """With the specialisation (divisible by 16, equal to 1, dtypes) that a launch with these arguments
+    would get.
+    """
     if cc is not None:
         install(cc)
     fn, began = jit_function(fn), time.time()
@@ -337,6 +345,6 @@ def row(r: Result) -> str:
     counts = " ".join(f"{name}={count}" for name, count in r.counts.items() if count)
     told = "".join(f"\n      ptxas: {warning[:220]}" for warning in r.warnings)
     return (
-        f"{r.name:44s} {r.cc:<3d} {r.warps} {r.stages}  {r.regs:<4d} {r.spill_st:<6d} {r.smem:<6d} {r.tmem:<4d} "
-        f"{r.ctas_per_sm:<3d} {r.fits!s:5s} {counts}  [{r.secs:.1f}s] grid={r.grid}{told}"
+        f"{r.name:44s} {r.cc:<3d} {r.warps} {r.stages}  {r.regs:<4d} {r.spill_st:<6d} {r.smem:<6d} "
+        f"{r.tmem:<4d} {r.ctas_per_sm:<3d} {r.fits!s:5s} {counts}  [{r.secs:.1f}s] grid={r.grid}{told}"
     )

@@ -1,5 +1,6 @@
 """
-Registers, spills, shared memory and tensor cores of every kernel in folders that Inductor or Triton cached kernels in.
+Registers, spills, shared memory and tensor cores of every kernel in folders that Inductor or Triton cached
+kernels in.
 
     python tests/inductor_stats.py CACHE_DIR...     # TORCHINDUCTOR_CACHE_DIR, TRITON_CACHE_DIR of the run
 """

@@ -21,8 +21,9 @@ from conftest import ROOT, made_up_text, run_command, tiny
 import train_gpt as tg
 from data.shards import write_shard
 
-# 13 steps: the long window grows (YaRN) before step 6; the last validation only looks further; embedding and head part with
-# the update of step 9, so between the save points 8 and 10; the odd last step leaves a gradient that nobody will use.
+# 13 steps: the long window grows (YaRN) before step 6; the last validation only looks further; embedding and
+# head part with the update of step 9, so between the save points 8 and 10; the odd last step leaves a
+# gradient that nobody will use.
 STEPS, SAVE_POINTS, WINDOW_GROWS, UNTIED = 13, [2, 4, 6, 8, 10, 12, 13], 6, 10
 BASE = dict(num_steps=STEPS, val_every=4, micro_batches=2, final_long_window=96)
 DTYPES = ["float32", "bfloat16"]

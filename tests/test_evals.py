@@ -41,7 +41,8 @@ def lively(cfg: tg.Config) -> tg.GPT:
 
 
 def trained(reach: tuple[int, int] = (16, 64), **changes) -> model.Trained:
-    """At the end of its run, so that `reach` are the windows of the last validation. Its angles are those of training."""
+    """At the end of its run, so that `reach` are the windows of the last validation. Its angles are those of
+    training."""
     stages = tuple(replace(stage, windows=(reach[0], stage.windows[1])) for stage in tiny().stages)
     cfg = tiny(vocab_size=VOCAB + 1, bos_id=BOS, stages=stages, final_long_window=reach[1], **changes)
     net = lively(cfg).requires_grad_(False)
@@ -154,7 +155,8 @@ def test_bfloat16_stays_close():
 # Loading
 
 
-# Of 8 steps the first four have a long window of 48 tokens, the others one of 64; the last validation looks 96 far.
+# Of 8 steps the first four have a long window of 48 tokens, the others one of 64; the last validation looks
+# 96 far.
 @pytest.mark.parametrize(
     "step, windows, trained_with",
     [(2, (16, 48), 48), (4, (16, 64), 64), (6, (16, 64), 64), (8, (16, 96), 64)],
@@ -163,7 +165,8 @@ def test_bfloat16_stays_close():
 def test_a_checkpoint_is_loaded_with_its_windows_its_angles_and_its_vocabulary(
     tmp_path, ranks, step, windows, trained_with
 ):
-    """As the run validated it there: with the stage that begins, and at the end with the angles of training."""
+    """As the run validated it there: with the stage that begins, and at the end with the angles of
+    training."""
     it = model.load(checkpoint(tmp_path, ranks, step=step, final_long_window=96), device="cpu")
     net = lively(it.cfg)
     net.set_long_window(trained_with)

@@ -235,7 +235,8 @@ def test_the_sanitizer_finds_what_is_planted_and_nothing_else():
 
 @pytest.fixture
 def torch_with_ptxas(tmp_path) -> Path:
-    """A folder as a CUDA build of torch has it, with a ptxas that says of every source that it spills 7 bytes."""
+    """A folder as a CUDA build of torch has it, with a ptxas that says of every source that it spills 7
+    bytes."""
     ptxas = tmp_path / "torch" / "bin" / "ptxas"
     ptxas.parent.mkdir(parents=True)
     told = "release 13.0, V13.0.48\\n7 bytes spill stores, 7 bytes spill loads"

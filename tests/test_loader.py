@@ -148,7 +148,8 @@ def test_a_folder_beside_the_program_is_found_from_anywhere(tmp_path, monkeypatc
 
 
 def plain_sequences(shards: list[list[int]], wanted: list[tuple[int, int]]) -> list[list[int]] | None:
-    """docs/model.md, "Data", in plain Python: for each (tokens, limit) whole documents, cut at the limit. None: too few."""
+    """docs/model.md, "Data", in plain Python: for each (tokens, limit) whole documents, cut at the limit.
+    None: too few."""
     documents = []
     for tokens in shards:
         for token in tokens:
@@ -227,7 +228,8 @@ def test_sequences_are_those_of_a_plain_walk_over_shards_and_stages(tmp_path, se
 
 @pytest.fixture(scope="module")
 def long_documents(tmp_path_factory) -> tuple[Path, list[list[int]]]:
-    """Shards of documents of log-normal length, many of them longer than the limits of `short` and `medium`."""
+    """Shards of documents of log-normal length, many of them longer than the limits of `short` and
+    `medium`."""
     folder, shards, rng = tmp_path_factory.mktemp("long"), [], np.random.default_rng(0)
     for _ in range(4):
         lengths = rng.lognormal(7.0, 1.0, 90).astype(int) + 1
@@ -240,7 +242,8 @@ def long_documents(tmp_path_factory) -> tuple[Path, list[list[int]]]:
 
 @pytest.mark.parametrize("preset, limit", [("short", 2048), ("medium", 4096)])
 def test_the_stream_of_a_record_preset_on_any_number_of_ranks(long_documents, preset, limit):
-    """A step of every stage, at an eighth of its tokens: eight sequences from whole documents, cut at the preset's limit."""
+    """A step of every stage, at an eighth of its tokens: eight sequences from whole documents, cut at the
+    preset's limit."""
     folder, shards = long_documents
     record = tg.PRESETS[preset]
     stages = tuple(replace(stage, batch_tokens=stage.batch_tokens // 8) for stage in record.stages)

@@ -1,4 +1,6 @@
-"""What of null_device.py works without a CUDA build: its arguments, its reasons to skip, its figures and its table."""
+"""What of null_device.py works without a CUDA build: its arguments, its reasons to skip, its figures and
+its table.
+"""
 
 import ctypes
 import re
@@ -149,7 +151,8 @@ ERRORS = re.findall(
 
 
 class Capture:
-    """Streams 0, 1 and 2 of CUDA, two of our own, an event; calls by name, which give the name of their error."""
+    """Streams 0, 1 and 2 of CUDA, two of our own, an event; calls by name, which give the name of their
+    error."""
 
     def __init__(self, runtime: ctypes.CDLL):
         self.runtime, self.graph = runtime, ctypes.c_void_p()

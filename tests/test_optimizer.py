@@ -1,4 +1,5 @@
-"""NorMuon, Adam, exact bfloat16 weights, and the class that drives them, against docs/model.md, "Optimizers"."""
+"""NorMuon, Adam, exact bfloat16 weights, and the class that drives them, against docs/model.md,
+"Optimizers"."""
 
 import pytest
 import torch
@@ -247,7 +248,8 @@ def test_normuon_decays_only_where_update_and_weight_agree(shape, factor):
 
 
 def test_normuon_decays_what_has_no_update():
-    """A weight whose update is 0 agrees with it: 3.0 x 0.01 x 0.01 of it goes. (Adam's mask says the opposite, below.)"""
+    """A weight whose update is 0 agrees with it: 3.0 x 0.01 x 0.01 of it goes. (Adam's mask says the
+    opposite, below.)"""
     p, begin = torch.ones(4, 32, 32), torch.ones(4, 32, 32)
     settings = dict(lr=0.01, wd=3.0, momentum=0.9, beta2=0.95, rates=torch.ones(4, 1, 1))
     tg.normuon_(p, None, torch.zeros_like(p), *muon_state(p), **settings)
@@ -259,8 +261,9 @@ def one_layer() -> dict:
 
 
 def test_the_second_moment_of_o_has_one_value_for_each_output():
-    """A loss that looks at output 5 alone: o's gradient is its row 5, a matrix of rank one. Orthogonalised, that row has
-    a length s between 0.85 and 1.145, so the mean square of its 64 inputs is s^2 / 64; the other outputs' are 0."""
+    """A loss that looks at output 5 alone: o's gradient is its row 5, a matrix of rank one. Orthogonalised,
+    that row has a length s between 0.85 and 1.145, so the mean square of its 64 inputs is s^2 / 64; the other
+    outputs' are 0."""
     model, optimizer = build(**one_layer())
     assert model.qkvo.shape == (1, 4, 64, 64) and optimizer.state["qkvo"]["second"].shape == (4, 64, 1)
     heads, zeros = random(30, 4, 16), torch.zeros(30, 64)
@@ -601,7 +604,8 @@ def assert_declared(model: tg.GPT, table: dict[str, tuple]) -> None:
     } == {"qkvo": (1, 1, 1), "mlp": (1, 1, 2)}
 
 
-# The same for medium: Adam's betas are 0.8 and 0.95 but for the scalars', and all of it goes half as fast, but for theirs.
+# The same for medium: Adam's betas are 0.8 and 0.95 but for the scalars', and all of it goes half as fast,
+# but for theirs.
 MEDIUM_BETAS = (0.8, 0.95)
 MEDIUM_TABLE = {
     "embed": (MEDIUM_BETAS, 1, 150),

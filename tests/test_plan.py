@@ -116,7 +116,8 @@ def test_kept_activations_are_those_of_the_compiled_gpu_model(monkeypatch):
 
 
 class Alive(TorchDispatchMode):
-    """Bytes of the bfloat16 tensors that have been made inside and still exist, each storage once, without the model's own."""
+    """Bytes of the bfloat16 tensors that have been made inside and still exist, each storage once, without
+    the model's own."""
 
     def __init__(self, model: tg.GPT):
         super().__init__()
@@ -135,7 +136,8 @@ class Alive(TorchDispatchMode):
 
 @pytest.mark.parametrize("value_embeds", [".01.2", ".01.."])
 def test_activations_of_a_validation_are_those_that_still_exist_in_its_last_layer(value_embeds, monkeypatch):
-    """Counted when a piece of the model is done; within the last one, the MLP's, its input and relu^2 come on top."""
+    """Counted when a piece of the model is done; within the last one, the MLP's, its input and relu^2 come on
+    top."""
     cfg, T, found = replace(CFG, value_embeds=value_embeds), 96, {}
     for name, fast in (("attention", tg.attention_triton), ("mlp", tg.mlp_triton)):
         monkeypatch.setitem(tg.IN_USE, name, fast)

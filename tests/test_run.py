@@ -198,12 +198,13 @@ def test_the_clock_stands_still_during_validation(tiny_data, tmp_path, monkeypat
 
 
 def test_micro_batches_add_up_to_the_whole_step(tiny_data, tmp_path):
-    """Two of 256 tokens are one of 512: the loss is the mean, the gradient that of the sum. Each begins with a document."""
+    """Two of 256 tokens are one of 512: the loss is the mean, the gradient that of the sum. Each begins with
+    a document."""
     one_token = (tg.Stage(until=2.0, batch_tokens=512, windows=(16, 48), max_doc_len=96, lr_mul=1.0),)
     two = tiny_run(tiny_data, tmp_path, micro_batches=2, stages=one_token)
     parts = list(two.loader.step(two.cfg.stages[0]))
     one = tiny_run(tiny_data, tmp_path, micro_batches=1, stages=one_token)
-    whole = [tuple(map(torch.cat, zip(*parts)))]
+    whole = [tuple(map(torch.cat, zip(*parts, strict=True)))]
     for run, batches in ((two, parts), (one, whole)):
         randomise(run.model)
         run.dials[0] = 1.0  # the weight of the next token's loss
@@ -211,7 +212,7 @@ def test_micro_batches_add_up_to_the_whole_step(tiny_data, tmp_path):
     assert len(parts) == 2 and float(two.result[0]) == pytest.approx(float(one.result[0]), rel=1e-6)
     mean = one.model(*whole[0], torch.ones(1), (16, 48))
     assert float(one.result[0]) == pytest.approx(mean.item(), rel=1e-6)
-    for (name, p), q in zip(one.model.named_parameters(), two.model.parameters()):
+    for (name, p), q in zip(one.model.named_parameters(), two.model.parameters(), strict=True):
         [grad] = torch.autograd.grad(mean, p, retain_graph=True)
         for summed in (p.grad, q.grad):  # over an eighth of a step's 512 tokens, as docs/model.md says
             assert (summed - 64 * grad).norm() < 1e-4 * summed.norm(), name
@@ -222,7 +223,8 @@ RARE = [255, 201, 7, 202, 8, 203, 9, 204, 7, 205, 8, 206]
 
 
 def step_with_the_rare_document(size: int, micro_batches: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """So many micro-batches of `size` tokens each, of documents of 12; the rare one is the second of the last."""
+    """So many micro-batches of `size` tokens each, of documents of 12; the rare one is the second of the
+    last."""
     rng, batches = np.random.default_rng(size + micro_batches), []
     for n in range(micro_batches):
         tokens = rng.integers(0, 200, size + 1)
@@ -234,8 +236,8 @@ def step_with_the_rare_document(size: int, micro_batches: int) -> list[tuple[tor
 
 
 def rare_updates(cfg: tg.Config) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """In float64, of the rows of the rare tokens in each table: the gradient of the rare document's own losses, summed, over
-    8; and where they start."""
+    """In float64, of the rows of the rare tokens in each table: the gradient of the rare document's own
+    losses, summed, over 8; and where they start."""
     model = randomise(tg.GPT(cfg), std=0.3)
     P = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
     tokens, targets = torch.tensor(RARE), torch.tensor([*RARE[1:], 255])
@@ -251,7 +253,8 @@ def rare_updates(cfg: tg.Config) -> tuple[dict[str, torch.Tensor], dict[str, tor
 def test_eps_weighs_the_same_on_a_row_that_is_touched_once_however_large_the_step(
     size, micro_batches, tiny_data, tmp_path
 ):
-    """Adam's first update of it is lr g / (|g| + eps), g the gradient of a summed loss; eps is chosen as large as g."""
+    """Adam's first update of it is lr g / (|g| + eps), g the gradient of a summed loss; eps is chosen as
+    large as g."""
     stage = tg.Stage(2.0, size * micro_batches, (9, 33), 96, 1.0)
     cfg = dict(**PLAIN, stages=(stage,), micro_batches=micro_batches, num_steps=1, adam_every=1, adam_wd=0.0)
     cfg |= dict(adam_lr=0.008, untie_share=0.0, val_seq_len=256)
@@ -268,8 +271,8 @@ def test_eps_weighs_the_same_on_a_row_that_is_touched_once_however_large_the_ste
         assert (moved - expected).norm() < 1e-4 * expected.norm(), name
 
 
-# What attention turns by, and multiplies with, at each step of `short`: 32 frequencies, and the scale of the softmax. YaRN,
-# in Python's floats, at the three changes of the long window.
+# What attention turns by, and multiplies with, at each step of `short`: 32 frequencies, and the scale of the
+# softmax. YaRN, in Python's floats, at the three changes of the long window.
 SHORT_WINDOWS = {0: 384, 502: 896, 1005: 1408, 1507: 1664}
 SHORT_SCALES = {0: 0.1, 502: 0.1169459572, 1005: 0.1275175238, 1507: 0.1317779884}
 
@@ -281,7 +284,9 @@ def short_frequencies() -> dict[int, list[float]]:
         if before:
             turns = [before * f / (2 * math.pi) for f in freqs]  # rotations within the old window
             kept = [min(max((r - 1) / 31, 0), 1) for r in turns]
-            freqs = [f * (before / window + m * (1 - before / window)) for f, m in zip(freqs, kept)]
+            freqs = [
+                f * (before / window + m * (1 - before / window)) for f, m in zip(freqs, kept, strict=True)
+            ]
         found[step], before = freqs, window
     return found
 
@@ -341,7 +346,7 @@ def test_yarn_of_medium_stops_at_13_blocks():
             changed.append((step, not torch.equal(model.rotary_freqs, before)))
             before = model.rotary_freqs.clone()
     steps = [392, 784, 1175, 1567, 1959, 2350, 2742, 3134]
-    assert changed == list(zip(steps, [True] * 3 + [False] * 5))
+    assert changed == list(zip(steps, [True] * 3 + [False] * 5, strict=True))
     expected = math.prod(0.2 * math.log(b / a) + 1 for a, b in ((3, 7), (7, 11), (11, 13)))
     assert float(model.softmax_scale / medium.softmax_scale) == pytest.approx(expected, rel=1e-6)
 

@@ -1,10 +1,11 @@
 """The schedule at steps worked out by hand, and the command line: presets, overrides, every value that is refused."""
 
 import math
+import re
 from dataclasses import fields, replace
 
 import pytest
-from conftest import tiny
+from conftest import ROOT, tiny
 
 import train_gpt as tg
 from data.prepare import tokens_needed
@@ -134,8 +135,9 @@ def test_untie_step_of_short_is_odd_and_at_two_thirds():
     assert short(num_steps=1546).untie_step == 1005  # 2 / 3 x 1506 is 1004, even: one later
 
 
-# medium: 4,700 scheduled steps, of which a twelfth is 391.67, and 40 more at the final settings. Stage k begins at the first
-# step in its twelfth, ceil(4700 k / 12). Windows in blocks of 128: (first step, tokens a step, short, long, multiplier).
+# medium: 4,700 scheduled steps, of which a twelfth is 391.67, and 40 more at the final settings. Stage k
+# begins at the first step in its twelfth, ceil(4700 k / 12). Windows in blocks of 128: (first step, tokens a
+# step, short, long, multiplier).
 MEDIUM_STAGES = [
     (0, 131072, 1, 3, 1.0),
     (392, 262144, 3, 7, 1.52),
@@ -239,7 +241,7 @@ def test_untie_share_1_never_comes_not_even_in_the_extension(num_steps, extensio
 
 @pytest.mark.parametrize(
     "step, stage, lr, momentum, predict",
-    [  # the line begins at int(120 x 0.45) = 53, as 0.45 is 0.44999... in floating point, and is 67 steps long
+    [  # the line begins at int(120 x 0.45) = 53, as 1 - 0.55 is 0.44999... in floating point; 67 steps long
         (0, 0, 1.0, 0.85, (1.0, 0.5)),
         (30, 0, 1.0, 0.90, (1.0, 0.25)),
         (53, 0, 1.0, 0.85 + 0.1 * 53 / 60, (1.0, 0.5 * 7 / 60)),
@@ -326,6 +328,32 @@ def test_runs_of_very_few_steps(num_steps, batches):
 )
 def test_tokens_needed(preset, changes, tokens):
     assert tokens_needed(replace(tg.PRESETS[preset], **changes)) == tokens
+
+
+# docs/model.md
+
+
+def constants() -> list[tuple[str, str, str]]:
+    """(field, short's, medium's) of the table in docs/model.md."""
+    text = (ROOT / "docs" / "model.md").read_text().split("### Constants")[1].split("\n## ")[0]
+    return re.findall(r"^\| `(\w+)` \| (\S+) \| (\S+) \|$", text, re.MULTILINE)
+
+
+def test_the_description_s_constants_are_those_of_the_presets():
+    for field, short_value, medium_value in constants():
+        for name, text in (("short", short_value), ("medium", medium_value)):
+            value = getattr(tg.PRESETS[name], field)
+            assert value == (text if isinstance(value, str) else float(text)), (name, field)
+
+
+def test_the_description_has_every_number_in_which_short_and_medium_differ():
+    short_preset, medium_preset = tg.PRESETS["short"], tg.PRESETS["medium"]
+    layers = {"preset", "stages", "windows", "paired_heads", "value_embeds", "skips", "backout"}
+    elsewhere = {"extension_share", "untie_share", "fp8_head"}  # in words
+    differing = {
+        f.name for f in fields(tg.Config) if getattr(short_preset, f.name) != getattr(medium_preset, f.name)
+    }
+    assert differing - layers - elsewhere <= {field for field, _, _ in constants()}
 
 
 # The command line

@@ -2,13 +2,15 @@
 
     python -m tests.programs.same_losses OLD.py NEW.py [--quick]
 
-Each file trains on the embedded corpus: 60 steps of the preset cpu, and 24 steps of a small model with every feature on, with
-one and with two processes, with a dense and with a lazy bigram table. All `step:` lines are compared without what depends on
-the time. Exit code 1 if a line differs. --quick leaves out the preset, which compiles.
+Each file trains on the embedded corpus: 60 steps of the preset cpu, and 24 steps of a small model with every
+feature on, with one and with two processes, with a dense and with a lazy bigram table. All `step:` lines are
+compared without what depends on the time. Exit code 1 if a line differs. --quick leaves out the preset, which
+compiles.
 """
 
 import argparse
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -16,12 +18,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-EVERY_FEATURE = """
+EVERY_FEATURE = shlex.split("""
     --preset cpu --windows sslssl --paired_heads p...p. --value_embeds .01.23 --skips .a..a. --backout ...b..
     --extra_inputs 1 --model_dim 64 --head_dim 16 --bigram_rows 5 --softcap 23 --spectral 0 --embed_std 0.005
     --untie_share 0.5 --adam_every 2 --num_steps 24 --extension_share 0.1 --micro_batches 2 --batch_mul 0.5
     --val_every 8 --val_tokens 8192 --val_seq_len 4096 --save_every 0 --no-compile
-""".split()
+""")
 
 CASES = {
     "every feature on": (1, [*EVERY_FEATURE, "--bigram_momentum", "0.75"]),
@@ -29,7 +31,7 @@ CASES = {
     "every feature on, two processes": (2, [*EVERY_FEATURE, "--bigram_momentum", "0.75"]),
     "every feature on, lazy bigrams, two processes": (2, [*EVERY_FEATURE, "--bigram_momentum", "0"]),
     "every feature on, bfloat16": (1, [*EVERY_FEATURE, "--dtype", "bfloat16"]),
-    "preset cpu": (1, "--preset cpu --num_steps 60 --val_every 30 --save_every 0".split()),
+    "preset cpu": (1, shlex.split("--preset cpu --num_steps 60 --val_every 30 --save_every 0")),
 }
 
 

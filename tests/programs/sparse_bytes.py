@@ -1,14 +1,14 @@
-"""How many bytes each of eight ranks sends for the bigram table's gradient, dense and sparse, at preset short's full sizes.
+"""Bytes that each of eight ranks sends for the bigram table's gradient in preset short, dense and sparse.
 
-    python tests/sparse_bytes.py [--ranks 8]        counts; starts no processes. Fetches GPT-2's vocabulary the first time.
+    python -m tests.programs.sparse_bytes [--ranks 8]
 
-One Adam step, on the gradients of two steps' tokens: the embedded corpus re-encoded with GPT-2's vocabulary and packed as in
-training, each stage from the corpus's start. dense: the reduce-scatter of the whole table in bfloat16. sparse: of rows that
-other ranks own, the index (int64) and the values (bfloat16).
+It counts; it starts no processes. The first time it fetches GPT-2's vocabulary. One Adam step, on the
+gradients of two steps' tokens: the embedded corpus re-encoded with GPT-2's vocabulary and packed as in
+training, each stage from the corpus's start. dense: the reduce-scatter of the whole table in bfloat16.
+sparse: of rows that other ranks own, the index (int64) and the values (bfloat16).
 """
 
 import argparse
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import train_gpt as tg  # noqa: E402
-from data import bpe, corpus  # noqa: E402
-from data.shards import write_shard  # noqa: E402
+import train_gpt as tg
+from data import bpe, corpus
+from data.shards import write_shard
 
 SHORT = tg.PRESETS["short"]
 TABLE_ROWS = SHORT.bigram_rows * SHORT.vocab_rows
@@ -38,7 +35,10 @@ def gpt2_tokens() -> np.ndarray:
         texts += [
             b"".join(words[token] for token in document[1:].tolist()).decode() for document in documents
         ]
-    vocab = corpus.gpt2_vocab(Path(tempfile.gettempdir(), "gpt2_vocab"))
+    kept = Path(tempfile.gettempdir(), "gpt2_vocab")
+    kept.mkdir(exist_ok=True)
+    vocab = kept / corpus.VOCAB
+    vocab.write_bytes(corpus.gpt2_vocab(kept))
     encoded = bpe.encoding(bpe.load_vocab(vocab), SHORT.bos_id).encode_ordinary_batch(texts)
     return np.concatenate([[SHORT.bos_id, *document] for document in encoded])
 
@@ -47,10 +47,9 @@ def rows_by_rank(loader: tg.Loader, stage: tg.Stage, ranks: int) -> list[np.ndar
     """The table's rows that each rank's tokens of two steps touch."""
     touched = [[] for _ in range(ranks)]
     for _ in range(2):
-        for n, (tokens, _) in enumerate(loader.step(stage)):
-            touched[n % ranks].append(
-                tg.bigram_rows(tokens, tg.documents(tokens, SHORT.bos_id)[0], TABLE_ROWS)
-            )
+        for n, (tokens, _) in enumerate(loader.load_batches(stage)):
+            is_first = tg.Documents.find(tokens, SHORT.bos_id).is_first
+            touched[n % ranks].append(tg.bigram_rows(tokens, is_first, TABLE_ROWS))
     return [torch.cat(rows).unique().numpy() for rows in touched]
 
 
@@ -60,18 +59,15 @@ def main() -> None:
     )
     parser.add_argument("--ranks", type=int, default=8)
     ranks = parser.parse_args().ranks
-    share, row_bytes = -(-TABLE_ROWS // ranks), 2 * SHORT.model_dim
-    dense = share * (ranks - 1) * row_bytes
+    rows_per_rank, row_bytes = -(-TABLE_ROWS // ranks), 2 * SHORT.model_dim
+    dense = rows_per_rank * (ranks - 1) * row_bytes
     with tempfile.TemporaryDirectory() as folder:
         tokens = gpt2_tokens()
         write_shard(Path(folder, "gpt2_train_000000.bin"), tokens)
-        print(
-            f"{len(tokens):,} tokens; a table of {TABLE_ROWS:,} rows x {SHORT.model_dim}; {ranks} ranks; an Adam step:"
-        )
-        print(
-            f"{'tokens a step':>13} {'rows a rank touches':>20} {'dense, MB a rank':>17} {'sparse, MB a rank':>18} "
-            f"{'most':>6} {'dense / sparse':>15}"
-        )
+        table = f"a table of {TABLE_ROWS:,} rows x {SHORT.model_dim}"
+        print(f"{len(tokens):,} tokens; {table}; {ranks} ranks; an Adam step:")
+        columns = f"{'rows a rank touches':>20} {'dense, MB a rank':>17} {'sparse, MB a rank':>18}"
+        print(f"{'tokens a step':>13} {columns} {'most':>6} {'dense / sparse':>15}")
         for batch_tokens in sorted({stage.batch_tokens for stage in SHORT.stages}):
             stage = next(stage for stage in SHORT.stages if stage.batch_tokens == batch_tokens)
             try:
@@ -79,11 +75,12 @@ def main() -> None:
             except tg.UserError:
                 print(f"{batch_tokens:>13,} two steps need more tokens than there are")
                 continue
-            sent = [int((rows // share != rank).sum()) * (8 + row_bytes) for rank, rows in enumerate(touched)]
-            print(
-                f"{batch_tokens:>13,} {np.mean([len(rows) for rows in touched]):>20,.0f} {dense / 1e6:>17.1f} "
-                f"{np.mean(sent) / 1e6:>18.1f} {max(sent) / 1e6:>6.1f} {dense / np.mean(sent):>15.1f}"
-            )
+            sent = []
+            for rank, rows in enumerate(touched):
+                sent.append(int((rows // rows_per_rank != rank).sum()) * (8 + row_bytes))
+            mean_rows = np.mean([len(rows) for rows in touched])
+            megabytes = f"{dense / 1e6:>17.1f} {np.mean(sent) / 1e6:>18.1f} {max(sent) / 1e6:>6.1f}"
+            print(f"{batch_tokens:>13,} {mean_rows:>20,.0f} {megabytes} {dense / np.mean(sent):>15.1f}")
 
 
 if __name__ == "__main__":

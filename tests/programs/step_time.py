@@ -1,73 +1,58 @@
 """Where the time of a training step goes on a CPU, and what the machine could do at best.
 
-    python tests/step_time.py [--steps N] [FLAGS of train_gpt.py]
+    python -m tests.programs.step_time [--steps N] [FLAGS of train_gpt.py]
 
-Prints the rate of large matrix products and of reading memory, the model's FLOPs a step, and a mean step by phase and
-kind of work. The profiler adds a few percent, so shares are meant, not milliseconds. No log is written, nothing is saved.
+Prints the rate of large matrix products and of reading memory, the model's FLOPs a step, and a mean step by
+phase and kind of work. The profiler adds a few percent, so shares are meant, not milliseconds. No log is
+written, nothing is saved.
 """
 
-import argparse
 import contextlib
 import io
-import sys
 import tempfile
 import time
 from collections import Counter
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-import train_gpt as tg  # noqa: E402
-from data.shards import arguments, command  # noqa: E402
-from train_gpt import need  # noqa: E402
+import train_gpt as tg
+from cli import arguments, command, need
 
-PHASES = (
-    "forward",
-    "backward",
-    "optimizer",
-)  # what of a step is in neither range: backward, which is no function's
+PHASES = ("forward", "backward", "optimizer")  # in neither of the other two: backward, which is no function's
 KINDS = ("matrix products", "compiled loops", "other operators")
 MATRIX_PRODUCTS = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"}
 
 
 def main(argv: list[str]) -> None:
     parser = arguments(__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--steps", type=int, default=10, help="measured steps, after three more")
     args, rest = parser.parse_known_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         cfg, _ = tg.parse_config(["--log_dir", folder, "--save_every", "0", *rest])
-        need(
-            args.steps > 0 and args.steps % cfg.adam_every == 0,
-            f"--steps {args.steps}: must be a multiple of --adam_every "
-            f"{cfg.adam_every}, so that Adam has its share",
-        )
+        whole = args.steps > 0 and args.steps % cfg.adam_every == 0
+        share = f"must be a multiple of --adam_every {cfg.adam_every}, so that Adam has its share"
+        need(whole, f"--steps {args.steps}: {share}")
         need(cfg.device == "cpu", f"--device {cfg.device}: only steps on a CPU are taken apart here")
-        need(
-            cfg.num_steps >= args.steps + 3,
-            f"--num_steps {cfg.num_steps}: must be at least --steps and three more",
-        )
+        enough = cfg.num_steps >= args.steps + 3
+        need(enough, f"--num_steps {cfg.num_steps}: must be at least --steps and three more")
         with contextlib.redirect_stdout(io.StringIO()):
-            run = tg.Run(cfg, {})
-            run.warm_up()
-        print("\n".join([*machine(run), *taken_apart(run, args.steps)]))
+            trainer = tg.Trainer(cfg, {})
+            tg.warm_up(trainer)
+        print("\n".join([*machine_rates(trainer), *take_apart(trainer, args.steps)]))
 
 
-def machine(run: "tg.Run") -> list[str]:
-    rates = {
-        dtype: tg.matrix_ceiling(run.ranks.device, dtype) / 1e9 for dtype in (torch.bfloat16, torch.float32)
-    }
+def machine_rates(trainer: tg.Trainer) -> list[str]:
+    rates = []
+    for dtype in (torch.bfloat16, torch.float32):
+        rate = tg.matrix_ceiling(trainer.env.device, dtype, 2048, trainer.machine.synchronize) / 1e9
+        rates.append(f"{rate:.0f} GFLOP/s in {str(dtype).removeprefix('torch.')}")
+    small, large = read_rate(2**20), read_rate(2**28)
     return [
-        f"{torch.get_num_threads()} threads; a product of two 2048 x 2048 matrices: "
-        + ", ".join(
-            f"{rate:.0f} GFLOP/s in {str(dtype).removeprefix('torch.')}" for dtype, rate in rates.items()
-        ),
-        f"reading 1 MiB again and again: {read_rate(2**20):.0f} GB/s, 256 MiB: {read_rate(2**28):.0f} GB/s",
+        f"{torch.get_num_threads()} threads; a product of two 2048 x 2048 matrices: {', '.join(rates)}",
+        f"reading 1 MiB again and again: {small:.0f} GB/s, 256 MiB: {large:.0f} GB/s",
     ]
 
 
@@ -82,33 +67,41 @@ def read_rate(size: int) -> float:
     return best
 
 
-def taken_apart(run: "tg.Run", steps: int) -> list[str]:
+def named(name: str, function: Callable) -> Callable:
+    """function, whose time a profile shows under a name."""
+
+    def call(*args, **kwargs):
+        with record_function(name):
+            return function(*args, **kwargs)
+
+    return call
+
+
+def take_apart(trainer: tg.Trainer, steps: int) -> list[str]:
     """A table of milliseconds a step, by phase and kind of work."""
-    forward, optimize = run.model.forward, run.optimizer.step
-
-    def named(name, function):
-        def call(*args, **kwargs):
-            with record_function(name):
-                return function(*args, **kwargs)
-
-        return call
-
-    run.model.forward, run.optimizer.step = named("forward", forward), named("optimizer", optimize)
-    run.clock.start()
-    take = lambda step: run.train_step(step, run.schedule.windows(step))  # noqa: E731
+    trainer.model.forward = named("forward", trainer.model.forward)
+    trainer.optimizer.step = named("optimizer", trainer.optimizer.step)
+    trainer.clock.start()
     for step in range(3):
-        take(step)
-    times, flops_before = [], run.flops
+        trainer.train_step(step)
+    times, flops_before = [], trainer.flops
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         for step in range(3, steps + 3):
             began = time.perf_counter()
-            take(step)
+            trainer.train_step(step)
             times.append(time.perf_counter() - began)
-    flops, mean = (run.flops - flops_before) / steps, float(np.mean(times))
+    flops, mean, ceiling = (
+        (trainer.flops - flops_before) / steps,
+        float(np.mean(times)),
+        trainer.progress.ceiling,
+    )
     table = by_phase_and_kind(profiler.events(), steps)
+    share = (
+        f"{flops / mean / ceiling:.3f} of the ceiling that this run measured ({ceiling / 1e9:.0f} GFLOP/s)"
+    )
     lines = [
-        f"a step: median {1e3 * np.median(times):.0f} ms, mean {1e3 * mean:.0f}; {flops / 1e9:.1f} GFLOP of the model, "
-        f"{flops / mean / run.ceiling:.3f} of the ceiling that this run measured ({run.ceiling / 1e9:.0f} GFLOP/s)",
+        f"a step: median {1e3 * np.median(times):.0f} ms, mean {1e3 * mean:.0f}; "
+        f"{flops / 1e9:.1f} GFLOP of the model, {share}",
         f"{'ms a step':18}" + "".join(f"{phase:>12}" for phase in PHASES) + f"{'sum':>12}",
     ]
     for kind in KINDS:
@@ -119,7 +112,7 @@ def taken_apart(run: "tg.Run", steps: int) -> list[str]:
 
 
 def by_phase_and_kind(events: list, steps: int) -> Counter:
-    """(phase, kind) -> milliseconds a step in which an operator of this kind, and none that it calls, was at work."""
+    """(phase, kind) -> milliseconds a step in which an operator of this kind (not what it calls) ran."""
     ranges = {name: [e.time_range for e in events if e.name == name] for name in ("forward", "optimizer")}
     table: Counter = Counter()
     for event in events:
@@ -131,15 +124,14 @@ def by_phase_and_kind(events: list, steps: int) -> Counter:
             for span in spans
             if span.start <= event.time_range.start < span.end
         )
-        kind = (
-            KINDS[0]
-            if event.name in MATRIX_PRODUCTS
-            else KINDS[1]
-            if event.name.startswith("## Call CompiledFxGraph")
-            else KINDS[2]
-        )
-        table[next(inside, "backward"), kind] += event.self_cpu_time_total / 1e3 / steps
+        table[next(inside, "backward"), kind_of(event.name)] += event.self_cpu_time_total / 1e3 / steps
     return table
+
+
+def kind_of(operator: str) -> str:
+    if operator in MATRIX_PRODUCTS:
+        return KINDS[0]
+    return KINDS[1] if operator.startswith("## Call CompiledFxGraph") else KINDS[2]
 
 
 if __name__ == "__main__":
