@@ -3319,11 +3319,11 @@ def step_of(path: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def read_checkpoint(path: Path, thoroughly: bool = True) -> dict | None:
+def read_checkpoint(path: Path, thoroughly: bool = True, quiet: bool = False) -> dict | None:
     """The content of a checkpoint, none of whose code is run, and its path as "file".
 
-    None, and a word on stderr, if it is not whole; thoroughly: with its checksums, which torch writes but
-    never reads.
+    None, and a word on stderr unless quiet, if it is not whole; thoroughly: with its checksums, which torch
+    writes but never reads.
     """
     try:
         if thoroughly and zipfile.ZipFile(path).testzip():
@@ -3333,7 +3333,8 @@ def read_checkpoint(path: Path, thoroughly: bool = True) -> dict | None:
             raise ValueError
         return content | {"file": path}
     except Exception as error:  # noqa: BLE001, half a file can fail in many ways
-        complain(f"resume: {path} is not whole ({type(error).__name__}), looking for an older one", 0)
+        if not quiet:
+            complain(f"resume: {path} is not whole ({type(error).__name__}), looking for an older one", 0)
         return None
 
 
@@ -3442,11 +3443,11 @@ def newest_checkpoint(cfg: Config) -> tuple[dict | None, Path | None]:
     return newest_of(paths)
 
 
-def newest_of(paths: list[Path]) -> tuple[dict | None, Path | None]:
+def newest_of(paths: list[Path], quiet: bool = False) -> tuple[dict | None, Path | None]:
     """The newest whole one, by what they say: runs by the time of their newest, a run's files by steps."""
     by_run: dict[str, list[dict]] = {}
     for path in paths:
-        content = read_checkpoint(path, thoroughly=False)
+        content = read_checkpoint(path, thoroughly=False, quiet=quiet)
         if content is not None:
             by_run.setdefault(str(content.get("run_id")), []).append(content)
     for contents in by_run.values():
@@ -3454,7 +3455,7 @@ def newest_of(paths: list[Path]) -> tuple[dict | None, Path | None]:
     runs = sorted(by_run.values(), key=lambda run: stated_number(run[0], "saved_at"), reverse=True)
     for contents in runs:
         for content in contents:
-            whole = read_checkpoint(content["file"])
+            whole = read_checkpoint(content["file"], quiet=quiet)
             if whole is not None:
                 return whole, whole["file"]
     return None, None
