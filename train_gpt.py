@@ -29,7 +29,7 @@ import signal
 
 if (
     __name__ == "__main__"
-):  # the imports below take seconds; until there is something to save, a signal ends the run
+):  # the imports take seconds; until there is something to save, a signal ends the run
     for number, exit_code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         signal.signal(number, lambda *_, code=exit_code: os._exit(code))
 
@@ -1447,7 +1447,7 @@ def read_shard(path: Path, vocab_size: int, bos_id: int) -> np.ndarray:
 def find_data(cfg: Config) -> Path:
     """--data_dir as given, or, where that is not there, beside this file (the presets' own folders)."""
     given = Path(cfg.data_dir)
-    return given if given.is_dir() else Path(__file__).resolve().parent / given
+    return given if os.path.isdir(given) else Path(__file__).resolve().parent / given
 
 
 def find_shards(cfg: Config, split: str) -> list[Path]:
@@ -1557,17 +1557,16 @@ def read_token_bytes(folder: Path, cfg: Config) -> np.ndarray | None:
     """Bytes of text that each token stands for (vocab_size,), as data/ writes it beside shards; None
     without.
     """
-    path = folder / "token_bytes.npy"
+    path, again = folder / "token_bytes.npy", "make the data again"
     if not path.exists():
         return None
+    need(path.is_file(), f"{path}: not a file that can be read; {again}")
     try:
-        counts = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
-        kind = type(error).__name__
-        raise UserError(f"{path}: not an array of NumPy ({kind}); make the data again") from None
-    need(isinstance(counts, np.ndarray), f"{path}: an archive, not an array of NumPy; make the data again")
+        counts = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError, EOFError, MemoryError) as error:
+        raise UserError(f"{path}: not an array of NumPy ({type(error).__name__}); {again}") from None
     fits = counts.shape == (cfg.vocab_size,) and counts.dtype == np.uint16
-    need(fits, f"{path}: {counts.dtype} {counts.shape}, not uint16 ({cfg.vocab_size},); make the data again")
+    need(fits, f"{path}: {counts.dtype} {counts.shape}, not uint16 ({cfg.vocab_size},); {again}")
     return counts.astype(np.int64)
 
 
@@ -1606,7 +1605,7 @@ class Schedule:
         flat_steps = int(cfg.scheduled_steps * (1 - cfg.cooldown_share))
         if step < flat_steps or cfg.cooldown_share == 0:
             return lr_mul
-        done = min(1.0, (step - flat_steps) / (cfg.scheduled_steps - flat_steps))
+        done = min(1.0, (step - flat_steps) / max(1, cfg.scheduled_steps - flat_steps))
         return (1 - done) * lr_mul + done * cfg.final_lr
 
     def momentum(self, step: int) -> float:
@@ -1692,6 +1691,7 @@ class Trainer:
     def fit(self) -> float:
         """Trains and validates -> the last validation loss, nats a token."""
         cfg = self.cfg
+        self.log.begin()
         long_window = int(self.model.long_window)
         self.clock.start()
         for step in range(self.steps_done, cfg.num_steps):
@@ -1819,7 +1819,8 @@ class Trainer:
 
     def restore(self, saved: dict) -> None:
         """The reverse, of what check_checkpoint let through."""
-        check_weights(saved, self.model, self.optimizer)
+        check_tensors(saved, self.model, self.optimizer)
+        check_place(saved, self.schedule, self.loader)
         self.model.load_state_dict(saved["model"])
         self.model.update_rotary()
         for name, state in saved["optimizer"].items():
@@ -1842,6 +1843,10 @@ class Trainer:
             time.sleep(2)  # torchrun must see first who died, and name it
             if self.signals.name:  # it did; or all were told to stop, and others left first
                 error = Stopped(self.signals.name)
+            elif LOST_CONNECTION.search(str(error)):
+                error = RunFailed(
+                    f"{one_line(str(error), 200)} (another process ended, or the network failed)"
+                )
         milliseconds = 1e3 * self.clock.seconds()
         done = f"{self.steps_done} of {self.cfg.num_steps} steps done, train_time:{milliseconds:.0f}ms"
         if isinstance(error, Stopped):
@@ -1849,13 +1854,14 @@ class Trainer:
             if self.steps_done == 0:
                 self.log.remove()
         else:
-            self.log.write(f"failed: {' '.join(str(error).split()) or type(error).__name__}", echo=False)
+            self.log.write(f"failed: {one_line(str(error)).strip() or type(error).__name__}", echo=False)
         return error
 
     def close(self, failed: bool) -> None:
         self.signals.leaving = True
         self.graphs.clear()  # NCCL's end waits for graphs that hold collectives
         self.batches.close()
+        self.log.close()
         self.env.close(failed)
 
 
@@ -1864,6 +1870,7 @@ def train(cfg: Config, overrides: dict) -> float:
     trainer = Trainer(cfg, overrides)
     try:
         trainer.signals.install(may_save=lambda: trainer.steps_done > trainer.began_at)
+        trainer.log.begin()
         if cfg.warmup:
             warm_up(trainer)
         return trainer.fit()
@@ -1884,6 +1891,8 @@ def main() -> int:
     try:
         cfg, overrides = parse_config(sys.argv[1:])
         train(cfg, overrides)
+    except SystemExit:  # --help
+        say("")  # if nobody reads it to its end, that shows here
     except UserError as error:
         return complain(f"error: {error}", 2)
     except RunFailed as error:
@@ -2671,6 +2680,9 @@ def read_environment(name: str, default: int) -> int:
     return int(text)
 
 
+LOST_CONNECTION = re.compile(r"[Cc]onnection|[Tt]imed out|[Tt]imeout|Broken pipe|NCCL|Gloo|gloo")
+
+
 @dataclass
 class DistEnv:
     """Collectives start at once and give a function that waits; with one process they do nothing."""
@@ -2685,12 +2697,19 @@ class DistEnv:
         advice = "start a number that divides it, or change it"
         fair = world_size > 0 and cfg.micro_batches % world_size == 0
         need(fair, f"--micro_batches {cfg.micro_batches}: {world_size} processes cannot share them; {advice}")
+        found = f"RANK={rank} and WORLD_SIZE={world_size} in the environment"
+        advice = "unset both, or start with torchrun"
+        need(rank < world_size, f"{found}: ranks go from 0 to {world_size - 1}; {advice}")
         if world_size > 1:
             started = all(name in os.environ for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
-            problem = f"WORLD_SIZE={world_size} in the environment, but not all that torchrun sets"
-            need(started, f"{problem}; unset it, or start with torchrun")
+            need(started, f"{found}, but not all that torchrun sets; {advice}")
+            need(read_environment("MASTER_PORT", 0) < 2**16, f"{found}, MASTER_PORT is no port; {advice}")
             backend = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(seconds=cfg.rank_timeout))
+            try:
+                dist.init_process_group(backend, timeout=timedelta(seconds=cfg.rank_timeout))
+            except (RuntimeError, ValueError) as error:  # nobody else came, or no such host
+                reason = one_line(str(error), 200)
+                raise UserError(f"{found}, but no way to the other processes ({reason}); {advice}") from None
         return DistEnv(rank, world_size, device)
 
     def all_reduce(self, x: Tensor) -> Callable[[], Tensor]:
@@ -2859,6 +2878,14 @@ def open_standard_streams() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, for as long as the process lives
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # names of files may hold what cannot be printed
+
+
+def one_line(text: str, limit: int = 1000) -> str:
+    """text without line ends and control characters, which a terminal would obey, and not too long."""
+    shown = "".join(c if c.isprintable() else " " for c in text).strip()
+    return shown if len(shown) <= limit else f"{shown[: limit - 3]}..."
 
 
 def say(line: str) -> None:
@@ -2874,9 +2901,8 @@ def say(line: str) -> None:
 
 def complain(message: str, exit_code: int) -> int:
     """One line on stderr, without control characters, -> exit_code."""
-    line = "".join(c if c.isprintable() else " " for c in f"train_gpt.py: {message}")
     with contextlib.suppress(OSError, ValueError):
-        print(line.encode("utf-8", "replace").decode(), file=sys.stderr, flush=True)
+        print(one_line(f"train_gpt.py: {message}"), file=sys.stderr, flush=True)
     return exit_code
 
 
@@ -2891,7 +2917,7 @@ def describe_bug(error: Exception) -> str:
     import tempfile
     import traceback
 
-    text = f"failed by a bug of this program: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    text = f"failed by a bug of this program: {type(error).__name__}: {one_line(str(error), 300)}"
     try:
         with tempfile.NamedTemporaryFile("w", prefix="traceback-", suffix=".txt", delete=False) as file:
             traceback.print_exception(error, file=file)
@@ -2957,7 +2983,8 @@ class Log:
         """saved: the checkpoint that the run goes on from; its log is appended to."""
         self.run_id = saved["run_id"] if saved else str(uuid.uuid4())
         self.path = Path(cfg.log_dir) / f"{self.run_id}.txt"
-        self.file = None
+        self.file, self.appending = None, False
+        self.waiting: list[str] = []  # lines, until the run begins
         self.writes = env.rank == 0
         if not self.writes:
             return
@@ -2969,7 +2996,7 @@ class Log:
                 written = self.path.read_bytes()
                 if written and not written.endswith(b"\n"):  # the disk was full, or it was killed
                     self.file.write("\n")
-            else:  # an interrupted start leaves no empty log, but what cannot be written must show now
+            else:  # an interrupted start leaves no log, but what cannot be written must show now
                 probe = self.path.with_name(f".{self.run_id}.probe")
                 probe.touch()
                 probe.unlink()
@@ -2979,28 +3006,36 @@ class Log:
         say(f"log: {self.path}")
 
     def open(self) -> None:
-        """Line by line, so that an interrupted run's log is whole so far; locked, so that no other run writes
-        it.
+        """Line by line, so that an interrupted run's log is whole so far; locked: two runs would mix their
+        lines.
         """
         self.file = self.path.open("a", buffering=1, encoding="utf-8", errors="backslashreplace")
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            advice = "wait for it or end it"
+            self.writes, advice = False, "wait for it or end it"
             raise UserError(f"{self.path}: another process goes on with this run; {advice}") from None
         except OSError:
             pass  # a file system without locks
 
-    def write(self, line: str, echo: bool = True) -> None:
-        if not self.writes:
+    def begin(self) -> None:
+        """The lines that wait go to disk, and from now on every line at once."""
+        lines, self.waiting = self.waiting, []
+        if not lines or not self.writes:
             return
         try:
             if self.file is None:
                 self.open()
-            self.file.write(line + "\n")
+            self.file.writelines(f"{line}\n" for line in lines)
         except OSError as error:  # a full disk: the run matters more than its log
             complain(f"log: a line could not be written ({error.strerror})", 0)
-        if echo:
+
+    def write(self, line: str, echo: bool = True) -> None:
+        """Once the run has begun, to disk."""
+        self.waiting.append(line)
+        if self.file is not None:
+            self.begin()
+        if echo and self.writes:
             say(line)
 
     def header(self, cfg: Config, overrides: dict, facts: dict[str, object]) -> None:
@@ -3008,7 +3043,8 @@ class Log:
         if not self.writes or self.appending:
             return
         source, config = f"source_sha256:{source_hash()}", f"config:{json.dumps(asdict(cfg))}"
-        self.write("\n".join((SOURCE.rstrip("\n"), self.SEPARATOR, source, config)), echo=False)
+        for line in (SOURCE.rstrip("\n"), self.SEPARATOR, source, config):
+            self.write(line, echo=False)
         self.write(f"preset:{cfg.preset} overrides:{json.dumps(overrides)}")
         for name, fact in facts.items():
             self.write(f"{name}: {fact}")
@@ -3018,6 +3054,13 @@ class Log:
         """The log of a run that did nothing."""
         if self.writes and not self.appending:
             self.path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Lets the lock go."""
+        file, self.file = self.file, None
+        if file is not None:
+            with contextlib.suppress(OSError):
+                file.close()
 
 
 def source_hash() -> str:
@@ -3212,7 +3255,7 @@ class Checkpoints:
     """A run's checkpoints, beside its log; the newest few are kept."""
 
     def __init__(self, cfg: Config, log: Log, facts: dict[str, object]):
-        self.cfg, self.log, self.hardware = cfg, log, str(facts["hardware"])
+        self.cfg, self.log, self.hardware = cfg, log, one_line(str(facts["hardware"]))
 
     def write(self, step: int, **content: Any) -> None:
         """A new file. Where it cannot be written the run goes on, and the last good one stays."""
@@ -3262,13 +3305,12 @@ def save_checkpoint(path: Path, content: dict) -> None:
     for killed in path.parent.glob(f".{run}.step*.part"):  # what a process that was killed left
         with contextlib.suppress(OSError):
             killed.unlink()
-    # Steps count, not times of change: clocks are set back, copies look new. The one just written always
-    # stays, and so does what somebody called RUN.step000100.best.pt.
+    # Steps count, not times of change: clocks are set back, copies look new. What stands at a later step is
+    # damaged, or not this run's: it stays, until the run comes there. So does RUN.step000100.best.pt.
     found = path.parent.glob(f"{run}.step*.pt")
     own = [other for other in found if other.name == checkpoint_name(run, step_of(other))]
     older = sorted((other for other in own if step_of(other) < step_of(path)), key=step_of, reverse=True)
-    newer = [other for other in own if step_of(other) > step_of(path)]  # what this run did not go on from
-    for superseded in [*older[KEPT_CHECKPOINTS - 1 :], *newer]:
+    for superseded in older[KEPT_CHECKPOINTS - 1 :]:
         with contextlib.suppress(OSError):  # the new one is safe; that counts
             superseded.unlink()
 
@@ -3283,88 +3325,113 @@ def step_of(path: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def read_checkpoint(path: Path) -> dict | None:
-    """The content of a checkpoint, none of whose code is run; None, and a word on stderr, if it is not
-    whole.
+def read_checkpoint(path: Path, thoroughly: bool = True, quiet: bool = False) -> dict | None:
+    """The content of a checkpoint, none of whose code is run, and its path as "file".
+
+    None, and a word on stderr unless quiet, if it is not whole; thoroughly: with its checksums, which torch
+    writes but never reads.
     """
     try:
-        if zipfile.ZipFile(path).testzip():  # torch does not look at the checksums that it writes
+        if thoroughly and zipfile.ZipFile(path).testzip():
             raise zipfile.BadZipFile
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if not isinstance(content, dict) or not isinstance(json.loads(content["config"]), dict):
+        if not isinstance(content, dict) or not {"format", "config"} & content.keys():
             raise ValueError
-        return content
+        return content | {"file": path}
     except Exception as error:  # noqa: BLE001, half a file can fail in many ways
-        complain(f"resume: {path} is not whole ({type(error).__name__}), looking for an older one", 0)
+        if not quiet:
+            complain(f"resume: {path} is not whole ({type(error).__name__}), looking for an older one", 0)
         return None
 
 
-def check_checkpoint(content: dict, path: Path, cfg: Config) -> None:
+def check_checkpoint(content: dict, cfg: Config) -> None:
     """UserError for a whole file that this run cannot go on from: of another version, configuration or
     hand.
     """
+    path, found = content["file"], content.get("format")
     old = "a checkpoint of another train_gpt.py, whose model computes or keeps something else"
     advice = "start anew under another --log_dir, or finish it with the train_gpt.py in its log"
-    need(content.get("format") == CHECKPOINT_FORMAT, f"{path}: {old}; {advice}")
+    need(isinstance(found, int) and found == CHECKPOINT_FORMAT, f"{path}: {old}; {advice}")
     remove = "remove it to go on without"
     for name, kind in CHECKPOINT_TYPES.items():
-        right = isinstance(content.get(name), kind)
+        value = content.get(name)
+        right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        right = right and (kind is not str or name == "config" or one_line(value) == value)
         need(right, f"{path}: holds no {name} of the right kind; {remove}")
-    then, now = json.loads(content["config"]), settings(cfg)
-    differing = []
+    check_same_config(content, cfg)
+    need(RUN_ID.fullmatch(content["run_id"]), f"{path}: its run id is no name for a file; {remove}")
+    within = 0 < content["step"] <= cfg.num_steps
+    need(within, f"{path}: stands at step {content['step']} of {cfg.num_steps}; {remove}")
+    for name in ("clock", "tokens_seen", "flops", "average"):
+        sane = content[name] is None or 0 <= content[name] < math.inf
+        need(sane, f"{path}: its {name} is {content[name]}; {remove}")
+    position = content["loader"]
+    counts = len(position) == 2 and all(isinstance(n, int) and n >= 0 for n in position)
+    need(counts, f"{path}: its place in the data is {position!r}; {remove}")
+    try:
+        torch.Generator().set_state(content["rng"])
+    except (RuntimeError, TypeError):
+        raise UserError(f"{path}: holds no state of a random generator; {remove}") from None
+
+
+def check_same_config(content: dict, cfg: Config) -> None:
+    path = content["file"]
+    try:
+        then = dict(json.loads(content["config"]))
+    except (ValueError, TypeError, RecursionError):
+        raise UserError(f"{path}: holds no config of the right kind; remove it to go on without") from None
+    now, differing = settings(cfg), []
     for name in sorted({*then, *now} - MAY_DIFFER):
         if then.get(name) != now.get(name):
             differing.append(f"--{name} was {then.get(name)}, is {now.get(name)}")
     advice = "use its flags, another --log_dir, or no --resume"
     need(not differing, f"{path}: a checkpoint of another configuration ({'; '.join(differing)}); {advice}")
-    need(RUN_ID.fullmatch(content["run_id"]), f"{path}: its run id is no name for a file; {remove}")
-    within = 0 < content["step"] <= cfg.num_steps
-    need(within, f"{path}: stands at step {content['step']} of {cfg.num_steps}; {remove}")
-    position = content["loader"]
-    counts = len(position) == 2 and all(isinstance(n, int) and n >= 0 for n in position)
-    need(counts, f"{path}: its place in the data is {position!r}; {remove}")
-    for name in ("clock", "tokens_seen", "flops"):
-        good = math.isfinite(content[name]) and content[name] >= 0
-        need(good, f"{path}: its {name} is {content[name]}; {remove}")
-    try:
-        torch.Generator().set_state(content["rng"])
-    except (RuntimeError, TypeError) as error:
-        raise UserError(f"{path}: no state of a random generator ({first_line(error)}); {remove}") from None
 
 
-def check_weights(content: dict, model: GPT, optimizer: Optimizer) -> None:
-    """UserError if a checkpoint's tensors are not shaped as the model's and the optimizer's, or not
-    finite.
-    """
-    run = f"checkpoint of run {content['run_id']} at step {content['step']}"
-    expected = {name: t.shape for name, t in model.state_dict().items()}
-    found = {name: t.shape for name, t in content["model"].items() if isinstance(t, Tensor)}
-    different = [name for name in sorted({*expected, *found}) if expected.get(name) != found.get(name)]
-    names = ", ".join(different[:5])
-    need(not different, f"{run}: not this model's tensors ({names}); remove it to go on without")
-    shapes = {}
+def check_tensors(content: dict, model: GPT, optimizer: Optimizer) -> None:
+    """UserError if a checkpoint's tensors are not such as the model's and the optimizer's, or not finite."""
+    path, remove = content["file"], "remove it to go on without"
+    expected = {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
     for name, state in optimizer.state.items():
-        shapes[name] = {key: optimizer.whole_shape(name, key) for key in state}
-    kept = {}
-    for name, state in content["optimizer"].items():
-        entries = state.items() if isinstance(state, dict) else ()
-        kept[name] = {key: t.shape if isinstance(t, Tensor) else None for key, t in entries}
-    need(shapes == kept, f"{run}: not this optimizer's tensors; remove it to go on without")
+        for key, shard in state.items():
+            expected[f"{name} {key}"] = optimizer.whole_shape(name, key), shard.dtype
     tensors = dict(content["model"])
     for name, state in content["optimizer"].items():
+        need(isinstance(state, dict), f"{path}: no state of the optimizer for {name}; {remove}")
         tensors |= {f"{name} {key}": t for key, t in state.items()}
+    found = {}
     for name, t in tensors.items():
-        dense = isinstance(t, Tensor) and t.layout == torch.strided and not t.is_quantized
-        need(dense, f"{run}: {name} is no plain tensor; remove it to go on without")
-        good = not t.is_floating_point() or bool(t.isfinite().all())
-        need(good, f"{run}: {name} is not finite; remove it to go on from an older one")
+        plain = isinstance(t, Tensor) and t.layout == torch.strided and t.device.type == "cpu"
+        found[name] = (tuple(t.shape), t.dtype) if plain else "not a tensor"
+    different = [str(name) for name in expected | found if expected.get(name) != found.get(name)]
+    names = ", ".join(different[:5])
+    need(not different, f"{path}: not the tensors of this model and optimizer ({names}); {remove}")
+    for name, t in tensors.items():
+        finite = not t.is_floating_point() or bool(t.isfinite().all())
+        need(finite, f"{path}: {name} is not finite; remove it to go on from an older one")
+
+
+def check_place(content: dict, schedule: Schedule, loader: Loader) -> None:
+    """UserError if a checkpoint's long window is not its step's, or its place is not in the data."""
+    path, step, (file, document) = content["file"], content["step"], content["loader"]
+    window, expected = int(content["model"]["long_window"]), schedule.windows(step - 1)[1]
+    need(
+        window == expected, f"{path}: its long window is {window}, not {expected}; remove it to go on without"
+    )
+    if file < len(loader.files):
+        loader.open(file)
+    inside = file < len(loader.files) and document <= len(loader.starts)
+    shards = f"--data_dir {loader.cfg.data_dir}"
+    need(
+        inside, f"{path}: document {document} of shard {file} is not in {shards}; give the data that it read"
+    )
 
 
 def find_checkpoint(cfg: Config, env: DistEnv) -> dict | None:
     """The newest whole checkpoint under log_dir, the same for all ranks, or None."""
-    content, path = newest_checkpoint(cfg)
+    content, _ = newest_checkpoint(cfg)
     if content is not None:
-        check_checkpoint(content, path, cfg)
+        check_checkpoint(content, cfg)
     found = torch.tensor(content["step"] + 1 if content else 0, device=env.device)
     wait = env.all_reduce(found.clone())
     together = int(wait()) == env.world_size * int(found)
@@ -3382,24 +3449,28 @@ def newest_checkpoint(cfg: Config) -> tuple[dict | None, Path | None]:
     return newest_of(paths)
 
 
-def newest_of(paths: list[Path]) -> tuple[dict | None, Path | None]:
-    """Runs are ordered by the time that their newest whole file says, a run's files by their steps."""
-    newest_of_run: dict[str, tuple[dict, Path]] = {}
-    for path in sorted(paths, key=step_of, reverse=True):
-        run = path.name.partition(".step")[0]
-        if run not in newest_of_run:
-            content = read_checkpoint(path)
-            if content is not None:
-                newest_of_run[run] = content, path
-    if not newest_of_run:
-        return None, None
-    return max(newest_of_run.values(), key=lambda found: saved_at(found[0]))
+def newest_of(paths: list[Path], quiet: bool = False) -> tuple[dict | None, Path | None]:
+    """The newest whole one, by what they say: runs by the time of their newest, a run's files by steps."""
+    by_run: dict[str, list[dict]] = {}
+    for path in paths:
+        content = read_checkpoint(path, thoroughly=False, quiet=quiet)
+        if content is not None:
+            by_run.setdefault(str(content.get("run_id")), []).append(content)
+    for contents in by_run.values():
+        contents.sort(key=partial(stated_number, name="step"), reverse=True)
+    runs = sorted(by_run.values(), key=lambda run: stated_number(run[0], "saved_at"), reverse=True)
+    for contents in runs:
+        for content in contents:
+            whole = read_checkpoint(content["file"], quiet=quiet)
+            if whole is not None:
+                return whole, whole["file"]
+    return None, None
 
 
-def saved_at(content: dict) -> float:
-    """When a checkpoint was written, by its own word."""
-    value = content.get("saved_at")
-    return value if isinstance(value, float) and math.isfinite(value) else -math.inf
+def stated_number(content: dict, name: str) -> float:
+    """A number in a checkpoint that nobody has checked yet, to sort by."""
+    value = content.get(name)
+    return value if isinstance(value, (int, float)) and value == value else -math.inf
 
 
 # ===== D. GPU: the choice of kernels, graphs, copies. =====

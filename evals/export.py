@@ -50,7 +50,6 @@ def export(trained: Trained, folder: Path) -> Path:
     )
     about = {"format": "pt", "config": json.dumps(tg.settings(own)), "step": str(trained.step)}
     about["checkpoint_format"] = str(tg.CHECKPOINT_FORMAT)
-    about["checkpoint_format"] = str(tg.CHECKPOINT_FORMAT)
     data = save({name: t.contiguous() for name, t in trained.model.state_dict().items()}, metadata=about)
     make_folder(folder)
     files = {folder / "model.safetensors": data, folder / "vocab.tiktoken": vocab_file(trained.ranks)}

@@ -67,6 +67,7 @@ class Trained:
         """Half a character becomes U+FFFD; BOS <|endoftext|>."""
         return self.vocabulary.decode(tokens)
 
+    @torch.no_grad()
     def hidden(self, tokens: Tensor) -> Tensor:
         """(T,) -> (T, D), what the head reads. Documents, from one BOS to the next, do not see each other."""
         count = len(tokens)
@@ -170,7 +171,7 @@ def newest(path: Path) -> Path:
     need(checkpoints or exports, f"{path}: no checkpoint in this folder; {advice}")
     if not checkpoints:
         return exports[-1]
-    _, newest_file = tg.newest_of(checkpoints)
+    _, newest_file = tg.newest_of(checkpoints, quiet=True)
     need(newest_file, f"{path}: none of its {len(checkpoints)} checkpoints is whole; {advice}")
     return newest_file
 
@@ -181,7 +182,6 @@ Content = tuple[str, int, dict[str, Tensor]]  # configuration, step, state of th
 def read_checkpoint(path: Path) -> Content:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        assert isinstance(content, dict), type(content)
         text, step, state, version = (content.get(name) for name in ("config", "step", "model", "format"))
     except Exception as error:  # noqa: BLE001, half a file can fail in many ways
         kind = type(error).__name__

@@ -1,4 +1,4 @@
-"""Checkpoints and faults: a run that was stopped and resumed ends as one that was not; what lies on disk is always whole."""
+"""Checkpoints and faults: a resumed run ends as one that was never stopped; what lies on disk is whole."""
 
 import os
 import re
@@ -33,26 +33,33 @@ class Killed(BaseException):
     """Stands for SIGKILL within one process: nothing in the program catches it."""
 
 
-class RecordedRun(tg.Run):
+class RecordedRun(tg.Trainer):
     """Remembers every loss, to the last bit; dies when it is about to do the step number dies_at (from 0)."""
 
     def __init__(self, cfg, dies_at=None):
         self.losses, self.dies_at = [], dies_at
         super().__init__(cfg, {})
+        self.require_finite, self.progress.require_finite = self.progress.require_finite, self.remember
 
-    def finite(self, loss, kind, step):
+    def remember(self, loss, kind, step):
         self.losses.append((kind, step, loss))
-        return super().finite(loss, kind, step)
+        return self.require_finite(loss, kind, step)
 
-    def train_step(self, step, windows):
+    def fit(self):
+        try:
+            return super().fit()
+        finally:
+            self.log.close()
+
+    def train_step(self, step):
         if step == self.dies_at:
             raise Killed
-        return super().train_step(step, windows)
+        return super().train_step(step)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def no_measuring():
-    """What this machine's matrix products reach is measured at every start, for seconds; here it does not matter."""
+    """What this machine's matrix products reach is measured at every start, for seconds; not here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tg, "matrix_ceiling", lambda *_: 1e9)
         yield
@@ -81,7 +88,7 @@ def state_of(run) -> tuple[dict, tuple]:
         run.optimizer.tied,
         run.loader.file,
         run.loader.document,
-        run.average,
+        run.progress.average,
     )
 
 
@@ -94,7 +101,7 @@ def assert_same_state(a: tuple[dict, tuple], b: tuple[dict, tuple]) -> None:
 def events_of(folder: Path) -> list[str]:
     """The lines of the one log in a folder, behind its header."""
     [path] = folder.glob("*.txt")
-    source, header, events = path.read_text().split("\n" + tg.Log.END + "\n")
+    source, header, events = path.read_text().split("\n" + tg.Log.SEPARATOR + "\n")
     return events.splitlines()
 
 
@@ -102,7 +109,8 @@ def losses_by_step(events: list[str]) -> dict[str, set[str]]:
     """{"7 train_loss": its values}; more than one value: a repeated step came out differently."""
     found = {}
     for line in events:
-        if match := re.match(r"step:(\d+)/\d+ .*?(val_loss|train_loss):(\S+)", line):
+        match = re.match(r"step:(\d+)/\d+ .*?(val_loss|train_loss):(\S+)", line)
+        if match:
             found.setdefault(f"{match[1]} {match[2]}", set()).add(match[3])
     return found
 
@@ -118,7 +126,7 @@ def undisturbed(request, tiny_data, tmp_path_factory):
             tg, "save_checkpoint", lambda path, content: (save(path, content), shutil.copy(path, kept))
         )
         run = RecordedRun(cfg)
-        run.loop()
+        run.fit()
     checkpoints = {int(path.stem[-6:]): path for path in sorted(kept.glob("*.pt"))}
     assert list(checkpoints) == SAVE_POINTS
     return SimpleNamespace(
@@ -154,7 +162,7 @@ def test_the_save_points_lie_where_it_is_difficult(undisturbed):
 def test_resumed_at_any_save_point_it_ends_bit_for_bit_alike(step, undisturbed, tmp_path):
     run = RecordedRun(resumable(undisturbed, tmp_path, step))
     assert run.steps_done == step
-    run.loop()
+    run.fit()
     assert run.losses == [
         entry for entry in undisturbed.losses if entry[1] >= step + (entry[0] == "training")
     ]
@@ -163,7 +171,7 @@ def test_resumed_at_any_save_point_it_ends_bit_for_bit_alike(step, undisturbed, 
 
 
 def test_a_start_from_counts_and_rows_that_wait_survive_an_interruption(tiny_data, tmp_path):
-    """The start is made once; a row's second moment fades over the steps before and after the interruption alike."""
+    """The start is made once; a row's second moment fades before and after the interruption alike."""
     cfg = tiny(
         data_dir=str(tiny_data),
         save_every=2,
@@ -177,13 +185,13 @@ def test_a_start_from_counts_and_rows_that_wait_survive_an_interruption(tiny_dat
         bigram_momentum=0.0,
     )
     whole = RecordedRun(replace(cfg, log_dir=str(tmp_path / "whole"), save_every=0))
-    whole.loop()
+    whole.fit()
     cut = replace(cfg, log_dir=str(tmp_path / "cut"), resume=True)
     with pytest.raises(Killed):
-        RecordedRun(cut, dies_at=5).loop()
+        RecordedRun(cut, dies_at=5).fit()
     resumed = RecordedRun(cut)
     assert resumed.steps_done == 4
-    resumed.loop()
+    resumed.fit()
     assert_same_state(state_of(resumed), state_of(whole))
 
 
@@ -193,9 +201,9 @@ def test_killed_twice_and_resumed_it_is_one_run_with_one_log(undisturbed, tmp_pa
     )  # the first time there is nothing to go on from
     for dies_at in (5, 11):
         with pytest.raises(Killed):
-            RecordedRun(cfg, dies_at).loop()
+            RecordedRun(cfg, dies_at).fit()
     run = RecordedRun(cfg)
-    run.loop()
+    run.fit()
     assert_same_state(state_of(run), undisturbed.state)
     events = events_of(tmp_path)
     assert [line for line in events if line.startswith("resume")] == [
@@ -214,7 +222,7 @@ def test_the_clock_goes_on_where_it_stood(undisturbed, tmp_path):
     saved = torch.load(undisturbed.checkpoints[8])
     run = RecordedRun(resumable(undisturbed, tmp_path, 8))
     assert run.clock.total == saved["clock"] > 0
-    run.loop()
+    run.fit()
     times = [int(time) for time in re.findall(r"train_time:(\d+)ms", "\n".join(events_of(tmp_path)))]
     assert times == sorted(times) and times[0] >= int(1e3 * saved["clock"])
 
@@ -234,8 +242,8 @@ def test_what_may_differ_changes_nothing(undisturbed, tiny_data, tmp_path):
         data_dir=str(shutil.copytree(tiny_data, tmp_path / "data")),
     )
     run = RecordedRun(cfg)
-    run.warm_up()
-    run.loop()
+    tg.warm_up(run)
+    run.fit()
     assert_same_state(state_of(run), undisturbed.state)
     assert run.losses[-1] == undisturbed.losses[-1]
 
@@ -243,12 +251,12 @@ def test_what_may_differ_changes_nothing(undisturbed, tiny_data, tmp_path):
 def without_training(monkeypatch):
     """Steps that cost nothing and learn nothing, for tests of when something is saved."""
 
-    def step(run, number, windows):
+    def step(run, number):
         run.steps_done = number + 1
         return torch.tensor([1.0, 0.0])
 
-    monkeypatch.setattr(tg.Run, "train_step", step)
-    monkeypatch.setattr(tg.Run, "validate", lambda *_: 1.0)
+    monkeypatch.setattr(tg.Trainer, "train_step", step)
+    monkeypatch.setattr(tg.Trainer, "validate", lambda *_: 1.0)
 
 
 @pytest.mark.parametrize(
@@ -281,7 +289,7 @@ def test_it_saves_where_no_gradient_waits_and_once_at_the_end(
             adam_every=adam_every,
         )
     )
-    run.loop()
+    run.fit()
     assert saved == expected
 
 
@@ -289,27 +297,28 @@ def test_it_saves_where_no_gradient_waits_and_once_at_the_end(
 
 
 def program(given: dict, environment: dict, output: str) -> None:
-    """The program on a tiny configuration, in a process of its own. What is no field of Config: the three lines below."""
+    """The program on a tiny configuration, in a process of its own; keep, pause, save_again are no fields."""
     keep, pause, save_again = given.pop("keep", 2), given.pop("pause", 0), given.pop("save_again", False)
     os.environ.update(environment)
     for number, ending in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{output}.{ending}", os.O_CREAT | os.O_WRONLY), number)
-    sys.stdout, sys.stderr = open(1, "w"), open(2, "w")
-    train_step, restore = tg.Run.train_step, tg.Run.restore
-    tg.Run.train_step = lambda *args: (time.sleep(pause), train_step(*args))[1]
+    sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115, as long as the process lives
+    train_step, restore = tg.Trainer.train_step, tg.Trainer.restore
+
+    def slow_step(*args):
+        time.sleep(pause)
+        return train_step(*args)
+
+    def restore_and_save(run, saved):
+        restore(run, saved)
+        save_now(run)
+
+    tg.Trainer.train_step = slow_step
     if save_again:
-        tg.Run.restore = lambda run, saved: (
-            restore(run, saved),
-            run.clock.start(),
-            run.save(),
-            run.clock.stop(),
-        )
-    tg.KEPT_CHECKPOINTS, tg.matrix_ceiling, tg.parse_config = (
-        keep,
-        lambda *_: 1e9,
-        lambda argv: (tiny(**given), {}),
-    )
-    tg.main()
+        tg.Trainer.restore = restore_and_save
+    tg.KEPT_CHECKPOINTS, tg.matrix_ceiling = keep, lambda *_: 1e9
+    tg.parse_config = lambda argv: (tiny(**given), {})
+    sys.exit(tg.main())
 
 
 FORKS = get_context("forkserver")  # processes of it have torch already, and start in no time
@@ -317,7 +326,7 @@ FORKS.set_forkserver_preload(["torch._dynamo", "numpy", "pytest"])
 
 
 def start(folder: Path, *given: dict) -> list:
-    """A group of processes, one for each dict, as torchrun would have started them; their output goes to the folder."""
+    """A group of processes, one for each dict, as torchrun would start them; the folder gets their output."""
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     group = {
@@ -369,7 +378,7 @@ def assert_close_ends(a: dict, b: dict) -> None:
 
 @pytest.mark.parametrize("step", [6])
 def test_resumed_by_two_processes_it_ends_as_with_one(step, undisturbed, tmp_path):
-    """Their shares of the state come out of the whole one, and the whole one out of their shares, to the last bit."""
+    """Their shares come out of the whole state, and the whole one out of their shares, to the last bit."""
     cfg = resumable(undisturbed, tmp_path, step)
     given = dict(
         data_dir=cfg.data_dir, log_dir=cfg.log_dir, dtype=cfg.dtype, resume=True, save_every=2, **BASE
@@ -388,7 +397,7 @@ def test_resumed_by_two_processes_it_ends_as_with_one(step, undisturbed, tmp_pat
         folder.mkdir()
         shutil.copy(next(tmp_path.glob(f"*.step{back:06d}.pt")), folder)
         run = RecordedRun(replace(cfg, log_dir=str(folder)))
-        run.loop()
+        run.fit()
         expected = [entry for entry in undisturbed.losses if entry[1] >= back + (entry[0] == "training")]
         assert [entry[:2] for entry in run.losses] == [entry[:2] for entry in expected]
         assert [entry[2] for entry in run.losses] == pytest.approx([entry[2] for entry in expected], abs=2e-3)
@@ -411,12 +420,23 @@ def a_run(tiny_data, tmp_path, **changes) -> RecordedRun:
     return RecordedRun(tiny(data_dir=str(tiny_data), log_dir=str(tmp_path), **BASE | changes))
 
 
-def save_at(run: tg.Run, step: int) -> Path:
-    run.steps_done = step
+def save_now(run: tg.Trainer) -> None:
+    run.log.begin()
     run.clock.start()
     run.save()
     run.clock.stop()
+
+
+def save_at(run: tg.Trainer, step: int) -> Path:
+    run.steps_done = step
+    save_now(run)
     return Path(run.cfg.log_dir) / f"{run.log.run_id}.step{step:06d}.pt"
+
+
+def step_found(cfg: tg.Config) -> int | None:
+    """The step of what --resume would go on from."""
+    content, _ = tg.newest_checkpoint(cfg)
+    return content and content["step"]
 
 
 def test_two_are_kept_and_a_reader_never_sees_a_half_one(tiny_data, tmp_path):
@@ -452,7 +472,7 @@ def test_what_a_killed_process_left_half_written_is_ignored_and_cleared_away(tin
     good = save_at(run, 4)
     left = tmp_path / f".{good.name.replace('step000004', 'step000006')}.part"
     left.write_bytes(good.read_bytes()[:1000])
-    assert tg.newest_checkpoint(run.cfg)["step"] == 4
+    assert step_found(run.cfg) == 4
     save_at(run, 8)
     assert not left.exists()
 
@@ -470,12 +490,12 @@ DAMAGE = {
 def test_a_damaged_newest_file_is_skipped_with_a_word(damage, tiny_data, tmp_path, capsys):
     run = a_run(tiny_data, tmp_path)
     for state in run.optimizer.state.values():  # zeros would not mind the hole
-        state["momentum"].normal_()
-        state["second"].normal_()
+        state["momentum_buffer"].normal_()
+        state["second_moment"].normal_()
     older, newest = save_at(run, 4), save_at(run, 6)
     newest.write_bytes(DAMAGE[damage](newest.read_bytes()))
     capsys.readouterr()
-    assert tg.newest_checkpoint(run.cfg)["step"] == 4
+    assert step_found(run.cfg) == 4
     assert re.search(rf"resume: {newest} is not whole \(\w+\)", capsys.readouterr().err)
     older.write_bytes(b"")
     resumed = RecordedRun(replace(run.cfg, resume=True))  # no whole one: from the start, with a word
@@ -486,16 +506,16 @@ def test_a_file_that_is_no_checkpoint_of_ours_is_skipped(tiny_data, tmp_path, ca
     run = a_run(tiny_data, tmp_path)
     save_at(run, 4)
     torch.save({"weights": torch.ones(3)}, tmp_path / "other.step000009.pt")
-    assert tg.newest_checkpoint(run.cfg)["step"] == 4 and "other.step000009.pt" in capsys.readouterr().err
+    assert step_found(run.cfg) == 4 and "other.step000009.pt" in capsys.readouterr().err
 
 
 def test_after_going_back_the_new_ones_are_kept_and_not_the_damaged(tiny_data, tmp_path):
-    """Rotation by step would throw away what has just been saved, as it stands at a lower step than the damaged ones."""
+    """What has just been saved stays, though it stands at a lower step than the damaged ones."""
     run = a_run(tiny_data, tmp_path)
     for step in (10, 12):
         save_at(run, step).write_bytes(b"damaged")
     assert save_at(run, 2).exists() and save_at(run, 4).exists()
-    assert tg.newest_checkpoint(run.cfg)["step"] == 4
+    assert step_found(run.cfg) == 4
 
 
 class Trap:
@@ -512,7 +532,7 @@ def test_a_checkpoint_with_code_in_it_is_not_run(tiny_data, tmp_path, capsys):
     run = a_run(tiny_data, tmp_path)
     path = save_at(run, 4)
     torch.save(torch.load(path) | {"trap": Trap(tmp_path / "sprung")}, path)
-    assert tg.newest_checkpoint(run.cfg) is None and "UnpicklingError" in capsys.readouterr().err
+    assert step_found(run.cfg) is None and "UnpicklingError" in capsys.readouterr().err
     assert not (tmp_path / "sprung").exists()
     torch.load(path, weights_only=False)
     assert (tmp_path / "sprung").exists(), "the trap itself does not work"
@@ -550,10 +570,8 @@ def test_a_checkpoint_of_another_configuration_is_refused_by_name(
     cfg = replace(run.cfg, resume=True, **{name: value})
     monkeypatch.setattr(tg, "parse_config", lambda argv: (cfg, {}))
     capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        tg.main()
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and len(error.splitlines()) == 1
+    code, error = tg.main(), capsys.readouterr().err
+    assert code == 2 and len(error.splitlines()) == 1
     assert f"--{name} was {getattr(run.cfg, name)}, is {value}" in error and error.count(" was ") == 1
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before  # not even a line in the log
 
@@ -568,11 +586,9 @@ def test_a_checkpoint_of_before_o_and_the_loss_changed_is_refused(tiny_data, tmp
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     monkeypatch.setattr(tg, "parse_config", lambda argv: (replace(run.cfg, resume=True), {}))
     capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        tg.main()
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and len(error.splitlines()) == 1
-    assert f"{path}: a checkpoint of an older train_gpt.py" in error and "--log_dir" in error
+    code, error = tg.main(), capsys.readouterr().err
+    assert code == 2 and len(error.splitlines()) == 1
+    assert f"{path}: a checkpoint of another train_gpt.py" in error and "--log_dir" in error
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -582,10 +598,11 @@ def test_what_auto_came_to_on_the_machine_that_saved_counts(tiny_data, tmp_path,
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     run = a_run(tiny_data, tmp_path, dtype="auto")
     save_at(run, 4)
-    assert tg.newest_checkpoint(replace(run.cfg, dtype="bfloat16"))["step"] == 4
+    env = tg.DistEnv(rank=0, world_size=1, device=torch.device("cpu"))
+    assert tg.find_checkpoint(replace(run.cfg, dtype="bfloat16"), env)["step"] == 4
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     with pytest.raises(tg.UserError, match="--dtype was bfloat16, is float32"):
-        tg.newest_checkpoint(run.cfg)
+        tg.find_checkpoint(run.cfg, env)
 
 
 # ---- a full disk
@@ -595,22 +612,22 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_last_good_one(undisturbed, tm
     """A limit on the size of files stands for the full disk: writing fails half-way, as there."""
 
     class Run(RecordedRun):
-        def train_step(self, step, windows):
+        def train_step(self, step):
             if step == 5:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
-            return super().train_step(step, windows)
+            return super().train_step(step)
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     run = Run(replace(undisturbed.cfg, log_dir=str(tmp_path)))
     try:
-        run.loop()
+        run.fit()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert_same_state(state_of(run), undisturbed.state)  # the run went on
     assert sorted(int(path.stem[-6:]) for path in tmp_path.glob("*.pt")) == [2, 4] and not list(
         tmp_path.glob(".*")
     )
-    assert tg.newest_checkpoint(run.cfg)["step"] == 4
+    assert step_found(run.cfg) == 4
     failures = [line for line in events_of(tmp_path) if "NOT saved" in line]
     assert [
         re.match(r"checkpoint: NOT saved at step (\d+), the last good one stays", line)[1]
@@ -633,7 +650,8 @@ def test_a_disk_that_is_really_full(tiny_data, tmp_path):
         f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); from test_checkpoints import program; "
         f"program({given}, {{}}, {str(tmp_path / 'process')!r})"
     )
-    script = f'mount -t tmpfs -o size=12m tmpfs {disk} && {sys.executable} -c "$0"; code=$?; cp -r {disk} {out}; exit $code'
+    mount = f"mount -t tmpfs -o size=12m tmpfs {disk}"
+    script = f'{mount} && {sys.executable} -c "$0"; code=$?; cp -r {disk} {out}; exit $code'
     result = run_command(["unshare", "-rm", "sh", "-c", script, code])
     assert result.returncode == 0, result.stderr
     events = events_of(out)
@@ -647,9 +665,10 @@ def test_a_disk_that_is_really_full(tiny_data, tmp_path):
 
 def test_a_log_that_cannot_be_written_does_not_end_the_run(tiny_data, tmp_path, capsys):
     run = a_run(tiny_data, tmp_path, num_steps=2)
+    run.log.begin()
     run.log.file.close()
-    run.log.file = open("/dev/full", "a", buffering=1)
-    run.loop()
+    run.log.file = open("/dev/full", "a", buffering=1)  # noqa: SIM115, the run closes it
+    run.fit()
     output = capsys.readouterr()
     assert (
         "step:2/2 val_loss:" in output.out
@@ -671,7 +690,7 @@ SIGNALS = {  # name: (signals to each process, --save_on_stop, exit codes)
 
 @pytest.fixture(scope="module")
 def signalled(tiny_data, tmp_path_factory):
-    """{name: (folder, the processes' results, seconds from signal to end)}; all at once, as they mostly wait."""
+    """{name: (folder, the processes' results, seconds from signal to end)}; all at once: they mostly wait."""
     started, told, ended = {}, {}, {}
     for name, (signals, save, _) in SIGNALS.items():
         folder = tmp_path_factory.mktemp("signalled")
@@ -683,7 +702,7 @@ def signalled(tiny_data, tmp_path_factory):
                 if name not in ended and all(process.exitcode is not None for process in processes):
                     ended[name] = folder, finish(folder, processes), time.monotonic() - told[name]
             elif any(re.search("^step:3/", log.read_text(), re.MULTILINE) for log in folder.glob("*.txt")):
-                for process, number in zip(processes, SIGNALS[name][0]):
+                for process, number in zip(processes, SIGNALS[name][0], strict=True):
                     os.kill(process.pid, number or 0)
                 told[name] = time.monotonic()
             else:
@@ -714,9 +733,9 @@ def test_a_signal_saves_if_asked_to_and_the_resumed_run_ends_alike(name, signall
     assert saved["step"] % 2 == 0 and events[-2] == f"checkpoint: {path}"
     assert events[-1].startswith(f"interrupted: {saved['step']} of")
     whole = a_run(tiny_data, tmp_path)
-    whole.loop()
+    whole.fit()
     resumed = RecordedRun(replace(whole.cfg, log_dir=str(folder), resume=True))
-    resumed.loop()
+    resumed.fit()
     if len(results) == 1:
         assert_same_state(state_of(resumed), state_of(whole))
     assert resumed.losses[-1][2] == pytest.approx(whole.losses[-1][2], abs=0 if len(results) == 1 else 2e-3)
@@ -730,17 +749,18 @@ def test_without_the_flag_a_signal_saves_nothing(name, signalled):
 def test_a_signal_while_nothing_new_is_there_to_save_ends_the_run_at_once(tiny_data, tmp_path):
     """In the warm-up, which may take minutes, a supervisor would kill what does not leave."""
     run = a_run(tiny_data, tmp_path, save_on_stop=True)
+    run.signals.may_save = lambda: run.steps_done > run.began_at
     with pytest.raises(tg.Stopped, match="SIGTERM"):
-        run.hear(signal.SIGTERM, None)
+        run.signals.on_signal(signal.SIGTERM, None)
     run.steps_done = 1
-    run.hear(signal.SIGTERM, None)  # remembered
-    run.hear(signal.SIGTERM, None)  # torchrun's, behind the terminal's: one wish
-    run.last_signal = run.last_signal[0], run.last_signal[1] - 3
+    run.signals.on_signal(signal.SIGTERM, None)  # remembered
+    run.signals.on_signal(signal.SIGTERM, None)  # torchrun's, behind the terminal's: one wish
+    run.signals.heard_at -= 3
     with pytest.raises(tg.Stopped):  # later: somebody does not want to wait
-        run.hear(signal.SIGINT, None)
-    run.leaving, run.steps_done = True, run.began_at
+        run.signals.on_signal(signal.SIGINT, None)
+    run.signals.leaving, run.steps_done = True, run.began_at
     try:
-        run.hear(signal.SIGINT, None)
+        run.signals.on_signal(signal.SIGINT, None)
     except tg.Stopped:  # pytest would take it for a Ctrl-C of its own
         pytest.fail("on its way out already, the log was being ended")
 
@@ -764,22 +784,22 @@ NAN = tg.RunFailed("the training loss is nan")
     ],
 )
 def test_what_ended_a_run_is_told_apart(error, heard, line, tiny_data, tmp_path, monkeypatch):
-    """A process among four. torchrun sends SIGTERM also when another has died; and who hears it first leaves first."""
+    """A process among four. torchrun sends SIGTERM also when another has died; who hears it first is gone."""
 
     class Run(RecordedRun):
         def __init__(self, cfg, overrides):
             super().__init__(cfg)
-            self.ranks = tg.Ranks(0, 4, self.ranks.device)
+            self.env = tg.DistEnv(rank=0, world_size=4, device=self.env.device)
 
-        def loop(self):
-            self.last_signal = heard and (heard, time.monotonic())
+        def fit(self):
+            self.signals.name = heard
             raise error
 
     waited = []
     monkeypatch.setattr(time, "sleep", waited.append)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
-    monkeypatch.setattr(tg, "Run", Run)
+    monkeypatch.setattr(tg, "Trainer", Run)
     stopped = line.startswith("interrupted")
     with pytest.raises(tg.Stopped if stopped else (tg.RunFailed, RuntimeError)) as raised:
         tg.train(tiny(data_dir=str(tiny_data), log_dir=str(tmp_path), **BASE), {})
@@ -791,15 +811,15 @@ def test_what_ended_a_run_is_told_apart(error, heard, line, tiny_data, tmp_path,
 # ---- losses that go wrong
 
 
-def disturb(run: tg.Run, step: int, change) -> None:
+def disturb(run: tg.Trainer, step: int, change) -> None:
     """Calls change(model) before a step."""
     inner = run.train_step
 
-    def train_step(number, windows):
+    def train_step(number):
         if number == step:
             with torch.no_grad():
                 change(run.model)
-        return inner(number, windows)
+        return inner(number)
 
     run.train_step = train_step
 
@@ -809,18 +829,18 @@ def test_a_loss_that_is_not_a_number_is_named_with_step_and_group(name, tiny_dat
     run = a_run(tiny_data, tmp_path)
     disturb(run, 4, lambda model: getattr(model, name).fill_(float("nan")))
     with pytest.raises(tg.RunFailed, match=rf"the training loss is nan at step 5 \(.*\b{name}\b"):
-        run.loop()
+        run.fit()
 
 
 def test_a_spike_is_named_with_step_and_group_and_the_run_goes_on(tiny_data, tmp_path):
     run = a_run(tiny_data, tmp_path)
     disturb(run, 6, lambda model: model.lm_head.mul_(-5))
-    run.loop()
+    run.fit()
     events = events_of(tmp_path)
     spikes = [line for line in events if line.startswith("spike:")]
     assert re.match(
-        r"spike: train_loss \d+\.\d+ at step 7, \d\.\d+ before; grown most since the last validation: lm_head, "
-        r"from norm \S+ to \S+",
+        r"spike: train_loss \d+\.\d+ at step 7, \d\.\d+ before; "
+        r"grown most since the last validation: lm_head, from norm \S+ to \S+",
         spikes[0],
     ), spikes
     assert events[events.index(spikes[0]) - 1].startswith("step:7/"), "there was one before"
@@ -834,9 +854,8 @@ def test_a_quiet_run_has_no_spikes(undisturbed):
 
 
 def test_two_runs_are_killed_at_a_random_moment_and_resumed(corpus_dir):
-    """One process, then one of two; tests/faults.py is the whole of it."""
-    result = run_command(
-        [sys.executable, ROOT / "tests" / "faults.py", "--kills", 2, "--ranks", "1,2", "--steps", 2]
-    )
+    """One process, then one of two; tests/programs/faults.py is the whole of it."""
+    faults = ROOT / "tests" / "programs" / "faults.py"
+    result = run_command([sys.executable, faults, "--kills", 2, "--ranks", "1,2", "--steps", 2])
     assert result.returncode == 0, result.stdout + result.stderr
     assert "2 of 2 killed runs ended bit for bit" in result.stdout

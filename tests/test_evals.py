@@ -13,9 +13,10 @@ import torch
 from conftest import ROOT, assert_user_error, run_command, tiny
 
 import train_gpt as tg
-from data.bpe import save_vocab, train_bpe
+from cli import UserError
+from data.bpe import save_vocab, train_bpe, write_token_bytes
 from data.shards import write_shard
-from evals import export, hellaswag, loss, model, sample
+from evals import export, hellaswag, kv_cache, loss, model, sample
 
 TEXT = (
     "The war was over before the autumn came. Naïve 東京 readers — all of them — expected “another” winter. "
@@ -57,19 +58,20 @@ def stream(count: int, seed: int = 0) -> torch.Tensor:
     return tokens
 
 
-def checkpoint(folder, vocab: dict[bytes, int], step: int = 8, **changes):
-    """As Run.save leaves it, with the data's folder beside it."""
+def checkpoint(folder, vocab: dict[bytes, int], step: int = 8, run: str = "run", saved_at=0.0, **changes):
+    """As a run leaves it, with the data's folder beside it."""
     data = folder / "data"
     data.mkdir(exist_ok=True)
     save_vocab(data / "vocab.tiktoken", vocab)
     write_shard(data / "x_val_000000.bin", stream(700, seed=3).numpy())
     cfg = tiny(vocab_size=VOCAB + 1, bos_id=BOS, data_dir=str(data), **changes)
-    path, net = folder / f"run.step{step:06d}.pt", lively(cfg)
+    path, net = folder / f"{run}.step{step:06d}.pt", lively(cfg)
     net.set_long_window(tg.Schedule(cfg).windows(step - 1)[1])  # what its last step was trained with
     content = {
         "config": json.dumps(tg.settings(cfg)),
-        "run_id": "run",
+        "run_id": run,
         "step": step,
+        "saved_at": saved_at,
         "model": net.state_dict(),
     }
     tg.save_checkpoint(path, content | {"format": tg.CHECKPOINT_FORMAT})
@@ -85,7 +87,7 @@ def test_a_cache_says_what_a_full_pass_says(windows, sizes):
     """Over window edges and documents: smear, bigrams and key offset look one token back, paired heads interleave two."""
     it, tokens = trained(windows), stream(140)
     want = it.logits(it.hidden(tokens))
-    past = model.Cache(it, 140)
+    past = kv_cache.KVCache(it, 140)
     parts = tokens.split(1 if sizes == "one by one" else [1, 39, 2, 1, 60, 37])
     found = it.logits(torch.cat([past.feed(part) for part in parts]))
     assert want.std() > 1  # a model that says something
@@ -117,21 +119,21 @@ FEATURES = {
 @pytest.mark.parametrize("feature", FEATURES)
 def test_a_cache_follows_every_feature(feature):
     it, tokens = trained((5, 24), **FEATURES[feature]), stream(90)
-    past = model.Cache(it, 90)
+    past = kv_cache.KVCache(it, 90)
     found = torch.cat([past.feed(part) for part in tokens.split([50, *[1] * 40])])
     torch.testing.assert_close(it.logits(found), it.logits(it.hidden(tokens)), rtol=0, atol=1e-4)
 
 
 def test_a_long_prompt_is_fed_in_parts(monkeypatch):
     it, tokens = trained(), stream(100)
-    whole = model.Cache(it, 100).feed(tokens)
-    monkeypatch.setattr(model, "FEED_CHUNK", 7)
-    torch.testing.assert_close(model.Cache(it, 100).feed(tokens), whole, rtol=0, atol=1e-4)
+    whole = kv_cache.KVCache(it, 100).feed(tokens)
+    monkeypatch.setattr(kv_cache, "FEED_CHUNK", 7)
+    torch.testing.assert_close(kv_cache.KVCache(it, 100).feed(tokens), whole, rtol=0, atol=1e-4)
 
 
 def test_a_copy_of_a_cache_goes_on_alone():
     it, tokens = trained(), stream(60)
-    past = model.Cache(it, 60)
+    past = kv_cache.KVCache(it, 60)
     past.feed(tokens[:30])
     other = past.copy()
     other.feed(tokens[:20].flip(0))
@@ -143,8 +145,8 @@ def test_bfloat16_stays_close():
     it, tokens = trained(), stream(120)
     half = model.Trained(tg.GPT(it.cfg, torch.bfloat16).requires_grad_(False), it.step, it.source, None)
     half.model.load_state_dict(it.model.state_dict())
-    half.model.turn_rotary()
-    past = model.Cache(half, 120)
+    half.model.update_rotary()
+    past = kv_cache.KVCache(half, 120)
     found = torch.cat([past.feed(part) for part in tokens.split(40)])
     want = half.hidden(tokens).float()
     assert (found.float() - want).norm() < 0.05 * want.norm()
@@ -181,21 +183,26 @@ def test_a_long_stream_attends_a_span_at_a_time(tmp_path, ranks, monkeypatch, ch
     it, tokens = model.load(checkpoint(tmp_path, ranks, **changes), device="cpu"), stream(300)
     net = lively(it.cfg)
     net.set_long_window(64)
-    want, lengths, attention = net.hidden(tokens, it.windows), [], tg.attention
-    monkeypatch.setitem(
-        tg.IN_USE, "attention", lambda q, *rest: (lengths.append(len(q)), attention(q, *rest))[1]
-    )
+    want, lengths, attention = net.hidden(tokens, it.windows), [], tg.attend_in_blocks
+
+    def noting(q, *rest):
+        lengths.append(len(q))
+        return attention(q, *rest)
+
+    monkeypatch.setattr(tg, "attend_in_blocks", noting)
     for span in (1000, 128, 50):
-        monkeypatch.setattr(model, "SPAN", span)
+        monkeypatch.setattr(tg, "SPAN", span)
         lengths.clear()
         torch.testing.assert_close(it.hidden(tokens), want, rtol=0, atol=1e-4)
         assert max(lengths) <= min(2 * 300, span + 63), "queries with the keys that they reach, and no more"
 
 
 def test_of_a_folder_the_newest_is_loaded(tmp_path, ranks):
-    for age, step in enumerate([4, 8, 2]):  # by time: a resumed run may stand at a lower step
-        os.utime(checkpoint(tmp_path, ranks, step=step), (1000 + age, 1000 + age))
-    assert model.load(tmp_path, device="cpu").step == 2
+    """Of several runs by the time that the files say, whatever the clock says; of one run by its steps."""
+    for age, (run, step) in enumerate([("a", 4), ("a", 8), ("b", 2), ("b", 6)]):
+        path = checkpoint(tmp_path, ranks, step=step, run=run, saved_at=1000.0 + age)
+        os.utime(path, (2000 - age, 2000 - age))
+    assert model.load(tmp_path, device="cpu").source.name == "b.step000006.pt"
 
 
 def test_loading_runs_no_code_of_the_file(tmp_path):
@@ -204,8 +211,9 @@ def test_loading_runs_no_code_of_the_file(tmp_path):
             return os.mkdir, (str(tmp_path / "ran"),)
 
     torch.save({"config": "{}", "step": 1, "model": Evil()}, tmp_path / "run.step000001.pt")
-    with pytest.raises(tg.UserError, match="not a whole checkpoint"):
-        model.load(tmp_path)
+    for path, words in ((tmp_path / "run.step000001.pt", "not a whole"), (tmp_path, "none of its 1")):
+        with pytest.raises(UserError, match=words):
+            model.load(path)
     assert not (tmp_path / "ran").exists()
 
 
@@ -232,7 +240,7 @@ def spoil(content: dict, **config) -> dict:
 def test_a_checkpoint_that_cannot_be_used_is_named(tmp_path, ranks, change, words):
     path = checkpoint(tmp_path, ranks)
     torch.save(change(torch.load(path, weights_only=True)), path)
-    with pytest.raises(tg.UserError, match=words):
+    with pytest.raises(UserError, match=words):
         model.load(path)
 
 
@@ -245,7 +253,7 @@ def test_half_a_checkpoint_an_empty_folder_and_no_file(tmp_path, ranks):
         (tmp_path / "empty", "no checkpoint in this folder"),
         (tmp_path / "nowhere", "no such"),
     ):
-        with pytest.raises(tg.UserError, match=words) as caught:
+        with pytest.raises(UserError, match=words) as caught:
             model.load(wrong)
         assert str(wrong) in str(caught.value)
 
@@ -254,10 +262,10 @@ def test_a_vocabulary_of_another_size_is_refused(tmp_path, ranks):
     path = checkpoint(tmp_path, ranks)
     other = tmp_path / "other.tiktoken"
     save_vocab(other, train_bpe([TEXT], 290))
-    with pytest.raises(tg.UserError, match="other.tiktoken: 290 tokens and BOS, but the model has 301"):
+    with pytest.raises(UserError, match="other.tiktoken: 290 tokens and BOS, but the model has 301"):
         model.load(path, vocab=other)
     (tmp_path / "data" / "vocab.tiktoken").unlink()
-    with pytest.raises(tg.UserError, match="no vocab.tiktoken"):
+    with pytest.raises(UserError, match="no vocab.tiktoken"):
         model.load(path).encode("x")
 
 
@@ -295,7 +303,7 @@ def test_tokens_come_as_often_as_they_should(how, want):
 
 def test_a_sample_is_what_full_passes_would_make():
     it = trained()
-    past, tokens = model.Cache(it, 70), stream(20)[:20].tolist()
+    past, tokens = kv_cache.KVCache(it, 70), stream(20)[:20].tolist()
     x = past.feed(torch.tensor(tokens))[-1:]
     found = list(sample.generate(it, past, x, 50, lambda logits: int(logits[:BOS].argmax())))
     for token in found:
@@ -316,7 +324,7 @@ def test_a_sample_ends_with_its_document_and_never_pads():
         seen.append(len(logits))
         return BOS if len(seen) == 4 else 5
 
-    past = model.Cache(it, 20)
+    past = kv_cache.KVCache(it, 20)
     assert list(sample.generate(it, past, past.feed(torch.tensor([BOS])), 10, pick)) == [5, 5, 5]
     assert seen == [VOCAB + 1] * 4
 
@@ -366,6 +374,7 @@ def test_each_checkpoint_of_a_run_has_the_loss_of_its_log(tmp_path, ranks, monke
     data = tmp_path / "data"
     data.mkdir()
     save_vocab(data / "vocab.tiktoken", ranks)
+    write_token_bytes(data, ranks)
     for split, seed in (("train", 1), ("val", 2)):
         write_shard(data / f"x_{split}_000000.bin", stream(9000, seed=seed).numpy())
     cfg = tiny(
@@ -440,8 +449,15 @@ def test_endings_are_scored_by_their_own_tokens(tmp_path, ranks, monkeypatch):
     file.write_text("\n".join(map(json.dumps, ITEMS * 3)))
     items = hellaswag.read_items(file)
     monkeypatch.setattr(hellaswag, "PACK", 200)  # several packs
-    assert len(list(hellaswag.packs(it, items))) > 1
+    score_pack, packs = hellaswag.score_pack, []
+
+    def noting(it, pack, most):
+        packs.append(len(pack))
+        return score_pack(it, pack, most)
+
+    monkeypatch.setattr(hellaswag, "score_pack", noting)
     found = list(hellaswag.score(it, items))
+    assert len(packs) > 1 and sum(packs) == 6
     assert [label for _, label in found] == [0, 2] * 3
     for (scores, _), item in zip(found, items):
         for n, ending in enumerate(item.endings):  # one alone, token by token
@@ -482,7 +498,7 @@ def test_accuracies_are_those_of_the_two_scores(tmp_path, ranks, monkeypatch, ca
 def test_a_line_that_is_no_item_is_named(tmp_path, bad):
     file = tmp_path / "items.jsonl"
     file.write_text(json.dumps(ITEMS[0]) + "\n" + bad)
-    with pytest.raises(tg.UserError, match="items.jsonl: line 2 is no item"):
+    with pytest.raises(UserError, match="items.jsonl: line 2 is no item"):
         hellaswag.read_items(file)
 
 
@@ -529,7 +545,7 @@ def test_an_export_is_the_same_model(tmp_path, ranks):
 def test_an_export_that_is_cut_is_refused(tmp_path, ranks):
     file = export.export(model.load(checkpoint(tmp_path, ranks), device="cpu"), tmp_path / "out")
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(tg.UserError, match="not a whole export"):
+    with pytest.raises(UserError, match="not a whole export"):
         model.load(file)
 
 
@@ -547,7 +563,7 @@ def test_a_missing_extra_is_named(tmp_path, ranks, monkeypatch, package):
         "pyarrow": [lambda: hellaswag.fetch(tmp_path / "items.jsonl")],
     }
     for use in uses[package]:
-        with pytest.raises(tg.UserError, match=f"package {package}.*: pip install -r evals/requirements.txt"):
+        with pytest.raises(UserError, match=f"package {package}.*: pip install -r evals/requirements.txt"):
             use()
     assert not (tmp_path / "out").exists() and not (tmp_path / "items.jsonl").exists()
 
@@ -593,23 +609,22 @@ def test_what_a_user_gets_wrong_is_one_line(tmp_path, ranks, name, flags, words)
     (tmp_path / "no.txt").write_bytes(b"abc\xff")
     places = {"CHECKPOINT": checkpoint(tmp_path, ranks), "NOTEXT": tmp_path / "no.txt"}
     flags = [os.fsdecode(flag) if isinstance(flag, bytes) else str(places.get(flag, flag)) for flag in flags]
-    with pytest.raises(tg.UserError) as caught:
+    with pytest.raises(UserError) as caught:
         {"sample": sample, "loss": loss, "hellaswag": hellaswag, "export": export}[name].main(flags)
     assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words), caught.value
 
 
 def test_an_error_is_one_line_and_exit_code_2(tmp_path):
-    failed = run_command([sys.executable, ROOT / "evals" / "sample.py", tmp_path])
+    failed = run_command([sys.executable, "-m", "evals.sample", tmp_path])
     assert_user_error(failed, "no checkpoint in this folder", "--save_every")
 
 
 def test_a_command_runs_and_whoever_reads_it_may_leave(tmp_path, ranks):
     flags = f"{checkpoint(tmp_path, ranks)} --tokens 100 --samples 5 --temperature 3 --device cpu"
     done = run_command(
-        ["bash", "-c", f"set -o pipefail; {sys.executable} {ROOT}/evals/sample.py {flags} | head -c 16"]
+        ["bash", "-c", f"set -o pipefail; {sys.executable} -m evals.sample {flags} | head -c 16"]
     )
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    assert done.stdout == "--- sample 1 of " and "tokens in" in done.stderr
+    assert (done.returncode, done.stderr, done.stdout) == (141, "", "--- sample 1 of ")
 
 
 def test_importing_the_trainer_imports_none_of_these():

@@ -1,4 +1,4 @@
-"""Several processes compute what one does: shares of the optimizer, sparse rows, whole runs, how they start. With gloo."""
+"""Several processes compute what one does, with gloo: the optimizer, sparse rows, runs, how they start."""
 
 import functools
 import hashlib
@@ -28,7 +28,7 @@ FILE = ROOT / "train_gpt.py"
 
 
 class World:
-    """Processes that wait for work. Forked from one that has imported torch: eight start in the time of one."""
+    """Processes that wait for work. Forked from one that has torch: eight start in the time of one."""
 
     SIZE = 8
 
@@ -39,7 +39,7 @@ class World:
     def run(self, size: int, function, *args) -> list:
         """What function(*args) returns on each of `size` ranks, as torchrun would have started them."""
         if not self.processes:
-            self.pipes, theirs = zip(*[self.context.Pipe() for _ in range(self.SIZE)])
+            self.pipes, theirs = zip(*[self.context.Pipe() for _ in range(self.SIZE)], strict=True)
             self.processes = [self.context.Process(target=work, args=(pipe,), daemon=True) for pipe in theirs]
             for process in self.processes:
                 process.start()
@@ -52,7 +52,7 @@ class World:
             "MASTER_ADDR": "localhost",
             "MASTER_PORT": port,
         }
-        waiting, results = dict(zip(self.pipes, range(size))), [None] * size
+        waiting, results = dict(zip(self.pipes[:size], range(size), strict=True)), [None] * size
         for pipe, rank in waiting.items():
             pipe.send((common | {"RANK": rank, "LOCAL_RANK": rank}, function, args))
         try:
@@ -77,7 +77,7 @@ class World:
 
 def work(pipe) -> None:
     """A process of the world."""
-    sys.stdout = open(os.devnull, "w")
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115, as long as the process lives
     tg.matrix_ceiling = lambda *_: 1e9  # seconds of large products, for a figure that no test here looks at
     while True:
         environment, function, args = pipe.recv()
@@ -98,9 +98,10 @@ def world():
     world.stop()
 
 
-def join() -> tg.Ranks:
+def join() -> tg.DistEnv:
     """Any number of ranks: micro-batches are not the optimizer's matter."""
-    return tg.Ranks.join(tiny(micro_batches=int(os.environ["WORLD_SIZE"])))
+    cfg = tiny(micro_batches=int(os.environ["WORLD_SIZE"]))
+    return tg.DistEnv.join(cfg, tg.Cpu(cfg).device)
 
 
 def digest(t: torch.Tensor) -> str:
@@ -109,7 +110,7 @@ def digest(t: torch.Tensor) -> str:
 
 # The optimizer
 
-# 16 and 10 matrices, tables of 256 and 1280 rows, a head of 32: three ranks divide none of them, four not all.
+# 16 and 10 matrices, tables of 256 and 1280 rows, a head of 32: three ranks divide none, four not all.
 CONFIG = tiny(
     windows="slss-", paired_heads="p....", value_embeds=".01..", skips=".a.a.", backout="..b..", model_dim=32
 )
@@ -119,8 +120,8 @@ MICRO_BATCHES, UNTIE_STEP = 12, 5
 def gradients(p: torch.Tensor, name: str, step: int, n: int, exact: bool) -> tuple[torch.Tensor, np.ndarray]:
     """Micro-batch n's gradient of a parameter, and the rows of the bigram table that it touches.
 
-    exact: multiples of 1/64, so small that two steps' sum over all micro-batches, embedding and head together (96 / 64),
-    is exact even in bfloat16, in whatever order.
+    exact: multiples of 1/64, so small that two steps' sum over all micro-batches, embedding and head together
+    (96 / 64), is exact even in bfloat16, in whatever order.
     """
     rng = torch.Generator().manual_seed(zlib.crc32(f"{name} {step} {n}".encode()))
     g = torch.randint(-2, 3, p.shape, generator=rng) / 64 if exact else torch.randn(p.shape, generator=rng)
@@ -140,25 +141,25 @@ def trained(
     **changes,
 ):
     """Yields model and optimizer after each step, on this rank's share of 12 micro-batches' gradients."""
-    ranks, cfg = join(), replace(CONFIG, **changes)
-    model = tg.GPT(cfg, dtype)
-    optimizer = tg.Optimizer(cfg, model, ranks)
+    env, cfg = join(), replace(CONFIG, **changes)
+    model = tg.GPT(cfg, dtype, tg.Cpu(cfg).choose_kernels(env))
+    optimizer = tg.Optimizer(cfg, model, env)
     if begin:
         model.load_state_dict(begin["model"])
         for (name, key), whole in begin["state"].items():
             optimizer.load_state(name, key, whole)
         optimizer.tied = begin["tied"]
     if dense:
-        optimizer.sparse = None
+        optimizer.sparse_grad = None
     for step in steps:
         touched = []
-        for n in range(ranks.rank, MICRO_BATCHES, ranks.size):
+        for n in range(env.rank, MICRO_BATCHES, env.world_size):
             for name, p in model.named_parameters():
                 g, rows = gradients(p, name, step, n, exact)
                 p.grad = g if p.grad is None else p.grad + g
                 touched.append(rows)
-        if optimizer.sparse:
-            optimizer.sparse.announce(np.concatenate(touched), last=step % 2 == 1)
+        if optimizer.sparse_grad:
+            optimizer.sparse_grad.exchange_indices(np.concatenate(touched), last=step % 2 == 1)
         optimizer.step(step, lr_mul=0.5, momentum=0.9, untie=step == UNTIE_STEP)
         yield model, optimizer
 
@@ -173,7 +174,7 @@ def parameters_by_step(
 ) -> tuple[list[dict], dict]:
     """Digests of all parameters after each step, and of the whole state after the last."""
     digests = []
-    for model, optimizer in trained(dtype, steps, begin):
+    for model, optimizer in trained(dtype, steps, begin):  # noqa: B007, the last one is used below
         digests.append({name: digest(p) for name, p in model.named_parameters()})
     return digests, {place: digest(whole) for place, whole in whole_states(optimizer).items()}
 
@@ -207,8 +208,11 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 def test_parameters_and_state_are_those_of_one_rank_to_the_last_bit_on_every_rank_after_every_step(
     world, size, dtype
 ):
-    """Where the sum over micro-batches is exact, nothing depends on the number of ranks: not the padding, not which
-    matrices are updated together, not the gathering, not the tied head; with all replicas alike."""
+    """Where the sum over micro-batches is exact, nothing depends on the number of ranks.
+
+    Not the padding, not which matrices are updated together, not the gathering, not the tied head; with all
+    replicas alike.
+    """
     results = world.run(size, parameters_by_step, dtype, range(8))
     assert_same_bits(results, alone(world, dtype), size)
 
@@ -225,13 +229,13 @@ def test_what_those_steps_did_is_worth_comparing(world, dtype):
     counts = [bank.shape[:2].numel() for bank in (model.qkvo, model.mlp)]
     counts += [len(table) for table in (model.embed, model.lm_head, model.bigram_embed)]
     assert all(count % 3 for count in counts) and any(count % 4 for count in counts)
-    assert {key for _, key in state} == {"momentum", "second"} | (
-        {"low"} if dtype == torch.bfloat16 else set()
+    assert {key for _, key in state} == {"momentum_buffer", "second_moment"} | (
+        {"mantissa_lo"} if dtype == torch.bfloat16 else set()
     )
 
 
 def ties(dtype: torch.dtype) -> list[tuple[bool, bool, list[bool]]]:
-    """After each step: tied still; embedding and head alike; their states alike, a flag for each (and the head's not 0)."""
+    """After each step: tied still; embedding and head alike; their states alike (the head's not 0)."""
     seen = []
     for model, optimizer in trained(dtype, range(8)):
         states = whole_states(optimizer)
@@ -249,7 +253,7 @@ def test_the_embedding_is_the_heads_transpose_until_the_untie_step_and_inherits_
     """Though ranks share one by rows of the vocabulary, the other by dimensions of the model."""
     for seen in world.run(size, ties, dtype):
         states = 2 if dtype == torch.float32 else 3
-        tied, alike, state_alike = zip(*seen)
+        tied, alike, state_alike = zip(*seen, strict=True)
         assert tied == (True,) * UNTIE_STEP + (False,) * (8 - UNTIE_STEP)
         assert alike == (True,) * 7 + (False,)  # Adam's next step is 7; each has its own gradient then
         assert state_alike[1:UNTIE_STEP] == ([False] * states,) * (UNTIE_STEP - 1)
@@ -273,7 +277,7 @@ def state_given_back(dtype: torch.dtype, begin: dict) -> bool:
 @DTYPES
 @pytest.mark.parametrize("steps", [4, 6], ids=["tied", "untied"])
 def test_the_state_of_four_ranks_goes_on_on_any_number_of_them(world, steps, dtype):
-    """whole_state gives back what load_state got, and the steps that follow are those of a run that never stopped."""
+    """whole_state gives back what load_state got; the next steps are those of a run that never stopped."""
     begin = world.run(4, saved_after, dtype, range(steps))[0]
     digests, state = alone(world, dtype)
     for size in (1, 2, 3):
@@ -289,18 +293,20 @@ ROWS, DIM = 101, 16  # owners have 51 rows or 26, and the last is short
 
 
 def exchange(cases: list) -> list[tuple[torch.Tensor, ...]]:
-    """For each case (rows that each rank touches on the even and on the odd step) one exchange, all through one SparseRows.
+    """For each case (rows that each rank touches on the even and on the odd step) one exchange.
 
-    -> this rank's gradient, its rows of the sum by SparseRows and by reduce_scatter, and the bytes that left it.
+    All go through one SparseGradient.
+    -> this rank's gradient, its rows of the sum by SparseGradient and by reduce_scatter, and the bytes that
+    left it.
     """
-    ranks, results = join(), []
-    sparse, rng = tg.SparseRows(ranks, ROWS, timedelta(seconds=60)), torch.Generator().manual_seed(ranks.rank)
+    env, results = join(), []
+    sparse, rng = tg.SparseGradient(env, ROWS, timedelta(seconds=60)), torch.Generator().manual_seed(env.rank)
     for touched in cases:
-        grad = torch.zeros(sparse.share * ranks.size, DIM)
-        for turn, rows in enumerate(touched[ranks.rank]):
-            sparse.announce(np.array(rows, dtype=np.int32), last=turn == 1)
+        grad = torch.zeros(sparse.rows_per_rank * env.world_size, DIM)
+        for turn, rows in enumerate(touched[env.rank]):
+            sparse.exchange_indices(np.array(rows, dtype=np.int32), last=turn == 1)
             grad[sorted(set(rows))] += torch.randn(len(set(rows)), DIM, generator=rng)
-        results.append((grad, sparse.start(grad)(), ranks.reduce_scatter(grad)(), sparse.bytes_sent))
+        results.append((grad, sparse.reduce_scatter(grad)(), env.reduce_scatter(grad)(), sparse.bytes_sent))
     return results
 
 
@@ -326,10 +332,10 @@ def exchange_cases(size: int) -> dict[str, list]:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_sparse_rows_add_up_to_what_reduce_scatter_gives_to_the_last_bit(world, size):
-    """Gradients are random: a sum in another order is another sum. -0.0 would differ, too: digests compare bits."""
+    """Gradients are random: a sum in another order is another sum. Digests compare bits, so -0.0 differs."""
     cases = exchange_cases(size)
     by_rank = world.run(size, exchange, list(cases.values()))
-    for (case, touched), results in zip(cases.items(), zip(*by_rank)):
+    for (case, touched), results in zip(cases.items(), zip(*by_rank, strict=True), strict=True):
         total = functools.reduce(torch.add, [grad for grad, *_ in results], torch.zeros_like(results[0][0]))
         backwards = functools.reduce(torch.add, [grad for grad, *_ in results[::-1]], torch.zeros_like(total))
         for rank, (grad, sparse, dense, sent) in enumerate(results):
@@ -363,8 +369,10 @@ def moved_rows(dtype: torch.dtype) -> tuple[str, ...]:
     """Digests of the table, and of all that is remembered of it, where only rows with a gradient move."""
     *_, (model, optimizer) = trained(dtype, range(8), bigram_momentum=0.0)
     states = whole_states(optimizer)
-    assert 0 < states["bigram_embed", "moved"].count_nonzero() < len(model.bigram_embed)
-    return digest(model.bigram_embed), *(digest(states["bigram_embed", key]) for key in ("second", "moved"))
+    assert 0 < states["bigram_embed", "last_step"].count_nonzero() < len(model.bigram_embed)
+    return digest(model.bigram_embed), *(
+        digest(states["bigram_embed", key]) for key in ("second_moment", "last_step")
+    )
 
 
 @DTYPES
@@ -382,11 +390,11 @@ def train(cfg: tg.Config, changed: bool = False, dense: bool = False) -> tuple[l
 
     changed: on step 1 one of the micro-batches has its tokens in another order.
     """
-    run, losses, calls = tg.Run(cfg, {}), [], itertools.count()
-    train_step, read = run.train_step, run.loader.step
+    trainer, losses, calls = tg.Trainer(cfg, {}), [], itertools.count()
+    train_step, load_batches = trainer.train_step, trainer.loader.load_batches
 
     def shuffled_once(*args):
-        batches = list(read(*args))
+        batches = list(load_batches(*args))
         if next(calls) == 1:
             tokens, targets = batches[3]
             both = np.append(tokens, targets[-1])
@@ -398,18 +406,18 @@ def train(cfg: tg.Config, changed: bool = False, dense: bool = False) -> tuple[l
         losses.append(result[0].item())
         return result
 
-    run.train_step = remembering
+    trainer.train_step = remembering
     if changed:
-        run.loader.step = shuffled_once
+        trainer.loader.load_batches = shuffled_once
     if dense:
-        run.optimizer.sparse = None
-    losses.append(run.loop())
-    return losses, {name: digest(p) for name, p in run.model.named_parameters()}
+        trainer.optimizer.sparse_grad = None
+    losses.append(trainer.fit())
+    return losses, {name: digest(p) for name, p in trainer.model.named_parameters()}
 
 
 @pytest.fixture(scope="module")
 def run_config(tiny_data, tmp_path_factory) -> tg.Config:
-    """Six steps of eight micro-batches of 128 tokens, in both stages, tied until step 5; every kind of layer."""
+    """Six steps of eight micro-batches of 128 tokens, in both stages, tied until step 5; all layers."""
     stages = tuple(replace(stage, batch_tokens=1024) for stage in TINY_STAGES)
     return tiny(
         windows="sls",
@@ -434,11 +442,14 @@ TOLERANCE = (
 def test_loss_curves_of_1_2_4_and_8_processes_agree_closer_than_one_changed_micro_batch_would_let_them(
     world, run_config
 ):
-    """Not bit for bit. Each micro-batch's own gradient is the same bits on whichever rank, and all that follows the sum over
-    them is (the tests above, where sums are exact). But a rank first adds up its own micro-batches, then the ranks' sums are
-    added: float32 additions in an order that depends on how many there are, ((g0 + g2) + g4) + ((g1 + g3) + g5) for two,
-    g0 + g1 + g2 + g3 + g4 + g5 for one or six. Muon's bfloat16 and Adam's division by small numbers then widen the last
-    bit's difference. A number of ranks gives the same bits every time.
+    """Not bit for bit.
+
+    Each micro-batch's own gradient is the same bits on whichever rank, and all that follows the sum over them
+    is (the tests above, where sums are exact). But a rank first adds up its own
+    micro-batches, then the ranks' sums are added: float32 additions in an order that depends on how many
+    there are, ((g0 + g2) + g4) + ((g1 + g3) + g5) for two, g0 + g1 + g2 + g3 + g4 + g5 for one or six. Muon's
+    bfloat16 and Adam's division by small numbers then widen the last bit's difference. A number of ranks
+    gives the same bits every time.
     """
     curves = {}
     for size in (1, 2, 4, 8):
@@ -556,7 +567,7 @@ def test_processes_of_one_machine_share_its_cores(cores, near, threads, monkeypa
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(near))
-    tg.Ranks.join(tiny())
+    tg.Cpu(tiny())
     assert chosen == [threads]
 
 
@@ -567,7 +578,7 @@ def test_cores_are_counted_where_a_system_has_no_affinity(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 10)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    tg.Ranks.join(tiny())
+    tg.Cpu(tiny())
     assert chosen == [5]
 
 
@@ -575,4 +586,4 @@ def test_a_process_alone_keeps_the_threads_that_it_was_given(monkeypatch):
     monkeypatch.setattr(
         torch, "set_num_threads", lambda count: pytest.fail("a lone process took other threads")
     )
-    assert tg.Ranks.join(tiny()).size == 1
+    assert tg.DistEnv.join(tiny(), tg.Cpu(tiny()).device).world_size == 1
