@@ -1854,7 +1854,7 @@ class Trainer:
             if self.steps_done == 0:
                 self.log.remove()
         else:
-            self.log.write(f"failed: {one_line(str(error))}", echo=False)
+            self.log.write(f"failed: {one_line(str(error)).strip() or type(error).__name__}", echo=False)
         return error
 
     def close(self, failed: bool) -> None:
@@ -1897,6 +1897,9 @@ def main() -> int:
         return complain(f"error: {error}", 2)
     except RunFailed as error:
         return complain(f"failed: {error}", 1)
+    except torch.OutOfMemoryError as error:
+        advice = "raise --micro_batches: each is a part of the same step"
+        return complain(f"failed: the GPU's memory is full ({first_line(error)}); {advice}", 1)
     except KeyboardInterrupt as error:
         return 143 if str(error) == "SIGTERM" else 130
     except Exception as error:
@@ -2990,6 +2993,9 @@ class Log:
             self.appending = saved is not None and self.path.exists()
             if self.appending:
                 self.open()
+                written = self.path.read_bytes()
+                if written and not written.endswith(b"\n"):  # the disk was full, or it was killed
+                    self.file.write("\n")
             else:  # an interrupted start leaves no log, but what cannot be written must show now
                 probe = self.path.with_name(f".{self.run_id}.probe")
                 probe.touch()

@@ -94,8 +94,48 @@ def test_a_line_that_cannot_be_encoded_does_not_silence_the_rest(monkeypatch):
 
 def test_a_log_takes_any_path(tmp_path):
     log = tg.Log(tiny(log_dir=str(tmp_path)), ONE_PROCESS)
+    log.begin()
     log.write("checkpoint: größe/\udcff")
+    log.begin()
     assert log.path.read_text(encoding="utf-8") == "checkpoint: größe/\\udcff\n"
+
+
+def test_a_log_whose_last_line_is_half_goes_on_in_a_new_line(tmp_path):
+    (tmp_path / "run.txt").write_text("step:1/8 train_loss:3.1\nstep:2/8 train_lo")
+    log = tg.Log(tiny(log_dir=str(tmp_path)), ONE_PROCESS, {"run_id": "run"})
+    log.write("resumed: from step 1")
+    assert log.path.read_text().splitlines()[1:] == ["step:2/8 train_lo", "resumed: from step 1"]
+
+
+# ----- The end of a run that fails
+
+
+@pytest.mark.parametrize(
+    "error", [tg.UserError("x.bin:\ngone"), AssertionError(), OSError("x.bin: gone")], ids=repr
+)
+def test_the_log_says_why_a_run_ended(tiny_data, tmp_path, monkeypatch, error):
+    def fail_in_a_step(trainer, step):
+        raise error
+
+    monkeypatch.setattr(tg.Trainer, "train_step", fail_in_a_step)
+    monkeypatch.setattr(tg.StopSignals, "install", lambda signals, may_save: None)
+    cfg = tiny(data_dir=str(tiny_data), log_dir=str(tmp_path), warmup=False, val_every=0)
+    with pytest.raises(type(error)):
+        tg.train(cfg, {})
+    (log,) = tmp_path.glob("*.txt")
+    why = "AssertionError" if isinstance(error, AssertionError) else "x.bin: gone"
+    assert log.read_text().splitlines()[-1] == f"failed: {why}"
+
+
+def test_a_full_gpu_is_no_bug_and_names_the_flag(monkeypatch, capsys):
+    def fill(cfg, overrides):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(tg, "train", fill)
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py", "--preset", "cpu"])
+    assert tg.main() == 1
+    told = capsys.readouterr().err
+    assert "2.00 GiB" in told and "--micro_batches" in told and len(told.splitlines()) == 1
 
 
 # ----- Files of others
