@@ -518,6 +518,36 @@ def test_after_going_back_the_new_ones_are_kept_and_not_the_damaged(tiny_data, t
     assert step_found(run.cfg) == 4
 
 
+def kept_steps(folder: Path) -> list[int]:
+    return sorted(tg.step_of(path) for path in folder.glob("*.pt"))
+
+
+def test_the_newest_is_told_by_what_files_say_and_never_by_their_times(tiny_data, tmp_path, monkeypatch):
+    """The clock is set back before each save, and what was saved before looks as if it had changed since."""
+    run, clock, far_ahead = a_run(tiny_data, tmp_path), time.time(), time.time() + 1e6
+    for step in (2, 4, 6, 8):
+        clock -= 3600
+        monkeypatch.setattr(time, "time", lambda now=clock: now)
+        path = save_at(run, step)
+        assert path.exists()
+        os.utime(path, (far_ahead - step, far_ahead - step))
+    assert kept_steps(tmp_path) == [6, 8] and step_found(run.cfg) == 8
+    names = [
+        f"{run.log.run_id}.step000099.pt",
+        f"{run.log.run_id}.step000006.mine.pt",
+        "backup.step000098.pt",
+    ]
+    copies = [shutil.copy(tmp_path / f"{run.log.run_id}.step000006.pt", tmp_path / name) for name in names]
+    assert step_found(run.cfg) == 8, "it believed a copy's name"
+    assert save_at(run, 10).exists() and save_at(run, 12).exists()
+    assert all(Path(path).exists() for path in copies), "files that the run did not write"
+    assert [step for step in kept_steps(tmp_path) if 0 <= step < 98] == [10, 12] and step_found(run.cfg) == 12
+    monkeypatch.setattr(time, "time", lambda: clock + 60)  # another run, whose times of change are the past
+    other = save_at(a_run(tiny_data, tmp_path), 4)
+    os.utime(other, (0, 0))
+    assert step_found(run.cfg) == 4
+
+
 class Trap:
     """What a pickle can do to who loads it."""
 
@@ -590,6 +620,158 @@ def test_a_checkpoint_of_before_o_and_the_loss_changed_is_refused(tiny_data, tmp
     assert code == 2 and len(error.splitlines()) == 1
     assert f"{path}: a checkpoint of another train_gpt.py" in error and "--log_dir" in error
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+# ---- a checkpoint that somebody has changed
+
+STEP = 6  # at which the run stands whose checkpoint is changed
+
+
+def with_tensor(part: str, name: str, change):
+    """A checkpoint's change: one tensor is another."""
+
+    def changed(content: dict) -> None:
+        tensors, *keys = content[part], *name.split()
+        for key in keys[:-1]:
+            tensors = tensors[key]
+        old = tensors.get(keys[-1])
+        tensors[keys[-1]] = change(old if old is None else old.clone())
+
+    return changed
+
+
+def setting(**values):
+    def changed(content: dict) -> None:
+        content.update(values)
+
+    return changed
+
+
+def without(name: str):
+    def changed(content: dict) -> None:
+        del content[name]
+
+    return changed
+
+
+CHANGES = {
+    "a run id that leads elsewhere": setting(run_id="../../x"),
+    "an absolute run id": setting(run_id="/tmp/x"),
+    "a run id of two lines": setting(run_id="a\nb"),
+    "a run id that is too long": setting(run_id="a" * 300),
+    "no config": without("config"),
+    "a config that is no JSON": setting(config="{"),
+    "a config nested too deep": setting(config="[" * 100_000),
+    "a config that is a list": setting(config="[1, 2]"),
+    "no weights": without("model"),
+    "a step that is a word": setting(step="six"),
+    "a step that is a truth value": setting(step=True),
+    "no step yet": setting(step=0),
+    "a step before the first": setting(step=-2),
+    "a step behind the last": setting(step=STEPS + 1),
+    "a clock that is no number": setting(clock=float("nan")),
+    "fewer than no tokens": setting(tokens_seen=-1),
+    "an average that is no number": setting(average=float("inf")),
+    "a place in no shard": setting(loader=(10**6, 0)),
+    "a place in no document": setting(loader=(0, 10**9)),
+    "a place before the first": setting(loader=(0, -1)),
+    "a place of three numbers": setting(loader=(0, 0, 0)),
+    "a random state of another size": setting(rng=torch.zeros(3, dtype=torch.uint8)),
+    "a random state of noise": setting(rng=torch.full((5056,), 255, dtype=torch.uint8)),
+    "a line for the log": setting(torch="2\nstep:13/13 val_loss:0.1"),
+    "a tensor too many": with_tensor("model", "more", lambda t: torch.ones(1)),
+    "a weight of another shape": with_tensor("model", "embed", lambda t: t[:-1]),
+    "a weight of another type": with_tensor("model", "embed", lambda t: t.double()),
+    "a weight that is a number": with_tensor("model", "embed", lambda t: 1.0),
+    "a sparse weight": with_tensor("model", "embed", lambda t: t.to_sparse()),
+    "a weight without memory": with_tensor("model", "embed", lambda t: t.to("meta")),
+    "a weight that is not finite": with_tensor(
+        "model", "mlp", lambda t: t.index_fill_(0, torch.tensor(0), torch.nan)
+    ),
+    "a state that would be spread": with_tensor("optimizer", "mlp momentum_buffer", lambda t: t[:1, :1, :1]),
+    "a state that is not finite": with_tensor("optimizer", "mlp second_moment", lambda t: t.fill_(torch.inf)),
+    "a window of another step": with_tensor("model", "long_window", lambda t: t.fill_(7)),
+    "an optimizer of lists": setting(optimizer={"mlp": [1]}),
+}
+
+
+@pytest.fixture(scope="module")
+def saved_run(tiny_data, tmp_path_factory):
+    """A run that stands at STEP, its checkpoint's content, and its log."""
+    folder = tmp_path_factory.mktemp("saved")
+    run = a_run(tiny_data, folder, save_every=STEP, num_steps=STEPS)
+    run.dies_at = STEP
+    with pytest.raises(Killed):
+        run.fit()
+    [path], [log] = folder.glob("*.pt"), folder.glob("*.txt")
+    return SimpleNamespace(cfg=replace(run.cfg, resume=True), path=path, log=log)
+
+
+def all_files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def ended(cfg: tg.Config, monkeypatch, capsys) -> tuple[int, str]:
+    """The program on this configuration -> exit code, standard error."""
+    monkeypatch.setattr(tg, "parse_config", lambda argv: (cfg, {}))
+    capsys.readouterr()
+    return tg.main(), capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_checkpoint_is_refused_by_its_name(name, saved_run, tmp_path, monkeypatch, capsys):
+    """Whole files, that torch loads; nothing is written for them, neither here nor elsewhere."""
+    folder = tmp_path / "a" / "logs"
+    folder.mkdir(parents=True)
+    path = folder / saved_run.path.name
+    content = torch.load(saved_run.path)
+    CHANGES[name](content)
+    torch.save(content, path)
+    shutil.copy(saved_run.log, folder)
+    before = all_files(tmp_path)
+    code, error = ended(replace(saved_run.cfg, log_dir=str(folder)), monkeypatch, capsys)
+    assert code == 2 and len(error.splitlines()) == 1, error
+    assert error.startswith(f"train_gpt.py: error: {path}: "), error
+    assert all_files(tmp_path) == before
+
+
+def test_the_checkpoint_that_those_changes_start_from_is_accepted(saved_run, tmp_path):
+    shutil.copy(saved_run.path, tmp_path)
+    run = RecordedRun(replace(saved_run.cfg, log_dir=str(tmp_path)))
+    assert run.steps_done == STEP
+    run.log.close()
+
+
+def test_two_processes_do_not_go_on_with_one_run(saved_run, tmp_path, monkeypatch, capsys):
+    for path in (saved_run.path, saved_run.log):
+        shutil.copy(path, tmp_path)
+    cfg = replace(saved_run.cfg, log_dir=str(tmp_path))
+    first = RecordedRun(cfg)
+    before = all_files(tmp_path)
+    code, error = ended(cfg, monkeypatch, capsys)
+    assert code == 2 and len(error.splitlines()) == 1, error
+    assert f"{first.log.path}: another process goes on with this run" in error
+    assert all_files(tmp_path) == before
+    first.fit()
+    assert len([line for line in events_of(tmp_path) if line.startswith("resumed: from")]) == 1
+    again = RecordedRun(cfg)  # now that the first has ended
+    assert again.steps_done == STEPS
+    again.log.close()
+
+
+def test_a_log_says_what_changed_since_the_checkpoint(saved_run, tmp_path, monkeypatch):
+    for path in (saved_run.path, saved_run.log):
+        shutil.copy(path, tmp_path)
+    before, hardware = tg.source_hash(), torch.load(saved_run.path)["hardware"]
+    monkeypatch.setattr(tg, "SOURCE", tg.SOURCE + "# edited\n")
+    monkeypatch.setattr(torch, "__version__", "9.9.9")
+    monkeypatch.setattr(tg.Cpu, "name", lambda machine: "Another CPU")
+    run = RecordedRun(replace(saved_run.cfg, log_dir=str(tmp_path)))
+    run.log.close()
+    changes = [line for line in events_of(tmp_path) if line.startswith("resumed:")]
+    assert changes[1] == f"resumed: source changed, sha256 was {before}, is {tg.source_hash()}"
+    assert changes[2].startswith("resumed: torch changed, was 2.") and changes[2].endswith(", is 9.9.9")
+    assert changes[3].startswith(f"resumed: hardware changed, was {hardware}, is Another CPU; 1 process(es)")
 
 
 def test_what_auto_came_to_on_the_machine_that_saved_counts(tiny_data, tmp_path, monkeypatch):

@@ -1,9 +1,9 @@
 """The program as a user meets it: commands, logs, errors, interruptions; and that it learns."""
 
-import ast
 import json
 import math
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,38 +13,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import step_time
 import torch
 from conftest import CLEAN_ENV, ROOT, assert_user_error, run_command, tiny
 from test_model import PLAIN, plain_loss, randomise
 
 import train_gpt as tg
+from tests.programs import step_time
 
 FILE = ROOT / "train_gpt.py"
-SMALL = [
-    "--preset",
-    "cpu",
-    "--no-compile",
-    "--no-warmup",
-    "--model_dim",
-    32,
-    "--head_dim",
-    16,
-    "--val_seq_len",
-    4096,
-    "--val_tokens",
-    8192,  # seconds, not minutes
-    "--windows",
-    "ssl",
-    "--paired_heads",
-    "p..",
-    "--value_embeds",
-    ".01",
-    "--skips",
-    "a.a",
-    "--backout",
-    ".b.",
-]
+SMALL = shlex.split("""
+    --preset cpu --no-compile --no-warmup --model_dim 32 --head_dim 16 --val_seq_len 4096 --val_tokens 8192
+    --windows ssl --paired_heads p.. --value_embeds .01 --skips a.a --backout .b.
+""")  # seconds, not minutes
 
 
 def train_small(cwd, *flags, file=FILE, **env):
@@ -56,49 +36,8 @@ def train_small(cwd, *flags, file=FILE, **env):
 def the_log(folder) -> tuple[str, str, list[str]]:
     """Source, header and event lines of the one log in a folder."""
     [path] = folder.glob("*.txt")
-    source, header, events = path.read_text().split("\n" + tg.Log.END + "\n")
+    source, header, events = path.read_text().split("\n" + tg.Log.SEPARATOR + "\n")
     return source + "\n", header, events.splitlines()
-
-
-# ---- the file
-
-
-def test_importing_does_nothing(tmp_path):
-    code = (
-        "import os, sys, torch, torch._dynamo; before = dict(os.environ); state = torch.get_rng_state(); threads = torch.get_num_threads()\n"
-        f"sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['x', '--nonsense']; import train_gpt, torch.distributed as dist\n"
-        "assert dict(os.environ) == before and not dist.is_initialized() and not torch.cuda.is_initialized()\n"
-        "assert torch.equal(state, torch.get_rng_state()) and threads == torch.get_num_threads()"
-    )
-    result = run_command([sys.executable, "-c", code], cwd=tmp_path)
-    assert (result.returncode, result.stdout, list(tmp_path.iterdir())) == (0, "", []), result.stderr
-
-
-def test_the_file_stays_readable():
-    tree = ast.parse(FILE.read_text())
-    for function in (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)):
-        assert function.end_lineno - function.lineno < 60, f"{function.name} is too long"
-    imported = {
-        (n.module or "").split(".")[0] if isinstance(n, ast.ImportFrom) else a.name.split(".")[0]
-        for n in ast.walk(tree)
-        if isinstance(n, (ast.Import, ast.ImportFrom))
-        for a in n.names
-    }
-    imported.remove("evals")  # of --plan alone, which says so where it is not there
-    assert imported <= sys.stdlib_module_names | {"torch", "triton", "numpy"}, (
-        "a lone copy of the file must run"
-    )
-    forward = next(
-        n
-        for n in ast.walk(tree)
-        if isinstance(n, ast.FunctionDef) and n.name == "forward" and n.args.args[1].arg == "tokens"
-    )
-    sizes = [
-        n.value
-        for n in ast.walk(forward)
-        if isinstance(n, ast.Constant) and type(n.value) is int and n.value > 2
-    ]
-    assert not sizes, "a layer's number or a size stands in forward; it belongs into the topology table"
 
 
 # ---- a run and its log
@@ -168,8 +107,8 @@ def test_the_form_of_the_log_which_holds_no_secrets(tmp_path, corpus_dir):
     )
 
 
-def tiny_run(tiny_data, tmp_path, **changes) -> tg.Run:
-    return tg.Run(tiny(data_dir=str(tiny_data), log_dir=str(tmp_path), **changes), {})
+def tiny_run(tiny_data, tmp_path, **changes) -> tg.Trainer:
+    return tg.Trainer(tiny(data_dir=str(tiny_data), log_dir=str(tmp_path), **changes), {})
 
 
 def test_warm_up_leaves_no_trace(tiny_data, tmp_path):
@@ -178,18 +117,23 @@ def test_warm_up_leaves_no_trace(tiny_data, tmp_path):
     for warmup in (False, True):
         run = tiny_run(tiny_data, tmp_path, num_steps=10)
         if warmup:
-            run.warm_up()
-        finals.append((run.loop(), [p.detach().clone() for p in run.model.parameters()]))
+            tg.warm_up(run)
+        finals.append((run.fit(), [p.detach().clone() for p in run.model.parameters()]))
     assert finals[0][0] == finals[1][0]
-    assert all(torch.equal(a, b) for a, b in zip(finals[0][1], finals[1][1]))
+    assert all(torch.equal(a, b) for a, b in zip(finals[0][1], finals[1][1], strict=True))
 
 
 def test_the_clock_stands_still_during_validation(tiny_data, tmp_path, monkeypatch):
     run = tiny_run(tiny_data, tmp_path, num_steps=2, val_every=1)
-    validate = tg.Run.validate
-    monkeypatch.setattr(tg.Run, "validate", lambda *args: (time.sleep(0.4), validate(*args))[1])
+    evaluate = run.evaluate
+
+    def slow_evaluate(*args):
+        time.sleep(0.2)
+        return evaluate(*args)
+
+    monkeypatch.setattr(run, "evaluate", slow_evaluate)  # twice in each of three validations
     began = time.perf_counter()
-    run.loop()
+    run.fit()
     assert time.perf_counter() - began > 1.2 > 3 * 0.3 + run.clock.seconds() / 1e6
     assert run.clock.seconds() < time.perf_counter() - began - 1.2 + 0.05
 
@@ -199,13 +143,13 @@ def test_micro_batches_add_up_to_the_whole_step(tiny_data, tmp_path):
     a document."""
     one_token = (tg.Stage(until=2.0, batch_tokens=512, windows=(16, 48), max_doc_len=96, lr_mul=1.0),)
     two = tiny_run(tiny_data, tmp_path, micro_batches=2, stages=one_token)
-    parts = list(two.loader.step(two.cfg.stages[0]))
+    parts = list(two.loader.load_batches(two.cfg.stages[0]))
     one = tiny_run(tiny_data, tmp_path, micro_batches=1, stages=one_token)
     whole = [tuple(map(torch.cat, zip(*parts, strict=True)))]
     for run, batches in ((two, parts), (one, whole)):
         randomise(run.model)
-        run.dials[0] = 1.0  # the weight of the next token's loss
-        run.compute(batches, (16, 48))
+        run.step_scalars[0] = 1.0  # the weight of the next token's loss
+        run.accumulate_gradients(batches, (16, 48))
     assert len(parts) == 2 and float(two.result[0]) == pytest.approx(float(one.result[0]), rel=1e-6)
     mean = one.model(*whole[0], torch.ones(1), (16, 48))
     assert float(one.result[0]) == pytest.approx(mean.item(), rel=1e-6)
@@ -259,8 +203,8 @@ def test_eps_weighs_the_same_on_a_row_that_is_touched_once_however_large_the_ste
     eps = float(torch.cat([g.flatten() for g in gradients.values()]).abs().median())
     run = tiny_run(tiny_data, tmp_path, **cfg, adam_eps=eps)
     randomise(run.model, std=0.3)
-    run.loader.step = lambda *args: iter(step_with_the_rare_document(size, micro_batches))
-    run.train_step(0, (9, 33))
+    run.loader.load_batches = lambda *args: iter(step_with_the_rare_document(size, micro_batches))
+    run.train_step(0)
     rare = [token for token in RARE if 200 < token < 255]
     for name, g in gradients.items():
         expected = -0.008 * 75 * g / (g.abs() + eps)
@@ -305,21 +249,22 @@ def test_angles_and_scale_of_short_change_at_three_steps_and_not_at_the_last_val
     def state() -> tuple[float, list[float]]:
         return float(run.model.softmax_scale), run.model.rotary_freqs.tolist()
 
-    def train_step(step, windows):
-        seen[step], run.steps_done = (windows, *state()), step + 1
+    def train_step(step):
+        seen[step], run.steps_done = (run.schedule.windows(step), *state()), step + 1
         return torch.tensor([1.0, 0.0])
 
-    def validate(windows):
-        validated[run.steps_done] = (windows, *state())
+    def validate(step):
+        validated[step] = (run.schedule.val_windows(step), *state())
         return 1.0
 
-    run.model.set_long_window = lambda window: (
-        calls.append((run.steps_done, window)),
-        set_long_window(window),
-    )
+    def remember(window):
+        calls.append((run.steps_done, window))
+        set_long_window(window)
+
+    run.model.set_long_window = remember
     monkeypatch.setattr(run, "train_step", train_step)
     monkeypatch.setattr(run, "validate", validate)
-    run.loop()
+    run.fit()
     assert calls == [(502, 896), (1005, 1408), (1507, 1664)]
     frequencies = short_frequencies()
     for step in (*range(1547), 1547):
@@ -339,7 +284,8 @@ def test_yarn_of_medium_stops_at_13_blocks():
     changed, before, window = [], model.rotary_freqs.clone(), int(model.long_window)
     for step in range(medium.num_steps):
         if schedule.windows(step)[1] != window:
-            model.set_long_window(window := schedule.windows(step)[1])
+            window = schedule.windows(step)[1]
+            model.set_long_window(window)
             changed.append((step, not torch.equal(model.rotary_freqs, before)))
             before = model.rotary_freqs.clone()
     steps = [392, 784, 1175, 1567, 1959, 2350, 2742, 3134]
@@ -381,12 +327,8 @@ def test_a_users_error_is_one_line_and_leaves_nothing_behind(
     data = [] if "--data_dir" in flags or "short" in flags else ["--data_dir", corpus_dir]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(FILE), *map(str, [*data, *flags])])
-    with pytest.raises(SystemExit) as ended:
-        tg.main()
-    printed = capsys.readouterr()
-    assert_user_error(
-        subprocess.CompletedProcess(sys.argv, ended.value.code, printed.out, printed.err), *words
-    )
+    code, printed = tg.main(), capsys.readouterr()
+    assert_user_error(subprocess.CompletedProcess(sys.argv, code, printed.out, printed.err), *words)
     assert not list(tmp_path.iterdir())
 
 
@@ -457,7 +399,10 @@ def test_run_sh_works_from_any_folder_and_does_nothing_twice(tmp_path, corpus_di
 
 
 def ngram_losses(train: np.ndarray, val: np.ndarray, vocab_size: int) -> tuple[float, float]:
-    """Nats a token on val of a unigram and of a bigram model of train; the bigram discounts counts and backs off to the unigram."""
+    """Nats a token on val of a unigram and of a bigram model of train.
+
+    The bigram discounts counts and backs off to the unigram.
+    """
     unigram = (np.bincount(train, minlength=vocab_size) + 1) / (len(train) + vocab_size)
     pairs, counts = np.unique(train[:-1] * vocab_size + train[1:], return_counts=True)
     seen, kinds = (
@@ -506,16 +451,16 @@ def test_it_learns_more_than_bigrams(tmp_path, corpus_dir):
         log_dir=str(tmp_path),
         compile=False,
     )
-    run = tg.Run(cfg, {})
-    seen, read = [], run.loader.step
+    run = tg.Trainer(cfg, {})
+    seen, load_batches = [], run.loader.load_batches
 
-    def step(*args):
-        for tokens, targets in read(*args):
+    def remembering(*args):
+        for tokens, targets in load_batches(*args):
             seen.append(tokens.numpy())
             yield tokens, targets
 
-    run.loader.step = step
-    loss = run.loop()
+    run.loader.load_batches = remembering
+    loss = run.fit()
     unigram, bigram = ngram_losses(
         np.concatenate(seen), run.validation.tokens.astype(np.int64), cfg.vocab_size
     )
@@ -558,7 +503,7 @@ def test_time_of_a_step_by_phase_and_kind():
 
 def test_where_the_time_of_a_small_run_goes(corpus_dir):
     result = run_command(
-        [sys.executable, ROOT / "tests" / "step_time.py", "--steps", 2, *SMALL, "--dtype", "float32"]
+        [sys.executable, "-m", "tests.programs.step_time", "--steps", 2, *SMALL, "--dtype", "float32"]
     )
     assert result.returncode == 0, result.stderr
     table = {
@@ -574,6 +519,6 @@ def test_where_the_time_of_a_small_run_goes(corpus_dir):
         sum(row[3] for name, row in table.items() if name != "sum"), abs=0.2
     )
     assert_user_error(
-        run_command([sys.executable, ROOT / "tests" / "step_time.py", "--steps", 3, "--adam_every", 2]),
+        run_command([sys.executable, "-m", "tests.programs.step_time", "--steps", 3, "--adam_every", 2]),
         "--steps 3",
     )
