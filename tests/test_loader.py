@@ -289,7 +289,14 @@ def test_documents_by_hand(tmp_path, limit, expected):
 
 def test_tokens_before_the_first_document_of_a_shard_are_skipped(tmp_path):
     write_shards(tmp_path, [[7, 7, 7, BOS, 1, 2], [8, 8, BOS, 3, 4]])
-    assert np.concatenate(tg.Loader(config(tmp_path)).next_sequence(6, 100)).tolist() == [BOS, 1, 2, BOS, 3, 4]
+    assert np.concatenate(tg.Loader(config(tmp_path)).next_sequence(6, 100)).tolist() == [
+        BOS,
+        1,
+        2,
+        BOS,
+        3,
+        4,
+    ]
 
 
 def test_a_new_limit_holds_from_the_next_document_on(tmp_path):
@@ -557,11 +564,7 @@ def test_matrix_flops_are_what_torch_counts(changes):
 
 def test_gates_are_a_little_more_than_matrix_flops_says():
     cfg = tiny()
-    assert (
-        1.0
-        < counted_flops(cfg, backward=False) / (sum(tg.matrix_flops(cfg).values()) * 64)
-        < 1.05
-    )
+    assert 1.0 < counted_flops(cfg, backward=False) / (sum(tg.matrix_flops(cfg).values()) * 64) < 1.05
 
 
 def test_forward_and_backward_are_three_times_forward():
