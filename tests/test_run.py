@@ -2,13 +2,16 @@
 
 import json
 import math
+import os
 import re
 import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -373,6 +376,174 @@ def test_ctrl_c_ends_the_run_with_a_whole_log(tmp_path, corpus_dir):
     events = the_log(tmp_path / "logs")[2]
     trained = [line for line in events if "train_loss:" in line]
     assert len(trained) >= 2 and re.match(r"interrupted: \d+ of \d+ steps done", events[-1])
+
+
+# ---- what the surroundings can do
+
+
+@pytest.fixture
+def program(tiny_data, tmp_path, monkeypatch, capsys):
+    """Calls the program, in this process, on a tiny configuration -> exit code, what it printed."""
+    monkeypatch.setattr(tg, "matrix_ceiling", lambda *_: 1e9)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def call(**changes) -> tuple[int, str, str]:
+        cfg = tiny(data_dir=str(tiny_data), **{"log_dir": str(tmp_path / "logs"), "num_steps": 2} | changes)
+        monkeypatch.setattr(tg, "parse_config", lambda argv: (cfg, {}))
+        code, printed = tg.main(), capsys.readouterr()
+        return code, printed.out, printed.err
+
+    yield call
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    "environment, words",
+    [
+        ({"RANK": "first"}, "RANK='first'"),
+        ({"RANK": "-1"}, "RANK='-1'"),
+        ({"RANK": "3"}, "RANK=3 and WORLD_SIZE=1"),
+        ({"WORLD_SIZE": "0"}, "0 processes"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two'"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 in the environment, but not all"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "x"}, "MASTER_PORT='x'"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "70000"}, "MASTER_PORT"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, "no way to"),
+        ({"LOCAL_WORLD_SIZE": "many"}, "LOCAL_WORLD_SIZE='many'"),
+    ],
+)
+def test_variables_of_torchrun_without_torchrun_are_one_line(
+    environment, words, program, tmp_path, monkeypatch
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    code, _, error = program(micro_batches=2, rank_timeout=1.0)
+    assert code == 2 and len(error.splitlines()) == 1 and words in error, error
+    assert not list(tmp_path.iterdir())
+
+
+def awkward_folder(kind: str, tmp_path) -> str:
+    """A name for a folder under which nothing can be read or written."""
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "circle").symlink_to("circle")
+    names = {
+        "empty": "",
+        "with a NUL": "a\0b",
+        "too long": str(tmp_path / ("n" * 300)),
+        "a file": str(tmp_path / "file"),
+        "below a file": str(tmp_path / "file" / "below"),
+        "links in a circle": str(tmp_path / "circle"),
+        "not writable": "/proc/nowhere",
+    }
+    return names[kind]
+
+
+FOLDERS = ["empty", "with a NUL", "too long", "a file", "below a file", "links in a circle", "not writable"]
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]], ids=["new", "resumed"])
+@pytest.mark.parametrize("kind", FOLDERS)
+@pytest.mark.parametrize("flag", ["--log_dir", "--data_dir"])
+def test_a_folder_that_is_none_is_one_line(flag, kind, resume, tmp_path, corpus_dir, monkeypatch, capsys):
+    folder = awkward_folder(kind, tmp_path)
+    before = sorted(tmp_path.iterdir())
+    others = {"--log_dir": str(tmp_path / "logs"), "--data_dir": str(corpus_dir)} | {flag: folder}
+    flags = [f"{name}={value}" for name, value in others.items()]
+    monkeypatch.setattr(sys, "argv", [str(FILE), *SMALL, "--num_steps", "1", *flags, *resume])
+    code, printed = tg.main(), capsys.readouterr()
+    assert code == 2 and len(printed.err.splitlines()) == 1, printed.err
+    assert f"train_gpt.py: error: {flag} " in printed.err
+    assert sorted(tmp_path.iterdir()) == before and (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_bug_of_ours_is_one_line_that_names_a_file_with_the_traceback(program, tmp_path, monkeypatch):
+    def wrong(*_):
+        raise ZeroDivisionError("of\nours")
+
+    monkeypatch.setattr(tg.Trainer, "train_step", wrong)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code, _, error = program()
+    assert code == 1 and len(error.splitlines()) == 1 and "ZeroDivisionError: of ours" in error, error
+    [report] = tmp_path.glob("traceback-*.txt")
+    assert str(report) in error and "in wrong" in report.read_text()
+    assert the_log(tmp_path / "logs")[2][-1] == "failed: of ours"
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_before_the_first_step_leaves_no_log(number, code, program, tmp_path, monkeypatch):
+    seen = []
+
+    def warm_up(trainer):
+        seen.extend((tmp_path / "logs").glob("*.txt"))
+        os.kill(os.getpid(), number)
+        time.sleep(60)  # long enough: the signal ends it
+
+    monkeypatch.setattr(tg, "warm_up", warm_up)
+    ended, _, error = program(warmup=True)
+    assert ended == code and error == ""
+    assert len(seen) == 1 and not list((tmp_path / "logs").iterdir())
+
+
+def test_what_is_known_before_the_signals_are_heard_waits(tiny_data, tmp_path):
+    """Until then a signal ends the process on the spot, and a log would stay behind."""
+    run = tiny_run(tiny_data, tmp_path, resume=True)
+    assert not list(tmp_path.iterdir())
+    run.log.begin()
+    _, header, events = the_log(tmp_path)
+    assert "hardware:" in header and events == [f"resume: no checkpoint in {tmp_path}, starting at step 0"]
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_while_importing_ends_the_program(number, code, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, str(FILE), *SMALL], cwd=tmp_path, env=CLEAN_ENV, stderr=subprocess.PIPE, text=True
+    )
+    status, caught = Path(f"/proc/{process.pid}/status"), 0
+    if not status.exists():
+        process.kill()
+        pytest.skip("no /proc here")
+    while not caught >> (signal.SIGTERM - 1) & 1:  # the first lines of the file have not run yet
+        caught = int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16)
+        time.sleep(0.002)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == code and error == "" and not list(tmp_path.iterdir())
+
+
+STREAMS = {
+    "a reader that leaves": "{ %s; echo $? > code; } | head -1 > head",
+    "a full disk": "%s > /dev/full; echo $? > code",
+    "no input, no output, no errors": "%s >&- <&- 2>&-; echo $? > code",
+}
+
+
+TINY = shlex.split("""
+    --vocab_size 256 --bos_id 255 --spectral 0 --bigram_rows 1 --batch_mul 0.125 --val_tokens 512 --val_seq_len 256
+""")
+
+
+@pytest.fixture(scope="module")
+def muted(tmp_path_factory, tiny_data):
+    """A folder for each of STREAMS, in which a run has ended whose output nobody takes; all at once."""
+    folder = tmp_path_factory.mktemp("muted")
+    flags = [*SMALL, *TINY, "--num_steps", "2", "--data_dir", str(tiny_data)]
+    command = shlex.join([sys.executable, str(FILE), *flags])
+    processes = []
+    for name, script in STREAMS.items():
+        (folder / name).mkdir()
+        processes.append(subprocess.Popen(["bash", "-c", script % command], cwd=folder / name, env=CLEAN_ENV))
+    for process in processes:
+        process.wait(240)
+    return folder
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_a_run_whose_output_nobody_takes_goes_on(name, muted):
+    assert (muted / name / "code").read_text() == "0\n"
+    events = the_log(muted / name / "logs")[2]
+    assert re.match(r"step:2/2 val_loss:", events[-1])
+    assert len([line for line in events if "train_loss:" in line]) == 2
 
 
 # ---- run.sh
