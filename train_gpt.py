@@ -1590,7 +1590,7 @@ class Schedule:
     def lr_mul(self, step: int) -> float:
         """The stage's multiplier; in the cooldown a line from it to final_lr. No cooldown_share: no line.
 
-        A stage that begins in the cooldown has a line of its own, so the rate may rise there: in `short` from 0.96
+        A stage that begins in the cooldown has a line of its own, so the rate may rise: in `short` from 0.96
         to 1.09 at step 1005, as in the record. Weight decay goes with the square of this.
         """
         cfg, lr_mul = self.cfg, self.stage(step).lr_mul
