@@ -16,8 +16,8 @@ import numpy as np
 import regex
 import tiktoken
 
-from cli import UserError, need
-from data.shards import TOKEN_BYTES, os_reason, shown, write_file, write_once
+from cli import UserError, need, os_reason, shown
+from data.shards import TOKEN_BYTES, write_file, write_once
 
 # tiktoken's spelling of GPT-2's pattern: possessive quantifiers, the same pieces
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""

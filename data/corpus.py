@@ -17,18 +17,16 @@ import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from cli import arguments, need
+from cli import arguments, command, need, shown
 from data.shards import (
+    INTERRUPTED,
     TOKEN_BYTES,
     VOCAB,
     alone_in,
     folder_path,
     make_folder,
     move,
-    reports_system_errors,
-    run_command,
     sha256,
-    shown,
     write_file,
     write_shard,
 )
@@ -62,7 +60,6 @@ README, TITLES = "README.md", "articles.txt"
 README_BEGINS = "# Embedded corpus\n"
 
 
-@reports_system_errors
 def main(argv: list[str]) -> None:
     parser = arguments(__doc__)
     parser.add_argument("--out", type=folder_path, default=OUT, metavar="DIR", help="default: data/corpus")
@@ -320,4 +317,4 @@ of the Python package `{WIKI_WHEEL}`. What is derived from this text is under th
 
 
 if __name__ == "__main__":
-    run_command(main)
+    command(main, INTERRUPTED)

@@ -17,20 +17,17 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import UserError, arguments, need
+from cli import UserError, arguments, command, need, os_reason, shown
 from data.shards import (
+    INTERRUPTED,
     VOCAB,
     alone_in,
     folder_path,
     make_folder,
     move,
-    os_reason,
-    reports_system_errors,
-    run_command,
     say,
     sha256,
     shard_is_whole,
-    shown,
     write_once,
 )
 
@@ -44,7 +41,6 @@ LONGEST_WAIT = 300  # seconds, if the hub names a time
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-@reports_system_errors
 def main(argv: list[str]) -> None:
     parser = arguments(__doc__)
     add = parser.add_argument
@@ -326,4 +322,4 @@ def add_vocab(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    command(main, INTERRUPTED)

@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from cli import UserError, arguments, need, one_line
+from cli import UserError, arguments, command, need, one_line, os_reason, shown
 from data.shards import (
+    INTERRUPTED,
     ROOT,
     TOKEN_BYTES,
     VOCAB,
@@ -29,12 +30,8 @@ from data.shards import (
     folder_path,
     make_folder,
     move,
-    os_reason,
-    reports_system_errors,
-    run_command,
     say,
     sha256,
-    shown,
     write_file,
     write_once,
 )
@@ -48,7 +45,6 @@ SAVE_SECONDS = 20
 BOUNDS = {"val_tokens": (1, 2**40), "shard_tokens": (1, 2**30), "max_doc_len": (16, 2**20), "jobs": (1, 1024)}
 
 
-@reports_system_errors
 def main(argv: list[str]) -> None:
     args = parse(argv)
     # two characters a token: of English, such documents are 500 to 1,000 tokens of the default's 1,024
@@ -643,4 +639,4 @@ def shell_word(text: str) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    command(main, INTERRUPTED)
