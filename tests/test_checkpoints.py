@@ -955,11 +955,11 @@ NAN = tg.RunFailed("the training loss is nan")
 @pytest.mark.parametrize(
     "error, heard, line",
     [
-        (tg.Stopped("SIGINT"), "SIGINT", "interrupted: 0 of 13 steps done, train_time:0ms (SIGINT)"),
+        (tg.Stopped("SIGINT"), "SIGINT", "interrupted: 3 of 13 steps done, train_time:0ms (SIGINT)"),
         (
             RuntimeError("connection closed"),
             "SIGTERM",
-            "interrupted: 0 of 13 steps done, train_time:0ms (SIGTERM)",
+            "interrupted: 3 of 13 steps done, train_time:0ms (SIGTERM)",
         ),
         (RuntimeError("connection closed"), None, "failed: connection closed"),
         (NAN, "SIGTERM", "failed: the training loss is nan"),
@@ -974,7 +974,7 @@ def test_what_ended_a_run_is_told_apart(error, heard, line, tiny_data, tmp_path,
             self.env = tg.DistEnv(rank=0, world_size=4, device=self.env.device)
 
         def fit(self):
-            self.signals.name = heard
+            self.steps_done, self.signals.name = 3, heard
             raise error
 
     waited = []
