@@ -1037,7 +1037,7 @@ def test_a_quiet_run_has_no_spikes(undisturbed):
 
 def test_two_runs_are_killed_at_a_random_moment_and_resumed(corpus_dir):
     """One process, then one of two; tests/programs/faults.py is the whole of it."""
-    faults = ROOT / "tests" / "programs" / "faults.py"
-    result = run_command([sys.executable, faults, "--kills", 2, "--ranks", "1,2", "--steps", 2])
+    command = [sys.executable, "-m", "tests.programs.faults"]
+    result = run_command([*command, "--kills", 2, "--ranks", "1,2", "--steps", 2])
     assert result.returncode == 0, result.stdout + result.stderr
     assert "2 of 2 killed runs ended bit for bit" in result.stdout
