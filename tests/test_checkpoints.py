@@ -955,11 +955,11 @@ NAN = tg.RunFailed("the training loss is nan")
 @pytest.mark.parametrize(
     "error, heard, line",
     [
-        (tg.Stopped("SIGINT"), "SIGINT", "interrupted: 0 of 13 steps done, train_time:0ms (SIGINT)"),
+        (tg.Stopped("SIGINT"), "SIGINT", "interrupted: 3 of 13 steps done, train_time:0ms (SIGINT)"),
         (
             RuntimeError("connection closed"),
             "SIGTERM",
-            "interrupted: 0 of 13 steps done, train_time:0ms (SIGTERM)",
+            "interrupted: 3 of 13 steps done, train_time:0ms (SIGTERM)",
         ),
         (RuntimeError("connection closed"), None, "failed: connection closed"),
         (NAN, "SIGTERM", "failed: the training loss is nan"),
@@ -974,7 +974,7 @@ def test_what_ended_a_run_is_told_apart(error, heard, line, tiny_data, tmp_path,
             self.env = tg.DistEnv(rank=0, world_size=4, device=self.env.device)
 
         def fit(self):
-            self.signals.name = heard
+            self.steps_done, self.signals.name = 3, heard
             raise error
 
     waited = []
@@ -1037,7 +1037,7 @@ def test_a_quiet_run_has_no_spikes(undisturbed):
 
 def test_two_runs_are_killed_at_a_random_moment_and_resumed(corpus_dir):
     """One process, then one of two; tests/programs/faults.py is the whole of it."""
-    faults = ROOT / "tests" / "programs" / "faults.py"
-    result = run_command([sys.executable, faults, "--kills", 2, "--ranks", "1,2", "--steps", 2])
+    command = [sys.executable, "-m", "tests.programs.faults"]
+    result = run_command([*command, "--kills", 2, "--ranks", "1,2", "--steps", 2])
     assert result.returncode == 0, result.stdout + result.stderr
     assert "2 of 2 killed runs ended bit for bit" in result.stdout

@@ -344,8 +344,9 @@ def test_a_cut_shard_is_named(tmp_path, corpus_dir):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, corpus_dir):
+    explosive = ["--muon_lr", 10, "--muon_wd", 1000]  # the largest allowed: decay multiplies by -100,000
     result = run_command(
-        [sys.executable, FILE, *SMALL, "--data_dir", corpus_dir, "--muon_lr", "1e38", "--num_steps", 6],
+        [sys.executable, FILE, *SMALL, "--data_dir", corpus_dir, "--num_steps", 30, *explosive],
         cwd=tmp_path,
     )
     assert result.returncode == 1 and "Traceback" not in result.stderr
@@ -519,7 +520,8 @@ STREAMS = {
 
 
 TINY = shlex.split("""
-    --vocab_size 256 --bos_id 255 --spectral 0 --bigram_rows 1 --batch_mul 0.125 --val_tokens 512 --val_seq_len 256
+    --vocab_size 256 --bos_id 255 --spectral 0 --bigram_rows 1 --batch_mul 0.125
+    --val_tokens 512 --val_seq_len 256
 """)
 
 
