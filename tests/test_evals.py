@@ -84,7 +84,7 @@ def checkpoint(folder, vocab: dict[bytes, int], step: int = 8, run: str = "run",
 @pytest.mark.parametrize("windows", WINDOWS)
 @pytest.mark.parametrize("sizes", ["one by one", "uneven"])
 def test_a_cache_says_what_a_full_pass_says(windows, sizes):
-    """Over window edges and documents: smear, bigrams and key offset look one token back, paired heads interleave two."""
+    """Over edges of windows and documents: smear, bigrams, key offset look one token back."""
     it, tokens = trained(windows), stream(140)
     want = it.logits(it.hidden(tokens))
     past = kv_cache.KVCache(it, 140)
@@ -459,7 +459,7 @@ def test_endings_are_scored_by_their_own_tokens(tmp_path, ranks, monkeypatch):
     found = list(hellaswag.score(it, items))
     assert len(packs) > 1 and sum(packs) == 6
     assert [label for _, label in found] == [0, 2] * 3
-    for (scores, _), item in zip(found, items):
+    for (scores, _), item in zip(found, items, strict=True):
         for n, ending in enumerate(item.endings):  # one alone, token by token
             context, own = it.encode(item.context), it.encode(" " + ending)[1:]
             logs = it.padded_logits(it.hidden(torch.tensor(context + own))).log_softmax(-1)
@@ -477,7 +477,7 @@ def test_accuracies_are_those_of_the_two_scores(tmp_path, ranks, monkeypatch, ca
         torch.tensor([[-9.0, -2, -3, -4], [-1, -1, -0.5, -1]]),
     ]
     monkeypatch.setattr(
-        hellaswag, "score", lambda it, items: [(s, item.label) for s, item in zip(scores, items)]
+        hellaswag, "score", lambda it, items: [(s, item.label) for s, item in zip(scores, items, strict=True)]
     )
     hellaswag.main([str(path), str(file), "--device", "cpu"])
     assert "accuracy:0.5000 accuracy_per_token:0.5000 items:2" in capsys.readouterr().out
@@ -605,7 +605,7 @@ def test_samples_are_printed_and_counted(tmp_path, ranks, capsys):
     ],
 )
 def test_what_a_user_gets_wrong_is_one_line(tmp_path, ranks, name, flags, words):
-    """In this process: a command's start takes seconds. That `command` makes one line of it is tested once, below."""
+    """In this process: a command's start takes seconds. What `command` makes of it is tested once, below."""
     (tmp_path / "no.txt").write_bytes(b"abc\xff")
     places = {"CHECKPOINT": checkpoint(tmp_path, ranks), "NOTEXT": tmp_path / "no.txt"}
     flags = [os.fsdecode(flag) if isinstance(flag, bytes) else str(places.get(flag, flag)) for flag in flags]

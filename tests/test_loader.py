@@ -1,4 +1,4 @@
-"""Shards and what is refused of them, the order of training sequences, validation, and how much work a step is."""
+"""Shards and what is refused of them, the order of sequences, validation, how much work a step is."""
 
 import base64
 import io
@@ -220,7 +220,7 @@ def test_sequences_are_those_of_a_plain_walk_over_shards_and_stages(tmp_path, se
     )  # it crosses shards
     batches = [batch for step in walk(cfg) for batch in step]
     assert len(batches) == len(expected) == 24
-    for (tokens, targets), sequence in zip(batches, expected):
+    for (tokens, targets), sequence in zip(batches, expected, strict=True):
         assert tokens.dtype == targets.dtype == torch.int64
         assert tokens[0] == BOS
         assert tokens.tolist() == sequence[:-1] and targets.tolist() == sequence[1:]
@@ -393,7 +393,7 @@ def test_validation_is_the_stream_as_it_is_across_shards(tmp_path):
     found = validation(tmp_path, *shards)
     stream = np.concatenate(shards)
     assert found.count == 4
-    tokens, targets = zip(*[found.sequence(n) for n in range(found.count)])
+    tokens, targets = zip(*[found.sequence(n) for n in range(found.count)], strict=True)
     assert all(len(part) == 128 and part.dtype == torch.int64 for part in (*tokens, *targets))
     assert (
         torch.cat(tokens).tolist() == stream[:512].tolist()

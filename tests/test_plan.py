@@ -1,4 +1,4 @@
-"""The plan's counts against what the real model, optimizer and collectives do; its errors; its times against each other."""
+"""The plan's counts against what the real model, optimizer and collectives do; its errors; its times."""
 
 import functools
 import sys
@@ -21,7 +21,7 @@ from cli import UserError
 from data.prepare import tokens_needed
 from evals import plan as planning
 
-# Attention of every kind: paired or not, with and without value embedding, a layer without. 4 x 4 and 5 x 2 matrices.
+# Attention of every kind: paired or not, with and without value embedding; a layer without any.
 CFG = tiny(
     windows="ssl-l",
     paired_heads="pp...",
@@ -43,7 +43,7 @@ def stage(cfg: tg.Config, world_size: int, index: int = 0, gpu: str = "H100") ->
 
 
 def test_flops_of_each_part_are_those_of_a_real_step():
-    """Projections, MLP and head: what torch counts; attention: the visible share of what its reference computes."""
+    """Projections, MLP, head: what torch counts; attention: the visible share of its reference."""
     cfg, found = replace(CFG, **NO_GATES, dtype="float32"), Counter()
 
     def counting(part, f):
@@ -86,7 +86,7 @@ def test_flops_of_each_part_are_those_of_a_real_step():
 
 
 def test_kept_activations_are_those_of_the_compiled_gpu_model(monkeypatch):
-    """What torch.compile saves around this file's kernels, on meta tensors. float32, of the gates, is little."""
+    """What torch.compile saves around the file's kernels, on meta tensors. float32, of gates, is little."""
     cfg, T = replace(CFG, max_predict=1), 96
     whole = functools.partial(
         torch.compile, dynamic=False, fullgraph=True, backend="aot_eager_decomp_partition"
@@ -162,7 +162,7 @@ def test_activations_of_a_validation_are_those_that_still_exist_at_its_peak(
 
 
 def states_on_a_gpu(optimizer: tg.Optimizer) -> int:
-    """Bytes. On this CPU mantissa_lo is the whole float32 value, on a GPU the half that bfloat16 leaves out."""
+    """Bytes. On a CPU mantissa_lo is the whole float32 value, on a GPU the half that bfloat16 lacks."""
     return sum(
         t.nbytes // (2 if key == "mantissa_lo" and t.dtype == torch.float32 else 1)
         for state in optimizer.state.values()
@@ -201,7 +201,7 @@ def test_a_validation_of_one_gpu_holds_more_than_its_training_steps():
 
 
 def bytes_sent(untie_share: float) -> dict:
-    """What this rank sends in two steps, and what it holds; a collective's bytes that stay on the rank do not count."""
+    """What this rank sends in two steps, and what it holds; not what a collective keeps on the rank."""
     env, sent = join(), Counter()
 
     def counting(name, nbytes):

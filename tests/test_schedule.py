@@ -1,4 +1,4 @@
-"""The schedule at steps worked out by hand, and the command line: presets, overrides, every value that is refused."""
+"""The schedule at steps worked out by hand; the command line: presets, overrides, values refused."""
 
 import math
 import re
@@ -262,7 +262,7 @@ def test_untie_share_1_never_comes_not_even_in_the_extension(num_steps, extensio
     ],
 )
 def test_a_schedule_of_120_steps_on_a_cpu(step, stage, lr, momentum, predict):
-    """The cpu preset's shape with its figures spelled out, so that tuning the preset does not change what is tested."""
+    """The cpu preset's shape, its figures spelled out: tuning the preset does not change what is tested."""
     sizes = dict(batch_tokens=8192, windows=(128, 512), max_doc_len=1024, lr_mul=1.0)
     stages = (tg.Stage(until=0.5, predict=((1.0, 1.0), (0.5, 0.0)), **sizes), tg.Stage(until=2.0, **sizes))
     schedule = tg.Schedule(

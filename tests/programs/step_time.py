@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
 
 
 def machine_rates(trainer: tg.Trainer) -> list[str]:
-    """bfloat16 only where the hardware multiplies it, or this run wants it: elsewhere a product takes minutes."""
+    """bfloat16 only where the hardware multiplies it, or this run wants it: emulated, it takes minutes."""
     rates = []
     for dtype in (torch.bfloat16, torch.float32):
         if dtype == torch.bfloat16 and trainer.model.dtype != dtype and not tg.multiplies_bfloat16("cpu"):
