@@ -487,7 +487,9 @@ def test_accuracies_are_those_of_the_two_scores(tmp_path, ranks, monkeypatch, ca
         torch.tensor([[-9.0, -2, -3, -4], [-1, -1, -0.5, -1]]),
     ]
     monkeypatch.setattr(
-        hellaswag, "score", lambda it, items: [(s, item.label) for s, item in zip(scores, items, strict=False)]
+        hellaswag,
+        "score",
+        lambda it, items: [(s, item.label) for s, item in zip(scores, items, strict=False)],
     )
     hellaswag.main([str(path), str(file), "--device", "cpu"])
     assert "accuracy:0.5000 accuracy_per_token:0.5000 items:2" in capsys.readouterr().out
