@@ -52,6 +52,15 @@ def arguments(doc: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def path_flag(text: str) -> Path:
+    """The type of a flag or argument that names a file or folder: '' is an unset variable, and not the
+    current folder.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("'' names no file or folder; the current folder is .")
+    return Path(text)
+
+
 # ----- Words for messages
 
 

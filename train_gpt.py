@@ -517,6 +517,7 @@ def check_sizes(cfg: Config) -> None:
     need(inside, f"--bos_id {cfg.bos_id}: must lie in the vocabulary, --vocab_size {cfg.vocab_size}")
     if cfg.spectral:
         needs = f"--spectral {cfg.spectral}: needs"
+        need(cfg.spectral >= 1e-3, f"--spectral {cfg.spectral}: give 0, or 0.001 and more")
         need(cfg.untie_share == 0, f"{needs} --untie_share 0: embed and lm_head start as two")
         need(
             cfg.model_dim <= cfg.vocab_size, f"{needs} a --model_dim of at most --vocab_size {cfg.vocab_size}"

@@ -17,13 +17,12 @@ import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from cli import arguments, command, need, shown
+from cli import arguments, command, need, path_flag, shown
 from data.shards import (
     INTERRUPTED,
     TOKEN_BYTES,
     VOCAB,
     alone_in,
-    folder_path,
     make_folder,
     move,
     sha256,
@@ -62,7 +61,7 @@ README_BEGINS = "# Embedded corpus\n"
 
 def main(argv: list[str]) -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--out", type=folder_path, default=OUT, metavar="DIR", help="default: data/corpus")
+    parser.add_argument("--out", type=path_flag, default=OUT, metavar="DIR", help="default: data/corpus")
     out = parser.parse_intermixed_args(argv).out
     if not missing(out):
         print(f"{shown(out)}: complete")

@@ -17,12 +17,11 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import UserError, arguments, command, need, os_reason, shown
+from cli import UserError, arguments, command, need, os_reason, path_flag, shown
 from data.shards import (
     INTERRUPTED,
     VOCAB,
     alone_in,
-    folder_path,
     make_folder,
     move,
     say,
@@ -46,7 +45,7 @@ def main(argv: list[str]) -> None:
     add = parser.add_argument
     add("shards", nargs="?", type=int, default=9, metavar="N", help="training shards (default 9)")
     add("--dataset", choices=TRAIN_SHARDS, default="10B")
-    add("--out", type=folder_path, metavar="DIR", help="default: data/fineweb10B or data/fineweb100B")
+    add("--out", type=path_flag, metavar="DIR", help="default: data/fineweb10B or data/fineweb100B")
     args = parser.parse_intermixed_args(argv)
     fetch(args.shards, args.dataset, args.out or HERE / f"fineweb{args.dataset}")
 

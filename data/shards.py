@@ -1,6 +1,5 @@
 """Writing token shards, and what this folder's commands share. The reader is train_gpt.py's read_shard."""
 
-import argparse
 import contextlib
 import errno
 import fcntl
@@ -20,13 +19,6 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # file systems that c
 
 
 # Flags and output
-
-
-def folder_path(text: str) -> Path:
-    """The type of a flag that names a folder: '' is an unset variable, and not the current folder."""
-    if not text:
-        raise argparse.ArgumentTypeError("'' names no folder; the current one is .")
-    return Path(text)
 
 
 def say(line: str) -> None:

@@ -20,14 +20,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from cli import UserError, arguments, command, need, one_line, os_reason, shown
+from cli import UserError, arguments, command, need, one_line, os_reason, path_flag, shown
 from data.shards import (
     INTERRUPTED,
     ROOT,
     TOKEN_BYTES,
     VOCAB,
     alone_in,
-    folder_path,
     make_folder,
     move,
     say,
@@ -70,7 +69,7 @@ def main(argv: list[str]) -> None:
 def parse(argv: list[str]):
     parser = arguments(__doc__)
     add = parser.add_argument
-    add("out", type=folder_path, metavar="OUT", help="folder for the shards")
+    add("out", type=path_flag, metavar="OUT", help="folder for the shards")
     add("inputs", nargs="+", metavar="INPUT", help="file, folder, - or hf:OWNER/NAME[:CONFIG[:SPLIT]]")
     add("--vocab", default="gpt2", help="gpt2 (default), train:SIZE with BOS, or a vocab.tiktoken")
     add("--format", choices=("text", "json"), help="of the inputs; default: by their names, - is text")

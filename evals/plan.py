@@ -41,7 +41,7 @@ GPUS = {
 
 def main(argv: list[str]) -> None:
     if not argv or {"-h", "--help"} & set(argv):
-        print(__doc__ or "python -m evals.plan PRESET GPUS [flags of train_gpt.py]")
+        print(f"usage: python -m evals.plan PRESET GPUS [flags of train_gpt.py]\n\n{__doc__ or ''}")
         return
     need(len(argv) >= 2, "give a preset and GPUs: python -m evals.plan short 8xH100")
     preset, order, *flags = argv

@@ -27,7 +27,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import UserError, arguments, command, need, one_line, os_reason
+from cli import UserError, arguments, command, need, one_line, os_reason, path_flag
 from records.compare import PAIRS_NOTE, Style, groups_note, groups_table, pairs_table
 from records.files import (
     LOSS,
@@ -35,7 +35,6 @@ from records.files import (
     extra,
     file_kind,
     number_flag,
-    path_flag,
     read_text,
     say,
     warn,

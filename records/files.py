@@ -42,13 +42,6 @@ def warn(line: str) -> None:
 # ---- flags
 
 
-def path_flag(text: str) -> Path:
-    """The type of a flag or argument that names a file or folder."""
-    if not text:
-        raise argparse.ArgumentTypeError("empty; give the name of a file or folder")
-    return Path(text)
-
-
 def number_flag(low: float, high: float, whole: bool = False) -> Callable[[str], float]:
     """The type of a flag that holds a number from low to high, both included; never nan."""
 

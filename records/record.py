@@ -26,14 +26,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import UserError, arguments, command, need, one_line, os_reason
+from cli import UserError, arguments, command, need, one_line, os_reason, path_flag
 from records.compare import Style, groups_table, number
 from records.files import (
     LOSS,
     check_output,
     current_umask,
     file_kind,
-    path_flag,
     read_text,
     say,
     warn,

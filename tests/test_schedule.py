@@ -538,6 +538,8 @@ REFUSED = [
     ("bos_id", "-1", "between 0 and"),
     ("vocab_size", "4095", "4095"),
     ("vocab_size", "65537", "65536"),
+    ("spectral", "1e-40", "0.001"),
+    ("spectral", "50", "--untie_share"),
     ("momentum_min", "0.96", "--momentum_max 0.95"),
     ("val_tokens", "163841", "8192"),
     ("val_seq_len", "8191", "163840"),
@@ -562,6 +564,8 @@ TOPOLOGY = dict(
     head_dim="64",
     vocab_size="4096",
     bos_id="4095",
+    untie_share="0.5",
+    spectral="0",
     val_tokens="163840",
     val_seq_len="8192",
     micro_batches="1",
@@ -611,6 +615,13 @@ def test_the_same_settings_with_nothing_wrong_pass():
         ].model_dim
         == 256
     )
+
+
+def test_a_vocabulary_smaller_than_the_width_cannot_start_from_counts():
+    with pytest.raises(
+        tg.UserError, match="--spectral 50.0: needs a --model_dim of at most --vocab_size 200"
+    ):
+        tg.parse_config(["--preset=cpu", "--vocab_size=200", "--bos_id=199"])
 
 
 def test_a_model_without_layers_is_refused():
