@@ -1,13 +1,29 @@
 """What every command of data/, evals/ and records/ shares: how it reads its flags, and how it fails."""
 
 import argparse
+import contextlib
+import errno
 import os
+import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
+
+REMEDIES = {
+    errno.EACCES: "choose one that you may read and write",
+    errno.EPERM: "choose one that you may read and write",
+    errno.EROFS: "choose another place",
+    errno.ENOSPC: "make room and run this again",
+    errno.EDQUOT: "make room and run this again",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ELOOP: "its links lead in a circle",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
 
 
 class UserError(Exception):
@@ -19,14 +35,9 @@ def need(condition: object, message: str) -> None:
         raise UserError(message)
 
 
-def user_errors() -> tuple[type[Exception], ...]:
-    """UserError, and train_gpt.py's own: that file imports nothing of the project, and brings torch where it is imported."""
-    train_gpt = sys.modules.get("train_gpt")
-    return (UserError, train_gpt.UserError) if train_gpt else (UserError,)
-
-
 def arguments(doc: str | None) -> argparse.ArgumentParser:
-    """A parser whose help is the module's docstring (None under `python -OO`) and whose errors are UserErrors.
+    """A parser whose help is the module's docstring (None under `python -OO`) and whose errors are
+    UserErrors.
 
     Flags may stand before, between and after positional arguments: read them with parse_intermixed_args.
     """
@@ -41,38 +52,81 @@ def arguments(doc: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def command(main: Callable[[list[str]], int | None], interrupted: str = "interrupted") -> NoReturn:
-    """Runs a command's main(argv) and ends the process.
-
-    0, or what main returns; 2 and one line for what a user can put right; 1 and one line with the place of the traceback
-    for a bug of ours; 130 for Ctrl-C, with the word `interrupted`; 141, silently, for a closed pipe (`| head`).
+def path_flag(text: str) -> Path:
+    """The type of a flag or argument that names a file or folder: '' is an unset variable, and not the
+    current folder.
     """
-    name = Path(sys.argv[0]).name
-    try:
-        code = main(sys.argv[1:]) or 0
-        sys.stdout.flush()
-    except SystemExit as error:  # --help
-        code = error.code if isinstance(error.code, int) else 0
-    except BrokenPipeError:
-        code = 141
-    except KeyboardInterrupt:
-        code = complain(f"{name}: {interrupted}", 130)
-    except Exception as error:
-        if isinstance(error, user_errors()):
-            code = complain(f"{name}: error: {one_line(str(error))}", 2)
-        else:
-            code = complain(f"{name}: a bug of this program: {describe_bug(error)}", 1)
-    leave(code)
+    if not text:
+        raise argparse.ArgumentTypeError("'' names no file or folder; the current folder is .")
+    return Path(text)
+
+
+# ----- Words for messages
 
 
 def one_line(text: str, limit: int = 1000) -> str:
-    """text without line ends and control characters (a terminal would obey them), at most `limit` characters."""
+    """text without line ends and control characters (a terminal would obey them), at most `limit`
+    characters.
+    """
     shown = "".join(c if c.isprintable() else " " for c in text)
     shown = shown.encode("utf-8", "replace").decode()  # names that are not UTF-8 hold lone surrogates
     return shown if len(shown) <= limit else f"{shown[: limit - 3]}..."
 
 
-def describe_bug(error: Exception) -> str:
+def shown(name: object) -> str:
+    """A name or value as part of a message: on one line, and the middle left out where it is very long."""
+    text = one_line(str(name), limit=10_000)
+    return text if len(text) <= 300 else f"{text[:140]}...{text[-140:]}"
+
+
+def os_reason(error: OSError) -> str:
+    """What the system says, and what to do about it where that is known."""
+    remedy = REMEDIES.get(error.errno or 0)
+    return f"{error.strerror or error}{f'; {remedy}' if remedy else ''}"
+
+
+# ----- A command's life
+
+
+def command(main: Callable[[list[str]], int | None], interrupted: str = "interrupted") -> NoReturn:
+    """Runs a command's main(argv) and ends the process.
+
+    0, or what main returns; 2 and one line for what a user can put right; 1 and one line with the place of
+    the traceback for a bug of ours; 130 for Ctrl-C, with the word `interrupted`; silently 143 for SIGTERM and
+    141 for a closed pipe (`| head`).
+    """
+    open_standard_streams()
+    on_stop_signals(raise_interrupt)
+    try:
+        code = main(sys.argv[1:]) or 0
+        sys.stdout.flush()  # a full disk behind > FILE shows here
+    except BaseException as error:
+        code = report(error, interrupted)
+    leave(code)
+
+
+def report(error: BaseException, interrupted: str = "interrupted") -> int:
+    """Says in one line how a command ended -> its exit code."""
+    train_gpt = sys.modules.get("train_gpt")  # it imports nothing of the project: its UserError is its own
+    user_errors = (UserError, train_gpt.UserError) if hasattr(train_gpt, "UserError") else UserError
+    if isinstance(error, SystemExit):  # --help
+        return error.code if isinstance(error.code, int) else 0
+    if isinstance(error, BrokenPipeError):
+        return 141
+    if isinstance(error, KeyboardInterrupt):
+        return 143 if str(error) == "SIGTERM" else complain(interrupted, 130)
+    if isinstance(error, user_errors):
+        return complain(f"error: {error}", 2)
+    if isinstance(error, ModuleNotFoundError):
+        remedy = "use the Python of ./run.sh (.venv/bin/python), or pip install -r requirements.txt"
+        return complain(f"error: {error.name} is not installed in {shown(sys.executable)}: {remedy}", 2)
+    if isinstance(error, OSError):  # what the system refuses or lacks
+        where = shown(os.fsdecode(error.filename)) if error.filename else "the output"
+        return complain(f"error: {where}: {os_reason(error)}", 2)
+    return complain(f"a bug of this program: {describe_bug(error)}", 1)
+
+
+def describe_bug(error: BaseException) -> str:
     """One line, and the traceback in a file of its own."""
     summary = one_line(f"{type(error).__name__}: {error}", 300)
     try:
@@ -84,19 +138,68 @@ def describe_bug(error: Exception) -> str:
 
 
 def complain(message: str, code: int) -> int:
-    """message on stderr, which may be closed -> code."""
-    try:
-        print(message, file=sys.stderr)
-    except (OSError, ValueError, AttributeError):
-        pass
+    """One line on stderr, where somebody may read it, -> code."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        print(one_line(f"{Path(sys.argv[0]).name}: {message}", 2000), file=sys.stderr)
     return code
 
 
 def leave(code: int) -> NoReturn:
-    """Ends at once: sys.exit would first wait for threads that still download, and complain of a closed pipe."""
+    """Ends at once: sys.exit would first wait for threads that still download, and complain of a closed
+    pipe.
+    """
     for stream in (sys.stdout, sys.stderr):
-        try:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()
-        except (OSError, ValueError, AttributeError):
-            pass
     os._exit(code)
+
+
+def open_standard_streams() -> None:
+    """What the caller closed (>&-) swallows what is printed; else the next file to be opened would take its
+    number. A character that the terminal cannot show becomes a question mark.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115, for as long as the process lives
+        elif name == "stdout" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+# ----- Signals
+
+
+def on_stop_signals(handler: Callable[[int, FrameType | None], None]) -> None:
+    signal.signal(signal.SIGTERM, handler)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as behind nohup
+        signal.signal(signal.SIGINT, handler)
+
+
+def raise_interrupt(number: int, frame: FrameType | None) -> None:
+    """KeyboardInterrupt with the signal's name. An import of torch would swallow it, or abort: then later."""
+    if is_importing(frame):
+        again = threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, number))
+        again.daemon = True
+        again.start()
+        return
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
+def is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+if sys.argv[:1] == [
+    "-m"
+]:  # `python -m data.text` has begun to import: a folder's __init__ imports this first
+    open_standard_streams()
+    on_stop_signals(lambda number, _: os._exit(128 + number))  # nothing is done yet, nothing to clean up
+    sys.excepthook = lambda kind, error, trace: leave(report(error))  # a package that is missing

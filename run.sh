@@ -1,14 +1,28 @@
 #!/usr/bin/env bash
 # ./run.sh [FLAGS]        sets up what is missing (Python packages, data) and trains; FLAGS go to train_gpt.py
-# ./run.sh sample PROMPT  text from the newest checkpoint in logs/; further arguments go to evals/sample.py
-# ./run.sh test [ARGS]    sets up what tests need and runs them; ARGS go to pytest
-# Works from any folder. What is there already is not made again.
+# ./run.sh sample PROMPT  text from the newest checkpoint in logs/; flags of `python -m evals.sample` too
+# ./run.sh test [ARGS]    checks the format and runs the tests; ARGS go to pytest
+# ./run.sh format         applies the formatter and the linter
+# Works from any folder: logs/ is the current folder's, data is the project's. What is there is not made again.
 set -euo pipefail
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
+pin="" # what a fresh .venv gets; in an environment of the user's own, requirements.txt alone decides
 
 fail() { echo "run.sh: error: $*" >&2; exit 2; }
 
 recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+
+# quietly WHAT COMMAND...: its output is shown only if it fails, as one line.
+quietly() {
+    local what=$1 log
+    shift
+    log=$(mktemp)
+    if ! "$@" >"$log" 2>&1; then
+        fail "$what failed: $(grep -m 1 -i error "$log" || tail -n 1 "$log") (all of it: $log)"
+    fi
+    rm -f "$log"
+}
 
 # The active virtual environment, else .venv beside this file.
 choose_python() {
@@ -18,6 +32,7 @@ choose_python() {
         return
     fi
     python=$here/.venv/bin/python
+    pin="torch==2.13.0"
     [ -f "$here/.venv/complete" ] && return
     local base
     for base in python3 python3.14 python3.13 python3.12 python3.11 none; do
@@ -25,19 +40,28 @@ choose_python() {
     done
     [ "$base" != none ] || fail "no Python 3.11 or newer found; install one, or activate an environment that has it"
     echo "run.sh: making .venv with $("$base" --version)" >&2
-    "$base" -m venv --clear "$here/.venv" || fail "$base -m venv failed; on Debian and Ubuntu: apt install python3-venv"
+    quietly "$base -m venv (on Debian and Ubuntu: apt install python3-venv)" "$base" -m venv --clear "$here/.venv"
     touch "$here/.venv/complete"
+}
+
+# Environments that uv makes have no pip.
+ensure_pip() {
+    "$python" -m pip --version >/dev/null 2>&1 && return
+    "$python" -m ensurepip --default-pip >/dev/null 2>&1 && return
+    fail "$python has no pip: run \`uv pip install pip\`, or deactivate this environment"
 }
 
 # install FILE...: pip runs only when these files are not the ones that were installed last.
 install() {
-    local file stamp
+    local file stamp wanted
     for file in "$@"; do
         stamp=$("$python" -c 'import sys; print(sys.prefix)')/installed-$(basename "$(dirname "$file")")-requirements.txt
-        cmp -s "$file" "$stamp" && continue
+        wanted=$(cat "$file" && echo "$pin")
+        [ "$wanted" = "$(cat "$stamp" 2>/dev/null || true)" ] && continue
+        ensure_pip
         echo "run.sh: installing ${file#"$here"/}" >&2
-        "$python" -m pip install -q --disable-pip-version-check -r "$file" || fail "pip could not install $file; its message stands above"
-        cp "$file" "$stamp"
+        quietly "pip install -r $file" "$python" -m pip install -q --disable-pip-version-check -r "$file" ${pin:+"$pin"}
+        { echo "$wanted" >"$stamp"; } 2>/dev/null || true # an environment that may not be written: pip asks again
     done
 }
 
@@ -56,20 +80,33 @@ count_processes() {
 }
 
 choose_python
-if [ "${1:-}" = test ]; then
-    shift
-    install "$here/requirements.txt" "$here/records/requirements.txt" "$here/evals/requirements.txt" "$here/tests/requirements.txt"
-    exec "$python" -m pytest -n auto --dist worksteal "$here/tests" "$@"
-fi
-install "$here/requirements.txt"
-if [ "${1:-}" = sample ]; then
-    shift
-    exec "$python" "$here/evals/sample.py" "$here/logs" "$@"
-fi
-case " $* " in
-    *" -h "* | *" --help "*) exec "$python" "$here/train_gpt.py" --help ;;
+case "${1:-}" in
+    format)
+        install "$here/tests/requirements.txt"
+        "$python" -m ruff format -q "$here"
+        exec "$python" -m ruff check -q --fix "$here"
+        ;;
+    test)
+        shift
+        install "$here"/{,records/,evals/,tests/}requirements.txt
+        "$python" -m ruff check -q "$here" || fail "the linter's findings stand above; ./run.sh format mends most"
+        "$python" -m ruff format -q --check "$here" || fail "files are not formatted; ./run.sh format does it"
+        cd "$here" # `pytest tests/test_x.py` means the project's
+        exec "$python" -m pytest -n auto --dist worksteal "$@"
+        ;;
+    sample)
+        shift
+        install "$here/requirements.txt"
+        logs=logs # where a run that was started here has left them
+        [ -d "$logs" ] || logs=$here/logs
+        exec "$python" -P -m evals.sample "$logs" "$@"
+        ;;
 esac
-"$python" "$here/data/prepare.py" "$@"
+case " $* " in
+    *" -h "* | *" --help "*) install "$here/requirements.txt" && exec "$python" "$here/train_gpt.py" --help ;;
+esac
+install "$here/requirements.txt"
+"$python" -P -m data.prepare "$@" # -P: a folder `data` of the current folder is another
 processes=$(count_processes "$@")
 if [ "$processes" -eq 1 ]; then
     case " $* " in

@@ -16,8 +16,8 @@ import numpy as np
 import regex
 import tiktoken
 
-from cli import UserError, need
-from data.shards import TOKEN_BYTES, os_reason, shown, write_file, write_once
+from cli import UserError, need, os_reason, shown
+from data.shards import TOKEN_BYTES, write_file, write_once
 
 # tiktoken's spelling of GPT-2's pattern: possessive quantifiers, the same pieces
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -120,6 +120,7 @@ def load_vocab(path: Path) -> dict[bytes, int]:
     """Ranks 0 .. n-1 by token. UserError: not a file of tiktoken's format that holds all 256 bytes."""
     try:
         size = path.stat().st_size
+        need(path.is_file(), f"{shown(path)}: not a file that can be read")
         need(size <= MAX_VOCAB_FILE, f"{shown(path)}: not a vocabulary: {size:,} bytes are too many")
         lines = [line.split() for line in path.read_bytes().splitlines() if line]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}

@@ -17,18 +17,15 @@ import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from cli import arguments, need
+from cli import arguments, command, need, path_flag, shown
 from data.shards import (
+    INTERRUPTED,
     TOKEN_BYTES,
     VOCAB,
     alone_in,
-    folder_path,
     make_folder,
     move,
-    reports_system_errors,
-    run_command,
     sha256,
-    shown,
     write_file,
     write_shard,
 )
@@ -62,10 +59,9 @@ README, TITLES = "README.md", "articles.txt"
 README_BEGINS = "# Embedded corpus\n"
 
 
-@reports_system_errors
 def main(argv: list[str]) -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--out", type=folder_path, default=OUT, metavar="DIR", help="default: data/corpus")
+    parser.add_argument("--out", type=path_flag, default=OUT, metavar="DIR", help="default: data/corpus")
     out = parser.parse_intermixed_args(argv).out
     if not missing(out):
         print(f"{shown(out)}: complete")
@@ -320,4 +316,4 @@ of the Python package `{WIKI_WHEEL}`. What is derived from this text is under th
 
 
 if __name__ == "__main__":
-    run_command(main)
+    command(main, INTERRUPTED)

@@ -17,20 +17,16 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import UserError, arguments, need
+from cli import UserError, arguments, command, need, os_reason, path_flag, shown
 from data.shards import (
+    INTERRUPTED,
     VOCAB,
     alone_in,
-    folder_path,
     make_folder,
     move,
-    os_reason,
-    reports_system_errors,
-    run_command,
     say,
     sha256,
     shard_is_whole,
-    shown,
     write_once,
 )
 
@@ -44,13 +40,12 @@ LONGEST_WAIT = 300  # seconds, if the hub names a time
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-@reports_system_errors
 def main(argv: list[str]) -> None:
     parser = arguments(__doc__)
     add = parser.add_argument
     add("shards", nargs="?", type=int, default=9, metavar="N", help="training shards (default 9)")
     add("--dataset", choices=TRAIN_SHARDS, default="10B")
-    add("--out", type=folder_path, metavar="DIR", help="default: data/fineweb10B or data/fineweb100B")
+    add("--out", type=path_flag, metavar="DIR", help="default: data/fineweb10B or data/fineweb100B")
     args = parser.parse_intermixed_args(argv)
     fetch(args.shards, args.dataset, args.out or HERE / f"fineweb{args.dataset}")
 
@@ -326,4 +321,4 @@ def add_vocab(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    command(main, INTERRUPTED)

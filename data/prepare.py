@@ -11,12 +11,11 @@ import os
 import sys
 from pathlib import Path
 
-from cli import UserError, need
+from cli import UserError, command, need
 from data import corpus, fineweb
-from data.shards import ROOT, TOKEN_BYTES, VOCAB, reports_system_errors, run_command
+from data.shards import INTERRUPTED, ROOT, TOKEN_BYTES, VOCAB
 
 
-@reports_system_errors
 def main(argv: list[str]) -> None:
     from train_gpt import PRESETS, find_data, parse_config
 
@@ -67,4 +66,4 @@ def add_token_bytes(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    command(main, INTERRUPTED)

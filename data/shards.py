@@ -1,113 +1,24 @@
 """Writing token shards, and what this folder's commands share. The reader is train_gpt.py's read_shard."""
 
-import argparse
 import contextlib
 import errno
 import fcntl
-import functools
 import hashlib
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
-import cli
-from cli import UserError, need, one_line
+from cli import UserError, need, one_line, os_reason, shown
 
 ROOT = Path(__file__).resolve().parent.parent  # the folder of train_gpt.py
 VOCAB = "vocab.tiktoken"  # beside the shards: `base64 rank` a line
 TOKEN_BYTES = "token_bytes.npy"  # beside it: how many bytes each token stands for
 INTERRUPTED = "interrupted: what was finished stays, run the command again for the rest"
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # file systems that cannot lock
-REMEDIES = {
-    errno.EACCES: "choose one that you may read and write",
-    errno.EPERM: "choose one that you may read and write",
-    errno.EROFS: "choose another place",
-    errno.ENOSPC: "make room and run this again",
-    errno.EDQUOT: "make room and run this again",
-    errno.ENAMETOOLONG: "give a shorter name",
-    errno.ELOOP: "its links lead in a circle",
-    errno.EMFILE: "raise the limit of open files (ulimit -n)",
-}
 
 
-# How a command runs and fails
-
-
-def run_command(main: Callable[[list[str]], None]) -> NoReturn:
-    """cli.command for what writes folders: SIGTERM ends it as Ctrl-C does, cleaned up, with exit code 143."""
-    for name in ("stdout", "stderr"):  # closed by the caller (>&-): what is printed goes nowhere
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (stays open until the process ends)
-    signal.signal(signal.SIGTERM, end_by_signal)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as behind nohup
-        signal.signal(signal.SIGINT, end_by_signal)
-    cli.command(main, INTERRUPTED)
-
-
-def end_by_signal(number: int, frame: FrameType | None) -> None:
-    """Raises what ends the command. While torch is imported it would be swallowed, or abort: then later."""
-    if is_importing(frame):
-        again = threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, number))
-        again.daemon = True
-        again.start()
-        return
-    if number == signal.SIGINT:
-        raise KeyboardInterrupt
-    sys.exit(128 + number)
-
-
-def is_importing(frame: FrameType | None) -> bool:
-    while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            return True
-        frame = frame.f_back
-    return False
-
-
-def reports_system_errors(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
-    """Decorates a command's main: what the system refuses or lacks is a UserError that names it."""
-
-    @functools.wraps(main)
-    def wrapped(argv: list[str]) -> None:
-        try:
-            main(argv)
-            sys.stdout.flush()  # a full disk behind > FILE
-        except BrokenPipeError:
-            raise  # whoever read our output has gone; cli.command ends quietly
-        except ModuleNotFoundError as error:
-            raise UserError(
-                f"{error.name} is not installed in {shown(sys.executable)}: use the Python of ./run.sh "
-                f"(.venv/bin/python), or pip install -r requirements.txt"
-            ) from error
-        except OSError as error:
-            where = shown(os.fsdecode(error.filename)) if error.filename else "the output"
-            raise UserError(f"{where}: {os_reason(error)}") from error
-
-    return wrapped
-
-
-def os_reason(error: OSError) -> str:
-    """What the system says, and what to do about it where that is known."""
-    remedy = REMEDIES.get(error.errno or 0)
-    return f"{error.strerror or error}{f'; {remedy}' if remedy else ''}"
-
-
-def shown(name: object) -> str:
-    """A name or value as part of a message: on one line, and the middle left out where it is very long."""
-    text = one_line(str(name), limit=10_000)
-    return text if len(text) <= 300 else f"{text[:140]}...{text[-140:]}"
-
-
-def folder_path(text: str) -> Path:
-    """The type of a flag that names a folder: '' is an unset variable, and not the current folder."""
-    if not text:
-        raise argparse.ArgumentTypeError("'' names no folder; the current one is .")
-    return Path(text)
+# Flags and output
 
 
 def say(line: str) -> None:

@@ -15,8 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
-from cli import UserError, need
-from data.shards import os_reason, shown
+from cli import UserError, need, os_reason, shown
 
 SUFFIXES = {
     ".txt": "text",

@@ -20,21 +20,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from cli import UserError, arguments, need, one_line
+from cli import UserError, arguments, command, need, one_line, os_reason, path_flag, shown
 from data.shards import (
+    INTERRUPTED,
     ROOT,
     TOKEN_BYTES,
     VOCAB,
     alone_in,
-    folder_path,
     make_folder,
     move,
-    os_reason,
-    reports_system_errors,
-    run_command,
     say,
     sha256,
-    shown,
     write_file,
     write_once,
 )
@@ -48,7 +44,6 @@ SAVE_SECONDS = 20
 BOUNDS = {"val_tokens": (1, 2**40), "shard_tokens": (1, 2**30), "max_doc_len": (16, 2**20), "jobs": (1, 1024)}
 
 
-@reports_system_errors
 def main(argv: list[str]) -> None:
     args = parse(argv)
     # two characters a token: of English, such documents are 500 to 1,000 tokens of the default's 1,024
@@ -74,7 +69,7 @@ def main(argv: list[str]) -> None:
 def parse(argv: list[str]):
     parser = arguments(__doc__)
     add = parser.add_argument
-    add("out", type=folder_path, metavar="OUT", help="folder for the shards")
+    add("out", type=path_flag, metavar="OUT", help="folder for the shards")
     add("inputs", nargs="+", metavar="INPUT", help="file, folder, - or hf:OWNER/NAME[:CONFIG[:SPLIT]]")
     add("--vocab", default="gpt2", help="gpt2 (default), train:SIZE with BOS, or a vocab.tiktoken")
     add("--format", choices=("text", "json"), help="of the inputs; default: by their names, - is text")
@@ -643,4 +638,4 @@ def shell_word(text: str) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    command(main, INTERRUPTED)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import train_gpt as tg
-from cli import UserError, arguments, command, need
+from cli import UserError, arguments, command, need, path_flag, shown
 from data.bpe import vocab_file
 from data.shards import make_folder, write_once
 from evals.model import EXTRAS, Trained, load, model_arguments
@@ -22,14 +22,12 @@ from evals.model import EXTRAS, Trained, load, model_arguments
 def main(argv: list[str]) -> None:
     parser = arguments(__doc__)
     model_arguments(parser)
-    parser.add_argument("folder", metavar="FOLDER")
+    parser.add_argument("folder", type=path_flag, metavar="FOLDER")
     args = parser.parse_intermixed_args(argv)
-    if not args.folder:
-        raise UserError("FOLDER '': name a folder (. is this one)")
     trained = load(args.checkpoint, args.vocab, args.device or "cpu", args.dtype)
-    file = export(trained, Path(args.folder))
+    file = export(trained, args.folder)
     size = file.stat().st_size >> 20
-    print(f"export.py: {trained.source}, step {trained.step}: {file} ({size} MiB) and vocab.tiktoken")
+    print(f"export.py: {trained.source}, step {trained.step}: {shown(file)} ({size} MiB) and vocab.tiktoken")
 
 
 def export(trained: Trained, folder: Path) -> Path:
@@ -49,7 +47,6 @@ def export(trained: Trained, folder: Path) -> Path:
         dtype=str(trained.model.dtype).removeprefix("torch."),
     )
     about = {"format": "pt", "config": json.dumps(tg.settings(own)), "step": str(trained.step)}
-    about["checkpoint_format"] = str(tg.CHECKPOINT_FORMAT)
     about["checkpoint_format"] = str(tg.CHECKPOINT_FORMAT)
     data = save({name: t.contiguous() for name, t in trained.model.state_dict().items()}, metadata=about)
     make_folder(folder)

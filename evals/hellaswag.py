@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cli import UserError, arguments, command, need
+from cli import UserError, arguments, command, need, os_reason, path_flag, shown
 from data.shards import make_folder, write_file
 from evals.model import EXTRAS, Trained, load, model_arguments
 
@@ -60,7 +60,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "JSON lines (default: what --fetch got)",
         "get the validation items from the hub, if FILE is not there",
     )
-    parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help=file)
+    parser.add_argument("file", nargs="?", type=path_flag, metavar="FILE", help=file)
     parser.add_argument("--fetch", action="store_true", help=fetched)
     parser.add_argument("--items", type=int, default=0, metavar="N", help="only the first N (default: all)")
     args = parser.parse_intermixed_args(argv)
@@ -77,12 +77,13 @@ class Item:
 
 def read_items(file: Path) -> list[Item]:
     """UserError names the file and the line that is no item. Blank lines are left out."""
-    need(file.exists(), f"{file}: no such file; --fetch gets HellaSwag's validation items from the hub")
     try:
-        need(file.is_file(), f"{file}: not a file that can be read")
+        there = file.exists()
+        need(there, f"{shown(file)}: no such file; --fetch gets HellaSwag's validation items from the hub")
+        need(file.is_file(), f"{shown(file)}: not a file that can be read")
         lines = file.read_bytes().splitlines()
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{shown(file)}: cannot be read ({os_reason(error)})") from None
     items = [
         read_item(text, f"{file}: line {number}") for number, text in enumerate(lines, 1) if text.strip()
     ]

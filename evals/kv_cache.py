@@ -102,23 +102,29 @@ class KVCache:
         docs = tg.Documents.find(stream, cfg.bos_id)
         chunk = Chunk(self, tokens, is_first=docs.is_first[num_prev:])
         x = F.embedding(stream, model.embed)
-        x0 = tg.smear(x, docs.is_first, model.smear_scale, model.smear_gate, model.smear_chunk)[num_prev:]
+        x0 = tg.smear(x, docs.is_first, model.smear_scale, model.smear_gate, model.chunks["smear_chunk"])[
+            num_prev:
+        ]
         streams = [x0, *(t[num_prev:] for t in model.extra_streams(stream, docs))]
         x, outputs = x0, []
         for i, (layer, w) in enumerate(zip(model.layers, model.layer_weights(), strict=True)):
             matrices = self.decode_weights[i]
             if layer.skip_from is not None:
-                x = tg.skip(x, outputs[layer.skip_from], x0, w.skip_scale, w.skip_gate, model.skip_chunk)
+                x = tg.skip(
+                    x, outputs[layer.skip_from], x0, w.skip_scale, w.skip_gate, model.chunks["skip_chunk"]
+                )
             x = mix([x, *streams], w, matrices.mix_scales)
             if layer.attends:
                 n = tg.norm(x)
                 q, k, v = project_qkv(n, matrices.qkv, cfg.head_dim, cfg.qk_norm)
                 if layer.value_embed is not None:
                     value = F.embedding(tokens, getattr(model, f"value_embed_{layer.value_embed}"))
-                    v = v + tg.gate_value(n, value.view_as(v), w.ve_gate, model.ve_chunk, cfg.ve_own_dims)
+                    v = v + tg.gate_value(
+                        n, value.view_as(v), w.ve_gate, model.chunks["ve_chunk"], cfg.ve_own_dims
+                    )
                 y = chunk.attend(i, layer, q, k, v)
                 if w.attn_gate is not None:
-                    y = y * tg.gate(n[:, model.attn_chunk], w.attn_gate).to(y.dtype)[..., None]
+                    y = y * tg.gate(n[:, model.chunks["attn_chunk"]], w.attn_gate).to(y.dtype)[..., None]
                 x = x + F.linear(y.flatten(1), matrices.o)
             x = x + tg.mlp(tg.norm(x), matrices.up, matrices.down, cfg.activation)
             outputs.append(x)

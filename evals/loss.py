@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 import train_gpt as tg
-from cli import UserError, arguments, command, need
+from cli import UserError, arguments, command, need, os_reason, path_flag, shown
 from data.bpe import token_bytes
 from evals.model import Trained, load, model_arguments, sequences
 
@@ -23,7 +23,7 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     trained = load(args.checkpoint, args.vocab, args.device, args.dtype, args.val_seq_len)
     streams = {
-        str(file): read_stream(file, trained) for file in args.files
+        shown(file): read_stream(file, trained) for file in args.files
     }  # all are read before one is measured
     if not streams:
         streams["the run's validation"] = tg.Validation(trained.cfg).tokens
@@ -34,7 +34,9 @@ def main(argv: list[str]) -> None:
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = arguments(__doc__)
     model_arguments(parser)
-    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="a shard (.bin) or UTF-8 text")
+    parser.add_argument(
+        "files", nargs="*", type=path_flag, metavar="FILE", help="a shard (.bin) or UTF-8 text"
+    )
     parser.add_argument("--tokens", type=int, default=0, help="only the first, of each file (default: all)")
     shorter = "tokens of a sequence (default: the run's); fewer take less memory and cut more documents"
     parser.add_argument("--val_seq_len", type=int, metavar="N", help=shorter)
@@ -70,7 +72,7 @@ def text_bytes(trained: Trained, tokens: np.ndarray) -> int | None:
 def read_stream(file: Path, trained: Trained) -> np.ndarray:
     """A shard's tokens, or a text as one document (n,). UserError: not there, or neither of them."""
     try:
-        need(file.is_file(), f"{file}: not a file that can be read")
+        need(file.is_file(), f"{shown(file)}: not a file that can be read")
         with file.open("rb") as opened:
             magic = np.frombuffer(opened.read(4).ljust(4, b"\0"), dtype="<i4")[0]
         if file.suffix == ".bin" or magic == tg.SHARD_MAGIC:
@@ -81,7 +83,7 @@ def read_stream(file: Path, trained: Trained) -> np.ndarray:
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: byte {error.start} is not UTF-8; give text, or a shard (.bin)") from None
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{shown(file)}: cannot be read ({os_reason(error)})") from None
     need(len(tokens) > 1, f"{file}: no text in it to measure a loss on")
     return tokens
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import train_gpt as tg
-from cli import UserError, need
+from cli import UserError, need, os_reason, path_flag, shown
 from data.bpe import encode, encoding, load_vocab
 
 EXTRAS = "pip install -r evals/requirements.txt"
@@ -67,6 +67,7 @@ class Trained:
         """Half a character becomes U+FFFD; BOS <|endoftext|>."""
         return self.vocabulary.decode(tokens)
 
+    @torch.no_grad()
     def hidden(self, tokens: Tensor) -> Tensor:
         """(T,) -> (T, D), what the head reads. Documents, from one BOS to the next, do not see each other."""
         count = len(tokens)
@@ -93,7 +94,13 @@ class Trained:
         losses = []
         for x, y in zip(hidden.split(LOGITS_CHUNK), targets.split(LOGITS_CHUNK), strict=True):
             losses.append(F.cross_entropy(self.padded_logits(x), y, reduction="none"))
-        return torch.cat(losses).cpu()
+        found = torch.cat(losses).cpu()
+        finite = bool(found.isfinite().all())
+        need(
+            finite,
+            f"{self.source}: its losses are not finite; its weights are too large",
+        )
+        return found
 
 
 def places_of_token(paired: bool) -> int:
@@ -160,17 +167,18 @@ def newest(path: Path) -> Path:
     """A file as it is; of a folder the newest checkpoint or export, by what the files say of their time."""
     advice = "a run with --save_every 40 leaves checkpoints in its --log_dir"
     try:
-        need(path.exists(), f"{path}: no such file or folder; {advice}")
+        need(path.exists(), f"{shown(path)}: no such file or folder; {advice}")
         if not path.is_dir():
+            need(path.is_file(), f"{shown(path)}: not a file that can be read")
             return path
         checkpoints = [file for file in path.glob("*.step*.pt") if tg.step_of(file) >= 0]
         exports = sorted(path.glob("*.safetensors"))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{shown(path)}: cannot be read ({os_reason(error)})") from None
     need(checkpoints or exports, f"{path}: no checkpoint in this folder; {advice}")
     if not checkpoints:
         return exports[-1]
-    _, newest_file = tg.newest_of(checkpoints)
+    _, newest_file = tg.newest_of(checkpoints, quiet=True)
     need(newest_file, f"{path}: none of its {len(checkpoints)} checkpoints is whole; {advice}")
     return newest_file
 
@@ -181,7 +189,6 @@ Content = tuple[str, int, dict[str, Tensor]]  # configuration, step, state of th
 def read_checkpoint(path: Path) -> Content:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        assert isinstance(content, dict), type(content)
         text, step, state, version = (content.get(name) for name in ("config", "step", "model", "format"))
     except Exception as error:  # noqa: BLE001, half a file can fail in many ways
         kind = type(error).__name__
@@ -275,7 +282,7 @@ def model_arguments(parser: argparse.ArgumentParser, dtype: str = "the one it wa
     """What every command needs to load a model. dtype: its default, in words."""
     checkpoint = "a file, or a folder whose newest is taken"
     vocab = "if not vocab.tiktoken beside CHECKPOINT or its shards"
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=checkpoint)
-    parser.add_argument("--vocab", type=Path, metavar="FILE", help=vocab)
+    parser.add_argument("checkpoint", type=path_flag, metavar="CHECKPOINT", help=checkpoint)
+    parser.add_argument("--vocab", type=path_flag, metavar="FILE", help=vocab)
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help=f"default: {dtype}")

@@ -41,7 +41,7 @@ GPUS = {
 
 def main(argv: list[str]) -> None:
     if not argv or {"-h", "--help"} & set(argv):
-        print(__doc__ or "python -m evals.plan PRESET GPUS [flags of train_gpt.py]")
+        print(f"usage: python -m evals.plan PRESET GPUS [flags of train_gpt.py]\n\n{__doc__ or ''}")
         return
     need(len(argv) >= 2, "give a preset and GPUs: python -m evals.plan short 8xH100")
     preset, order, *flags = argv
@@ -92,22 +92,21 @@ def kept_values(cfg: tg.Config) -> int:
 
 
 def validation_values(cfg: tg.Config) -> int:
-    """Activations a token at the peak of a validation, in the last layer's MLP.
+    """Activations a token at the peak of a validation, in the attention or the MLP of some layer.
 
     Nothing is kept for a backward pass, but x0, the extra streams, looked-up values and outputs that a skip
     or the backout asks for stay to the end.
     """
-    D, layers = cfg.model_dim, tg.topology(cfg)
     tables, extras = len(tg.value_tables(cfg)), cfg.extra_inputs + (cfg.bigram_rows > 0)
-    outputs = sum(layer.skip_sender or layer.backout for layer in layers)
-    attending = [layer for layer in layers if layer.attends]
-    attention = 0
-    if (
-        attending
-    ):  # its normed input; q, k, y, and v, which without a value embedding is a part of their product
-        attention = D + (4 if attending[-1].value_embed else 6) * D
-    mlp = (1 + cfg.mlp_ratio) * D  # normed, relu^2
-    return (2 + extras + outputs + tables) * D + attention + mlp  # 2: x0, the stream
+    held, peak = 2 + extras + tables, 0  # 2: x0, the stream; all in widths of the stream
+    for layer in tg.topology(cfg):
+        if layer.attends:
+            value = 1 if layer.value_embed is not None else 3  # without, v is a part of its product with q, k
+            # The normed stream, q, k; q and k turned, y; or y, y gated, its projection.
+            peak = max(peak, held + 3 + value + 3 + layer.paired)  # paired: v is copied, too
+        peak = max(peak, held + 2 + cfg.mlp_ratio)  # normed, relu^2, their product
+        held += layer.skip_sender or layer.backout
+    return peak * cfg.model_dim
 
 
 def planned_memory(cfg: tg.Config, world_size: int) -> dict[str, int]:

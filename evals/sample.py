@@ -134,6 +134,4 @@ def show(text: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.stdout is not None:
-        sys.stdout.reconfigure(errors="replace")
     command(main)

@@ -27,7 +27,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import UserError, arguments, command, need, one_line
+from cli import UserError, arguments, command, need, one_line, os_reason, path_flag
 from records.compare import PAIRS_NOTE, Style, groups_note, groups_table, pairs_table
 from records.files import (
     LOSS,
@@ -35,9 +35,7 @@ from records.files import (
     extra,
     file_kind,
     number_flag,
-    path_flag,
     read_text,
-    reason,
     say,
     warn,
     write_text,
@@ -138,7 +136,7 @@ def lock(out: Path) -> int:
     try:
         handle = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)
     except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({reason(error)})") from None
+        raise UserError(f"--out {out}: cannot be written ({os_reason(error)})") from None
     for wait in range(300):  # a run whose runner was killed needs a moment to end
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -211,7 +209,7 @@ def train(job: Job, launch: list[str], file: Path, handle: int, bar) -> int:
                 preexec_fn=die_with_parent(),
             )
         except OSError as error:
-            raise UserError(f"--launch {launch[0]}: cannot be started ({reason(error)})") from None
+            raise UserError(f"--launch {launch[0]}: cannot be started ({os_reason(error)})") from None
         try:
             for line in process.stdout:
                 word = line[5:].partition("/")[0]
@@ -340,10 +338,6 @@ def list_table(names: list[str], form: str) -> str:
     return table(head, rows, form, left=(0, 1, 2, 3, 4)) + count
 
 
-def on_signal(number: int, _frame) -> None:
-    raise KeyboardInterrupt
-
-
 def flags() -> argparse.ArgumentParser:
     parser = arguments(__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME")
@@ -386,7 +380,7 @@ def make_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out {out}: no folder can be made there ({reason(error)})") from None
+        raise UserError(f"--out {out}: no folder can be made there ({os_reason(error)})") from None
 
 
 def main(argv: list[str]) -> None:
@@ -411,7 +405,6 @@ def main(argv: list[str]) -> None:
         extra(module)
     if not args.table:
         make_folder(out)
-        signal.signal(signal.SIGTERM, on_signal)
         run_all(jobs, launch, ROOT / "train_gpt.py", out)
     need(file_kind(out) == "folder", f"--out {args.out}: not there")
     say(compare(jobs, out, args.target if args.target is not None else TARGETS.get(args.on)))

@@ -17,8 +17,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import UserError, arguments, command, need, one_line
-from records.files import extra, file_kind, number_flag, path_flag, say
+from cli import UserError, arguments, command, need, one_line, path_flag
+from records.files import extra, file_kind, number_flag, say
 from records.tables import FORMATS, table
 
 

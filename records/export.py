@@ -18,8 +18,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from cli import UserError, need, one_line
-from records.files import current_umask, extra, file_kind, reason, write_whole
+from cli import UserError, need, one_line, os_reason
+from records.files import current_umask, extra, file_kind, write_whole
 from records.reader import Run, last_result, raw_pairs, to_number
 
 PLAIN = (str, int, float, bool, type(None))
@@ -107,7 +107,7 @@ def write_tensorboard(runs: list[Run], out: Path) -> str:
                 write_run(run, writer)
         os.rename(part, out)
     except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({reason(error)})") from None
+        raise UserError(f"--out {out}: cannot be written ({os_reason(error)})") from None
     finally:
         if part is not None:
             shutil.rmtree(part, ignore_errors=True)

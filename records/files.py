@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from cli import UserError, need, one_line
+from cli import UserError, need, one_line, os_reason
 
 MARK = "gpt-speedrun records"  # in each picture and page that these tools write: only such a file is replaced
 
@@ -29,17 +29,8 @@ def extra(module: str):
 
 
 def say(text: str) -> None:
-    """text on stdout. A closed stdout hears nothing; a full one is the user's to put right."""
-    if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open until the process ends
-    encoding = sys.stdout.encoding or "utf-8"
-    shown = text.encode(encoding, "replace").decode(encoding)
-    try:
-        print(shown, flush=True)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise UserError(f"standard output: cannot be written ({reason(error)})") from None
+    """text on stdout, now: whoever reads it (`| head`) may be waiting."""
+    print(text, flush=True)
 
 
 def warn(line: str) -> None:
@@ -48,18 +39,7 @@ def warn(line: str) -> None:
         print(one_line(line), file=sys.stderr)
 
 
-def reason(error: OSError) -> str:
-    return error.strerror or type(error).__name__
-
-
 # ---- flags
-
-
-def path_flag(text: str) -> Path:
-    """The type of a flag or argument that names a file or folder."""
-    if not text:
-        raise argparse.ArgumentTypeError("empty; give the name of a file or folder")
-    return Path(text)
 
 
 def number_flag(low: float, high: float, whole: bool = False) -> Callable[[str], float]:
@@ -100,7 +80,7 @@ def file_kind(path: Path) -> str:
     except (FileNotFoundError, NotADirectoryError):
         return "missing"
     except (OSError, ValueError) as error:
-        detail = reason(error) if isinstance(error, OSError) else str(error)
+        detail = os_reason(error) if isinstance(error, OSError) else str(error)
         raise UserError(f"{one_line(str(path), 200)}: cannot be read ({detail})") from None
     if stat.S_ISDIR(mode):
         return "folder"
@@ -114,7 +94,7 @@ def read_text(path: Path, limit: int = 16 * 2**20) -> str:
         need(path.stat().st_size <= limit, f"{path}: cannot be read (larger than {limit >> 20} MiB)")
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({reason(error)})") from None
+        raise UserError(f"{path}: cannot be read ({os_reason(error)})") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: cannot be read (not UTF-8)") from None
 
@@ -127,7 +107,7 @@ def check_output(path: Path, flag: str = "--out") -> None:
         try:
             content = path.read_bytes() if path.stat().st_size < 64 * 2**20 else b""
         except OSError as error:
-            raise UserError(f"{flag} {path}: cannot be read ({reason(error)})") from None
+            raise UserError(f"{flag} {path}: cannot be read ({os_reason(error)})") from None
         mine = MARK.encode() in content
         need(
             mine, f"{flag} {path}: is there, and none of these tools made it; give another name or remove it"
@@ -147,7 +127,7 @@ def write_whole(path: Path, write: Callable[[Path], object], flag: str = "--out"
         temporary.chmod(0o666 & ~current_umask())
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{flag} {path}: cannot be written ({reason(error)})") from None
+        raise UserError(f"{flag} {path}: cannot be written ({os_reason(error)})") from None
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cli import UserError, need, one_line
-from records.files import file_kind, reason, warn
+from cli import UserError, need, one_line, os_reason
+from records.files import file_kind, warn
 from records.reader import NUMBER, Run, read_file, read_paths, result
 from records.stats import Sample
 
@@ -298,7 +298,7 @@ def read_numbers_file(named: NamedPath) -> list[Group]:
         small = path.stat().st_size < LARGEST_NUMBERS
         text = path.read_bytes().decode("utf-8", "replace") if small else ""
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({reason(error)})") from None
+        raise UserError(f"{path}: cannot be read ({os_reason(error)})") from None
     if path.suffix.lower() != ".md" and read_file(path)[0]:
         return []
     numbers = read_numbers(text, path)

@@ -102,8 +102,9 @@ CENTRED_NORM = (
 # 2410.07799: attention less the plain mean of the values in sight, which is attention with queries of zeros.
 CENTRED_ATTENTION = (
     after(
-        '    y = IN_USE["attention"](q, k, v, lo, reach, scale)',
-        '    y = y - IN_USE["attention"](torch.zeros_like(q), k, v, lo, reach, scale)',
+        "    y = attention(q, k, v, first_key, positions.window, positions.softmax_scale)",
+        "    still = torch.zeros_like(q)",
+        "    y = y - attention(still, k, v, first_key, positions.window, positions.softmax_scale)",
     ),
 )
 
@@ -111,18 +112,16 @@ CENTRED_ATTENTION = (
 # the commonest first.
 COMMON_TOKENS = (
     after(
-        '        values = {name: F.embedding(tokens, p[f"value_embed_{name}"])'
-        " for name in self.value_tables}",
-        "        common = (tokens < 0.8 * cfg.vocab_size)[:, None]",
-        "        values = {name: value * common for name, value in values.items()}",
+        '            values[name] = F.embedding(tokens, getattr(self, f"value_embed_{name}"))',
+        "            values[name] = values[name] * (tokens < 0.8 * self.cfg.vocab_size)[:, None]",
     ),
 )
 
 
 def value_embed_decay(times: float) -> tuple:
     """Weight decay of the value embeddings, in Adam's, 5 in train_gpt.py."""
-    start = "init=normal(cfg.value_embed_std), betas=(cfg.table_beta1, 0.95),\n                  lr=75.0, wd="
-    return ((f"{start}5.0)", f"{start}{times})"),)
+    start = "init=normal(cfg.value_embed_std), **"
+    return ((f"{start}table)", f"{start}(table | dict(wd={times})))"),)
 
 
 def qk_clip(tau: float) -> tuple:
@@ -140,21 +139,28 @@ def qk_clip(tau: float) -> tuple:
             '        self.register_buffer("top_logit", torch.zeros(heads), persistent=False)',
         ),
         after(
-            "                q, k, v = self.project(n, qkvo[i], qkv_scale[i], cfg.head_dim, cfg.qk_norm)",
-            "                q, k = (t * self.qk_factor[i].to(t.dtype) for t in (q, k))",
-            "                if torch.is_grad_enabled():",
-            "                    few = q.detach()[::max(1, len(q) // 256)].transpose(0, 1)",
-            "                    top = (few @ k.detach().permute(1, 2, 0)).amax((1, 2)).float()"
-            " * self.softmax_scale",
-            "                    self.top_logit[i] += top[:, None]",
-        ),
-        (
-            "        self.graphs((len(batches[0][0]), windows),",
-            "        self.model.top_logit.zero_()\n        self.graphs((len(batches[0][0]), windows),",
+            "        weights = [SimpleNamespace(**dict.fromkeys(names)) for _ in self.layers]",
+            "        for w, factor, top in zip(weights, self.qk_factor, self.top_logit, strict=True):",
+            "            w.qk_factor, w.top_logit = factor, top",
         ),
         after(
-            "        self.flops += flops * self.ranks.size",
-            "        top = self.ranks.all_reduce(self.model.top_logit.clone())() / self.cfg.micro_batches",
+            "        q, k, v = self.project_qkv(n, w.qkvo, w.qkv_scale, cfg.head_dim, cfg.qk_norm)"
+            "  # (T, H, d) each",
+            "        q, k = (t * w.qk_factor.to(t.dtype) for t in (q, k))",
+            "        if torch.is_grad_enabled():",
+            "            few = q.detach()[:: max(1, len(q) // 256)].transpose(0, 1)",
+            "            top = (few @ k.detach().permute(1, 2, 0)).amax((1, 2)).float()",
+            "            w.top_logit += (self.softmax_scale * top)[:, None]",
+        ),
+        (
+            "        self.graphs.run(kind, lambda: self.accumulate_gradients(sequences, windows))",
+            "        self.model.top_logit.zero_()\n"
+            "        self.graphs.run(kind, lambda: self.accumulate_gradients(sequences, windows))",
+        ),
+        after(
+            "        self.flops += batch.flops * self.env.world_size",
+            "        wait = self.env.all_reduce(self.model.top_logit.clone())",
+            "        top = wait() / self.cfg.micro_batches",
             f"        self.model.qk_factor.mul_(({tau} / top.clamp_min(1e-6)).clamp_max(1).sqrt())",
         ),
     )

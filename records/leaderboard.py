@@ -3,8 +3,8 @@
 import math
 from pathlib import Path
 
-from cli import UserError, need, one_line
-from records.files import file_kind, reason, warn
+from cli import UserError, need, one_line, os_reason
+from records.files import file_kind, warn
 from records.groups import Group, NamedPath, group_of, read_numbers_file
 from records.reader import SUFFIXES, read_paths
 from records.stats import below, stars
@@ -15,7 +15,7 @@ def folders_in(folder: Path) -> list[Path]:
     try:
         found = sorted(folder.iterdir())
     except OSError as error:
-        raise UserError(f"{one_line(str(folder), 300)}: cannot be read ({reason(error)})") from None
+        raise UserError(f"{one_line(str(folder), 300)}: cannot be read ({os_reason(error)})") from None
     return [
         path for path in found if path.is_dir() and not path.is_symlink() and not path.name.startswith(".")
     ]
@@ -69,7 +69,7 @@ def leaderboard(
         try:
             groups += record_groups(record, step, key)
         except OSError as error:
-            warn(f"{record}: skipped ({reason(error)})")
+            warn(f"{record}: skipped ({os_reason(error)})")
     need(groups, f"{folder}: no record folder there has logs, or lists of numbers in a README")
     rows = []
     for rank, group in enumerate(sorted(groups, key=lambda group: order(group, target)), start=1):

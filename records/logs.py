@@ -20,10 +20,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import UserError, arguments, command, need, one_line
+from cli import UserError, arguments, command, need, one_line, path_flag
 from records.diff import diff_text
 from records.export import export
-from records.files import STEP, number_flag, path_flag, say, warn
+from records.files import STEP, number_flag, say, warn
 from records.reader import Run, last_result, read_file, read_logs, read_paths, result
 from records.tables import FORMATS, table
 

@@ -17,14 +17,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from cli import arguments, command, need, one_line
+from cli import arguments, command, need, one_line, path_flag
 from records.files import (
     LOSS,
     MARK,
     check_output,
     extra,
     number_flag,
-    path_flag,
     say,
     warn,
     words_flag,

@@ -23,8 +23,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cli import need, one_line
-from records.files import file_kind, reason
+from cli import need, one_line, os_reason
+from records.files import file_kind
 
 LARGEST = 256 * 2**20  # bytes; no log is larger
 SUFFIXES = (".txt", ".log", ".out", ".stdout")  # of files in a folder that may be logs
@@ -333,7 +333,7 @@ def read_file(path: Path) -> tuple[list[Run], str | None]:
             return [], f"larger than {LARGEST >> 20} MiB"
         data = path.read_bytes()
     except OSError as error:
-        return [], reason(error)
+        return [], os_reason(error)
     if not data:
         return [], "empty"
     runs = split_runs(data, path)
@@ -352,7 +352,7 @@ def find_files(path: Path, warn: Callable[[str], None] | None = None) -> list[Pa
 
 def walk(top: Path, warn: Callable[[str], None]) -> Iterator[Path]:
     def unreadable(error: OSError) -> None:
-        warn(f"{error.filename}: skipped ({reason(error)})")
+        warn(f"{error.filename}: skipped ({os_reason(error)})")
 
     for folder, subfolders, names in os.walk(top, onerror=unreadable):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))

@@ -26,16 +26,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import UserError, arguments, command, need, one_line
+from cli import UserError, arguments, command, need, one_line, os_reason, path_flag
 from records.compare import Style, groups_table, number
 from records.files import (
     LOSS,
     check_output,
     current_umask,
     file_kind,
-    path_flag,
     read_text,
-    reason,
     say,
     warn,
     words_flag,
@@ -235,7 +233,7 @@ def write_record(folder: Path, s: Submission, text: str, named: str) -> None:
         need(file_kind(folder) == "missing", f"{folder}: is there already")
         os.rename(part, folder)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({reason(error)})") from None
+        raise UserError(f"{folder}: cannot be written ({os_reason(error)})") from None
     finally:
         if part is not None:
             shutil.rmtree(part, ignore_errors=True)

@@ -17,10 +17,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cli import UserError, arguments, command, need, one_line
+from cli import UserError, arguments, command, need, one_line, path_flag
 from records.compare import PAIRS_NOTE, groups_note, groups_table, pairs_table
 from records.diff import configuration_text, facts_text, source_text
-from records.files import LOSS, MARK, STEP, check_output, extra, file_kind, path_flag, say, warn, write_text
+from records.files import LOSS, MARK, STEP, check_output, extra, file_kind, say, warn, write_text
 from records.groups import Group, comparison_warnings, group_of, named_path
 from records.logs import COLUMNS, row_of
 from records.plot import layer_scalars

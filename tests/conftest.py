@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):  # as a cluster's launcher leaves them
+    os.environ.pop(name, None)
 CLEAN_ENV = os.environ | {"OMP_NUM_THREADS": "1"}  # before anything is imported that changes it
 
 import torch  # noqa: E402

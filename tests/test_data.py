@@ -307,7 +307,7 @@ def test_files_of_others_stay(corpus_dir, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="README.md: is there, and not the embedded corpus's"):
         corpus.main(["--out", str(tmp_path)])
     assert (tmp_path / "README.md").read_text() == "# My notes" and os.listdir(tmp_path) == ["README.md"]
-    with pytest.raises(UserError, match="names no folder"):
+    with pytest.raises(UserError, match="names no file or folder"):
         corpus.main(["--out", ""])
     made = []
     monkeypatch.setattr(corpus, "make", made.append)

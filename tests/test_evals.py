@@ -1,5 +1,7 @@
 """What one does with a trained model: load, cache, sample, measure, export; and what the commands refuse."""
 
+import ast
+import contextlib
 import json
 import math
 import os
@@ -13,9 +15,10 @@ import torch
 from conftest import ROOT, assert_user_error, run_command, tiny
 
 import train_gpt as tg
-from data.bpe import save_vocab, train_bpe
+from cli import UserError
+from data.bpe import save_vocab, train_bpe, write_token_bytes
 from data.shards import write_shard
-from evals import export, hellaswag, loss, model, sample
+from evals import export, hellaswag, kv_cache, loss, model, plan, sample
 
 TEXT = (
     "The war was over before the autumn came. Naïve 東京 readers — all of them — expected “another” winter. "
@@ -57,19 +60,20 @@ def stream(count: int, seed: int = 0) -> torch.Tensor:
     return tokens
 
 
-def checkpoint(folder, vocab: dict[bytes, int], step: int = 8, **changes):
-    """As Run.save leaves it, with the data's folder beside it."""
+def checkpoint(folder, vocab: dict[bytes, int], step: int = 8, run: str = "run", saved_at=0.0, **changes):
+    """As a run leaves it, with the data's folder beside it."""
     data = folder / "data"
     data.mkdir(exist_ok=True)
     save_vocab(data / "vocab.tiktoken", vocab)
     write_shard(data / "x_val_000000.bin", stream(700, seed=3).numpy())
     cfg = tiny(vocab_size=VOCAB + 1, bos_id=BOS, data_dir=str(data), **changes)
-    path, net = folder / f"run.step{step:06d}.pt", lively(cfg)
+    path, net = folder / f"{run}.step{step:06d}.pt", lively(cfg)
     net.set_long_window(tg.Schedule(cfg).windows(step - 1)[1])  # what its last step was trained with
     content = {
         "config": json.dumps(tg.settings(cfg)),
-        "run_id": "run",
+        "run_id": run,
         "step": step,
+        "saved_at": saved_at,
         "model": net.state_dict(),
     }
     tg.save_checkpoint(path, content | {"format": tg.CHECKPOINT_FORMAT})
@@ -82,10 +86,10 @@ def checkpoint(folder, vocab: dict[bytes, int], step: int = 8, **changes):
 @pytest.mark.parametrize("windows", WINDOWS)
 @pytest.mark.parametrize("sizes", ["one by one", "uneven"])
 def test_a_cache_says_what_a_full_pass_says(windows, sizes):
-    """Over window edges and documents: smear, bigrams and key offset look one token back, paired heads interleave two."""
+    """Over edges of windows and documents: smear, bigrams, key offset look one token back."""
     it, tokens = trained(windows), stream(140)
     want = it.logits(it.hidden(tokens))
-    past = model.Cache(it, 140)
+    past = kv_cache.KVCache(it, 140)
     parts = tokens.split(1 if sizes == "one by one" else [1, 39, 2, 1, 60, 37])
     found = it.logits(torch.cat([past.feed(part) for part in parts]))
     assert want.std() > 1  # a model that says something
@@ -117,21 +121,21 @@ FEATURES = {
 @pytest.mark.parametrize("feature", FEATURES)
 def test_a_cache_follows_every_feature(feature):
     it, tokens = trained((5, 24), **FEATURES[feature]), stream(90)
-    past = model.Cache(it, 90)
+    past = kv_cache.KVCache(it, 90)
     found = torch.cat([past.feed(part) for part in tokens.split([50, *[1] * 40])])
     torch.testing.assert_close(it.logits(found), it.logits(it.hidden(tokens)), rtol=0, atol=1e-4)
 
 
 def test_a_long_prompt_is_fed_in_parts(monkeypatch):
     it, tokens = trained(), stream(100)
-    whole = model.Cache(it, 100).feed(tokens)
-    monkeypatch.setattr(model, "FEED_CHUNK", 7)
-    torch.testing.assert_close(model.Cache(it, 100).feed(tokens), whole, rtol=0, atol=1e-4)
+    whole = kv_cache.KVCache(it, 100).feed(tokens)
+    monkeypatch.setattr(kv_cache, "FEED_CHUNK", 7)
+    torch.testing.assert_close(kv_cache.KVCache(it, 100).feed(tokens), whole, rtol=0, atol=1e-4)
 
 
 def test_a_copy_of_a_cache_goes_on_alone():
     it, tokens = trained(), stream(60)
-    past = model.Cache(it, 60)
+    past = kv_cache.KVCache(it, 60)
     past.feed(tokens[:30])
     other = past.copy()
     other.feed(tokens[:20].flip(0))
@@ -143,8 +147,8 @@ def test_bfloat16_stays_close():
     it, tokens = trained(), stream(120)
     half = model.Trained(tg.GPT(it.cfg, torch.bfloat16).requires_grad_(False), it.step, it.source, None)
     half.model.load_state_dict(it.model.state_dict())
-    half.model.turn_rotary()
-    past = model.Cache(half, 120)
+    half.model.update_rotary()
+    past = kv_cache.KVCache(half, 120)
     found = torch.cat([past.feed(part) for part in tokens.split(40)])
     want = half.hidden(tokens).float()
     assert (found.float() - want).norm() < 0.05 * want.norm()
@@ -181,21 +185,26 @@ def test_a_long_stream_attends_a_span_at_a_time(tmp_path, ranks, monkeypatch, ch
     it, tokens = model.load(checkpoint(tmp_path, ranks, **changes), device="cpu"), stream(300)
     net = lively(it.cfg)
     net.set_long_window(64)
-    want, lengths, attention = net.hidden(tokens, it.windows), [], tg.attention
-    monkeypatch.setitem(
-        tg.IN_USE, "attention", lambda q, *rest: (lengths.append(len(q)), attention(q, *rest))[1]
-    )
+    want, lengths, attention = net.hidden(tokens, it.windows), [], tg.attend_in_blocks
+
+    def noting(q, *rest):
+        lengths.append(len(q))
+        return attention(q, *rest)
+
+    monkeypatch.setattr(tg, "attend_in_blocks", noting)
     for span in (1000, 128, 50):
-        monkeypatch.setattr(model, "SPAN", span)
+        monkeypatch.setattr(tg, "SPAN", span)
         lengths.clear()
         torch.testing.assert_close(it.hidden(tokens), want, rtol=0, atol=1e-4)
         assert max(lengths) <= min(2 * 300, span + 63), "queries with the keys that they reach, and no more"
 
 
 def test_of_a_folder_the_newest_is_loaded(tmp_path, ranks):
-    for age, step in enumerate([4, 8, 2]):  # by time: a resumed run may stand at a lower step
-        os.utime(checkpoint(tmp_path, ranks, step=step), (1000 + age, 1000 + age))
-    assert model.load(tmp_path, device="cpu").step == 2
+    """Of several runs by the time that the files say, whatever the clock says; of one run by its steps."""
+    for age, (run, step) in enumerate([("a", 4), ("a", 8), ("b", 2), ("b", 6)]):
+        path = checkpoint(tmp_path, ranks, step=step, run=run, saved_at=1000.0 + age)
+        os.utime(path, (2000 - age, 2000 - age))
+    assert model.load(tmp_path, device="cpu").source.name == "b.step000006.pt"
 
 
 def test_loading_runs_no_code_of_the_file(tmp_path):
@@ -204,8 +213,9 @@ def test_loading_runs_no_code_of_the_file(tmp_path):
             return os.mkdir, (str(tmp_path / "ran"),)
 
     torch.save({"config": "{}", "step": 1, "model": Evil()}, tmp_path / "run.step000001.pt")
-    with pytest.raises(tg.UserError, match="not a whole checkpoint"):
-        model.load(tmp_path)
+    for path, words in ((tmp_path / "run.step000001.pt", "not a whole"), (tmp_path, "none of its 1")):
+        with pytest.raises(UserError, match=words):
+            model.load(path)
     assert not (tmp_path / "ran").exists()
 
 
@@ -218,6 +228,14 @@ def spoil(content: dict, **config) -> dict:
     [
         (lambda c: spoil(c, new_field=1), "another version of train_gpt.py .*new_field"),
         (lambda c: spoil(c, vocab_size="many"), "configuration cannot be read"),
+        (
+            lambda c: c | {"model": c["model"] | {"mlp": c["model"]["mlp"] * math.nan}},
+            "mlp holds .* not finite",
+        ),
+        (lambda c: c | {"model": c["model"] | {"embed": "text"}}, "weights are not those"),
+        (lambda c: c | {"step": 10**9}, "stands at step 1000000000 of 8"),
+        (lambda c: c | {"step": 2.5}, "not a whole checkpoint"),
+        (lambda c: [c], "not a whole checkpoint"),
         (lambda c: spoil(c, head_dim=24), "head_dim"),
         (lambda c: spoil(c, mlp_ratio=2), "weights are not those"),
         (lambda c: c | {"config": "[]"}, "another version|cannot be read"),
@@ -232,7 +250,7 @@ def spoil(content: dict, **config) -> dict:
 def test_a_checkpoint_that_cannot_be_used_is_named(tmp_path, ranks, change, words):
     path = checkpoint(tmp_path, ranks)
     torch.save(change(torch.load(path, weights_only=True)), path)
-    with pytest.raises(tg.UserError, match=words):
+    with pytest.raises(UserError, match=words):
         model.load(path)
 
 
@@ -245,7 +263,7 @@ def test_half_a_checkpoint_an_empty_folder_and_no_file(tmp_path, ranks):
         (tmp_path / "empty", "no checkpoint in this folder"),
         (tmp_path / "nowhere", "no such"),
     ):
-        with pytest.raises(tg.UserError, match=words) as caught:
+        with pytest.raises(UserError, match=words) as caught:
             model.load(wrong)
         assert str(wrong) in str(caught.value)
 
@@ -254,10 +272,10 @@ def test_a_vocabulary_of_another_size_is_refused(tmp_path, ranks):
     path = checkpoint(tmp_path, ranks)
     other = tmp_path / "other.tiktoken"
     save_vocab(other, train_bpe([TEXT], 290))
-    with pytest.raises(tg.UserError, match="other.tiktoken: 290 tokens and BOS, but the model has 301"):
+    with pytest.raises(UserError, match="other.tiktoken: 290 tokens and BOS, but the model has 301"):
         model.load(path, vocab=other)
     (tmp_path / "data" / "vocab.tiktoken").unlink()
-    with pytest.raises(tg.UserError, match="no vocab.tiktoken"):
+    with pytest.raises(UserError, match="no vocab.tiktoken"):
         model.load(path).encode("x")
 
 
@@ -295,7 +313,7 @@ def test_tokens_come_as_often_as_they_should(how, want):
 
 def test_a_sample_is_what_full_passes_would_make():
     it = trained()
-    past, tokens = model.Cache(it, 70), stream(20)[:20].tolist()
+    past, tokens = kv_cache.KVCache(it, 70), stream(20)[:20].tolist()
     x = past.feed(torch.tensor(tokens))[-1:]
     found = list(sample.generate(it, past, x, 50, lambda logits: int(logits[:BOS].argmax())))
     for token in found:
@@ -316,7 +334,7 @@ def test_a_sample_ends_with_its_document_and_never_pads():
         seen.append(len(logits))
         return BOS if len(seen) == 4 else 5
 
-    past = model.Cache(it, 20)
+    past = kv_cache.KVCache(it, 20)
     assert list(sample.generate(it, past, past.feed(torch.tensor([BOS])), 10, pick)) == [5, 5, 5]
     assert seen == [VOCAB + 1] * 4
 
@@ -366,6 +384,7 @@ def test_each_checkpoint_of_a_run_has_the_loss_of_its_log(tmp_path, ranks, monke
     data = tmp_path / "data"
     data.mkdir()
     save_vocab(data / "vocab.tiktoken", ranks)
+    write_token_bytes(data, ranks)
     for split, seed in (("train", 1), ("val", 2)):
         write_shard(data / f"x_{split}_000000.bin", stream(9000, seed=seed).numpy())
     cfg = tiny(
@@ -440,10 +459,17 @@ def test_endings_are_scored_by_their_own_tokens(tmp_path, ranks, monkeypatch):
     file.write_text("\n".join(map(json.dumps, ITEMS * 3)))
     items = hellaswag.read_items(file)
     monkeypatch.setattr(hellaswag, "PACK", 200)  # several packs
-    assert len(list(hellaswag.packs(it, items))) > 1
+    score_pack, packs = hellaswag.score_pack, []
+
+    def noting(it, pack, most):
+        packs.append(len(pack))
+        return score_pack(it, pack, most)
+
+    monkeypatch.setattr(hellaswag, "score_pack", noting)
     found = list(hellaswag.score(it, items))
+    assert len(packs) > 1 and sum(packs) == 6
     assert [label for _, label in found] == [0, 2] * 3
-    for (scores, _), item in zip(found, items):
+    for (scores, _), item in zip(found, items, strict=True):
         for n, ending in enumerate(item.endings):  # one alone, token by token
             context, own = it.encode(item.context), it.encode(" " + ending)[1:]
             logs = it.padded_logits(it.hidden(torch.tensor(context + own))).log_softmax(-1)
@@ -461,12 +487,17 @@ def test_accuracies_are_those_of_the_two_scores(tmp_path, ranks, monkeypatch, ca
         torch.tensor([[-9.0, -2, -3, -4], [-1, -1, -0.5, -1]]),
     ]
     monkeypatch.setattr(
-        hellaswag, "score", lambda it, items: [(s, item.label) for s, item in zip(scores, items)]
+        hellaswag,
+        "score",
+        lambda it, items: [(s, item.label) for s, item in zip(scores, items, strict=False)],
     )
     hellaswag.main([str(path), str(file), "--device", "cpu"])
     assert "accuracy:0.5000 accuracy_per_token:0.5000 items:2" in capsys.readouterr().out
     hellaswag.main([str(path), str(file), "--items", "1", "--device", "cpu"])
     assert "accuracy:1.0000 accuracy_per_token:0.0000 items:1" in capsys.readouterr().out
+
+
+BAD_LABELS = ("2", "-1", "true", "0.0", "null", '""', '"x"', "[0]", "1" + "0" * 400, "1" * 5000)
 
 
 @pytest.mark.parametrize(
@@ -477,13 +508,32 @@ def test_accuracies_are_those_of_the_two_scores(tmp_path, ranks, monkeypatch, ca
         '{"ctx": "a", "endings": ["b"], "label": 1}',
         '["a"]',
         '{"ctx": "a", "endings": [""], "label": 0}',
+        '{"ctx": "a", "endings": "abcd", "label": 0}',
+        '{"ctx": "a", "endings": ["b", 1], "label": 0}',
+        '{"ctx": "a", "endings": {"b": 1, "c": 2}, "label": 0}',
+        '{"ctx": 1, "endings": ["b", "c"], "label": 0}',
+        *['{"ctx": "a", "endings": ["b", "c"], "label": ' + label + "}" for label in BAD_LABELS],
+        "[" * 10_000,
+        '{"ctx": "\xff',
     ],
 )
 def test_a_line_that_is_no_item_is_named(tmp_path, bad):
     file = tmp_path / "items.jsonl"
-    file.write_text(json.dumps(ITEMS[0]) + "\n" + bad)
-    with pytest.raises(tg.UserError, match="items.jsonl: line 2 is no item"):
+    file.write_bytes((json.dumps(ITEMS[0]) + "\n" + bad).encode("latin-1"))
+    with pytest.raises(UserError, match="items.jsonl: line 2 is no item"):
         hellaswag.read_items(file)
+
+
+def test_blank_lines_are_left_out_and_too_long_items_are_counted(tmp_path, ranks, capsys):
+    path, file = checkpoint(tmp_path, ranks), tmp_path / "items.jsonl"
+    long = ITEMS[0] | {"endings": ["x" * 600, "b", "c", "d"]}  # the model has positions for 512
+    four = ITEMS[0] | {"endings": ["x" * 200] * 4}  # each fits, the four together do not
+    file.write_text("\n".join(["", *map(json.dumps, [long, four, ITEMS[1]]), " ", ""]))
+    hellaswag.main([str(path), str(file), "--device", "cpu"])
+    assert " items:2 skipped:1 " in capsys.readouterr().out
+    file.write_text(json.dumps(long))
+    with pytest.raises(UserError, match="more than 512 tokens"):
+        hellaswag.main([str(path), str(file), "--device", "cpu"])
 
 
 def test_fetching_writes_the_hub_s_items(tmp_path, monkeypatch):
@@ -504,6 +554,29 @@ def test_fetching_writes_the_hub_s_items(tmp_path, monkeypatch):
     hellaswag.fetch(tmp_path / "got" / "items.jsonl")
     assert asked == [("Rowan/hellaswag/data/validation-0.parquet", ["ctx", "endings", "label"])]
     assert [item.label for item in hellaswag.read_items(tmp_path / "got" / "items.jsonl")] == [0, 2]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path, ranks, capsys):
+    path = checkpoint(tmp_path, ranks)
+    for name, mark in (("plain.txt", b""), ("marked.txt", b"\xef\xbb\xbf")):
+        (tmp_path / name).write_bytes(mark + TEXT.encode())
+        loss.main([str(path), str(tmp_path / name), "--device", "cpu"])
+    plain, marked = capsys.readouterr().out.splitlines()
+    assert plain.split()[:3] == marked.split()[:3]
+
+
+def test_a_name_s_terminal_escapes_are_not_printed(tmp_path, ranks, capsys):
+    file = tmp_path / "a\x1b[31mb\n.txt"
+    file.write_text(TEXT)
+    loss.main([str(checkpoint(tmp_path, ranks)), str(file), "--device", "cpu"])
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and len(out.splitlines()) == 1
+
+
+@pytest.mark.parametrize("text", [" " * 10**6 + "end", "\ud800 half", "\r\n" * 1000, "\0"])
+def test_text_of_any_kind_is_encoded(tmp_path, ranks, text):
+    it = model.load(checkpoint(tmp_path, ranks), device="cpu")
+    assert it.encode(text)[0] == BOS and it.decode(it.encode(text)[1:]) == text.replace("\ud800", "\ufffd")
 
 
 # Export
@@ -529,7 +602,7 @@ def test_an_export_is_the_same_model(tmp_path, ranks):
 def test_an_export_that_is_cut_is_refused(tmp_path, ranks):
     file = export.export(model.load(checkpoint(tmp_path, ranks), device="cpu"), tmp_path / "out")
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(tg.UserError, match="not a whole export"):
+    with pytest.raises(UserError, match="not a whole export"):
         model.load(file)
 
 
@@ -547,7 +620,7 @@ def test_a_missing_extra_is_named(tmp_path, ranks, monkeypatch, package):
         "pyarrow": [lambda: hellaswag.fetch(tmp_path / "items.jsonl")],
     }
     for use in uses[package]:
-        with pytest.raises(tg.UserError, match=f"package {package}.*: pip install -r evals/requirements.txt"):
+        with pytest.raises(UserError, match=f"package {package}.*: pip install -r evals/requirements.txt"):
             use()
     assert not (tmp_path / "out").exists() and not (tmp_path / "items.jsonl").exists()
 
@@ -574,6 +647,9 @@ def test_samples_are_printed_and_counted(tmp_path, ranks, capsys):
     assert capsys.readouterr().out == printed.out.split("\n", 1)[1].split("--- sample 2")[0]
 
 
+AWKWARD = {"LOOP": "loop", "PIPE": "pipe", "FOLDER": "folder", "x" * 300: "xxx"}  # and a part of the message
+
+
 @pytest.mark.parametrize(
     "name, flags, words",
     [
@@ -586,30 +662,84 @@ def test_samples_are_printed_and_counted(tmp_path, ranks, capsys):
         ("loss", ["CHECKPOINT", "--val_seq_len", "0"], ["--val_seq_len 0"]),
         ("hellaswag", ["CHECKPOINT", "nowhere.jsonl"], ["nowhere.jsonl", "--fetch"]),
         ("export", ["nowhere", "out"], ["nowhere", "--save_every"]),
+        ("export", ["CHECKPOINT", ""], ["FOLDER", "names no file or folder"]),
+        *[
+            (name, ["", *more], ["CHECKPOINT", "names no file or folder"])
+            for name, more in (("sample", []), ("loss", []), ("hellaswag", []), ("export", ["out"]))
+        ],
+        *[
+            (name, ["CHECKPOINT", *more, "--device", "cuda"], ["--device cuda", "--device cpu"])
+            for name, more in (("sample", []), ("loss", []), ("hellaswag", ["ITEMS"]), ("export", ["OUT"]))
+        ],
+        *[("loss", [place], [part]) for place, part in AWKWARD.items()],
+        *[("loss", ["CHECKPOINT", place], [part]) for place, part in AWKWARD.items()],
+        *[("hellaswag", ["CHECKPOINT", place], [part]) for place, part in AWKWARD.items()],
+        *[("sample", ["CHECKPOINT", "--vocab", place], [part]) for place, part in AWKWARD.items()],
+        ("export", ["CHECKPOINT", "NOTEXT"], ["no.txt"]),
     ],
 )
-def test_what_a_user_gets_wrong_is_one_line(tmp_path, ranks, name, flags, words):
-    """In this process: a command's start takes seconds. That `command` makes one line of it is tested once, below."""
+def test_what_a_user_gets_wrong_is_one_line(tmp_path, ranks, monkeypatch, name, flags, words):
+    """In this process: a command's start takes seconds. What `command` makes of it is tested once, below."""
     (tmp_path / "no.txt").write_bytes(b"abc\xff")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    os.mkfifo(tmp_path / "pipe")  # whoever opens it waits for ever
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "items.jsonl").write_text(json.dumps(ITEMS[0]))
     places = {"CHECKPOINT": checkpoint(tmp_path, ranks), "NOTEXT": tmp_path / "no.txt"}
+    places |= {name.upper(): tmp_path / name for name in ("pipe", "loop", "folder", "out")}
+    places["ITEMS"] = tmp_path / "items.jsonl"
     flags = [os.fsdecode(flag) if isinstance(flag, bytes) else str(places.get(flag, flag)) for flag in flags]
-    with pytest.raises(tg.UserError) as caught:
+    with pytest.raises(UserError) as caught:
         {"sample": sample, "loss": loss, "hellaswag": hellaswag, "export": export}[name].main(flags)
     assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words), caught.value
 
 
+def test_weights_so_large_that_losses_are_not_finite_are_named():
+    it = trained(softcap=0.0)
+    it.model.lm_head.fill_(3e38)
+    with pytest.raises(UserError, match="made up: its losses are not finite"):
+        it.losses(stream(50))
+
+
+@pytest.mark.parametrize("where", [0, 1, 2])
+def test_flags_may_stand_before_between_and_after(where):
+    words = ["logs", "The king"]
+    words[where:where] = ["--tokens", "5"]
+    args = sample.parse(words)
+    assert (str(args.checkpoint), args.prompt, args.tokens) == ("logs", "The king", 5)
+    assert sample.parse(["logs", "--tokens", "5"]).prompt == ""
+
+
+@pytest.mark.parametrize("program", [sample, loss, hellaswag, export, plan])
+def test_help_does_not_need_docstrings(program, monkeypatch, capsys):
+    """python -OO has none."""
+    monkeypatch.setattr(program, "__doc__", None)
+    with contextlib.suppress(SystemExit):
+        program.main(["--help"])
+    assert "usage: " in capsys.readouterr().out
+
+
+def test_nothing_that_a_user_gives_is_checked_by_an_assertion():
+    """python -O leaves assertions out. The one that is there is about our own logic."""
+    found = []
+    for file in (ROOT / "evals").glob("*.py"):
+        tree = ast.parse(file.read_text())
+        found += [file.name for node in ast.walk(tree) if isinstance(node, ast.Assert)]
+    assert found == ["kv_cache.py"]
+
+
 def test_an_error_is_one_line_and_exit_code_2(tmp_path):
-    failed = run_command([sys.executable, ROOT / "evals" / "sample.py", tmp_path])
+    failed = run_command([sys.executable, "-m", "evals.sample", tmp_path])
     assert_user_error(failed, "no checkpoint in this folder", "--save_every")
 
 
 def test_a_command_runs_and_whoever_reads_it_may_leave(tmp_path, ranks):
     flags = f"{checkpoint(tmp_path, ranks)} --tokens 100 --samples 5 --temperature 3 --device cpu"
     done = run_command(
-        ["bash", "-c", f"set -o pipefail; {sys.executable} {ROOT}/evals/sample.py {flags} | head -c 16"]
+        ["bash", "-c", f"set -o pipefail; {sys.executable} -m evals.sample {flags} | head -c 16"]
     )
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    assert done.stdout == "--- sample 1 of " and "tokens in" in done.stderr
+    assert (done.returncode, done.stderr, done.stdout) == (141, "", "--- sample 1 of ")
 
 
 def test_importing_the_trainer_imports_none_of_these():

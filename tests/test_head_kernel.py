@@ -120,6 +120,7 @@ else:
         loss, *none = tg.triton_head_chunk(x, head, targets, weights, CAP, False)
         assert none == [None, None]
         assert torch.equal(loss, head_chunk_bf16(x, head, targets, weights, CAP, True)[0])
+        assert torch.equal(loss, tg.triton_head_chunk(x, head, targets, weights, CAP, True, False)[0])
         assert not torch.equal(loss, tg.triton_head_chunk(x, head, targets, weights, CAP, True)[0])
         z = x @ head
         before = z.clone()

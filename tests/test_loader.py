@@ -1,5 +1,7 @@
-"""Shards and what is refused of them, the order of training sequences, validation, and how much work a step is."""
+"""Shards and what is refused of them, the order of sequences, validation, how much work a step is."""
 
+import base64
+import io
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,8 @@ from conftest import made_up_text, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt as tg
+from cli import UserError
+from data.bpe import load_vocab, write_token_bytes
 from data.shards import write_shard
 
 BOS = 255  # tiny()'s
@@ -202,7 +206,7 @@ def wanted(cfg: tg.Config) -> list[tuple[int, int]]:
 def walk(cfg: tg.Config, rank: int = 0, ranks: int = 1) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
     """What one rank trains on, a list for each step."""
     loader, schedule = tg.Loader(cfg), tg.Schedule(cfg)
-    return [list(loader.step(schedule.stage(step), rank, ranks)) for step in range(cfg.num_steps)]
+    return [list(loader.load_batches(schedule.stage(step), rank, ranks)) for step in range(cfg.num_steps)]
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -216,7 +220,7 @@ def test_sequences_are_those_of_a_plain_walk_over_shards_and_stages(tmp_path, se
     )  # it crosses shards
     batches = [batch for step in walk(cfg) for batch in step]
     assert len(batches) == len(expected) == 24
-    for (tokens, targets), sequence in zip(batches, expected):
+    for (tokens, targets), sequence in zip(batches, expected, strict=True):
         assert tokens.dtype == targets.dtype == torch.int64
         assert tokens[0] == BOS
         assert tokens.tolist() == sequence[:-1] and targets.tolist() == sequence[1:]
@@ -255,7 +259,7 @@ def test_the_stream_of_a_record_preset_on_any_number_of_ranks(long_documents, pr
         for rank in range(ranks):
             loader = tg.Loader(cfg)
             for step, row in enumerate(stages):
-                for n, (tokens, targets) in enumerate(loader.step(row, rank, ranks)):
+                for n, (tokens, targets) in enumerate(loader.load_batches(row, rank, ranks)):
                     found[8 * step + n * ranks + rank] = [*tokens.tolist(), int(targets[-1])]
                     assert torch.equal(tokens[1:], targets[:-1])
         assert found == expected
@@ -278,22 +282,29 @@ def test_documents_by_hand(tmp_path, limit, expected):
     for sequence in expected:
         if sequence is None:
             with pytest.raises(tg.UserError):
-                loader.pieces(5, limit)
+                loader.next_sequence(5, limit)
         else:
-            assert np.concatenate(loader.pieces(5, limit)).tolist() == sequence
+            assert np.concatenate(loader.next_sequence(5, limit)).tolist() == sequence
 
 
 def test_tokens_before_the_first_document_of_a_shard_are_skipped(tmp_path):
     write_shards(tmp_path, [[7, 7, 7, BOS, 1, 2], [8, 8, BOS, 3, 4]])
-    assert np.concatenate(tg.Loader(config(tmp_path)).pieces(6, 100)).tolist() == [BOS, 1, 2, BOS, 3, 4]
+    assert np.concatenate(tg.Loader(config(tmp_path)).next_sequence(6, 100)).tolist() == [
+        BOS,
+        1,
+        2,
+        BOS,
+        3,
+        4,
+    ]
 
 
 def test_a_new_limit_holds_from_the_next_document_on(tmp_path):
     document = [BOS, *range(1, 10)]
     write_shards(tmp_path, [document * 4])
     loader = tg.Loader(config(tmp_path))
-    assert np.concatenate(loader.pieces(8, 4)).tolist() == document[:4] * 2
-    assert np.concatenate(loader.pieces(12, 6)).tolist() == document[:6] * 2  # goes on where it was
+    assert np.concatenate(loader.next_sequence(8, 4)).tolist() == document[:4] * 2
+    assert np.concatenate(loader.next_sequence(12, 6)).tolist() == document[:6] * 2  # goes on where it was
 
 
 def test_a_second_epoch_begins_again_with_the_first_shard(tmp_path):
@@ -382,7 +393,7 @@ def test_validation_is_the_stream_as_it_is_across_shards(tmp_path):
     found = validation(tmp_path, *shards)
     stream = np.concatenate(shards)
     assert found.count == 4
-    tokens, targets = zip(*[found.sequence(n) for n in range(found.count)])
+    tokens, targets = zip(*[found.sequence(n) for n in range(found.count)], strict=True)
     assert all(len(part) == 128 and part.dtype == torch.int64 for part in (*tokens, *targets))
     assert (
         torch.cat(tokens).tolist() == stream[:512].tolist()
@@ -401,61 +412,89 @@ def test_too_few_validation_tokens_are_refused(tmp_path, count, good):
 
 
 SMALL = dict(vocab_size=8, bos_id=7, val_tokens=6, val_seq_len=3)
-WORDS = [
-    "YQ== 0",
-    "YmM= 1",
-    "ZGVm 2",
-    "Z2hpag== 3",
-    "a2xtbm8= 4",
-    "cA== 5",
-    "cQ== 6",
-]  # a, bc, def, ghij, klmno, p, q
+SIZES = np.array([1, 2, 3, 4, 5, 1, 1, 0], dtype=np.uint16)  # bytes of the eight tokens; the BOS, 7, has none
 
 
 def test_bits_per_byte_by_hand(tmp_path):
-    (tmp_path / "vocab.tiktoken").write_text("\n".join(WORDS) + "\n")  # the BOS, 7, has no line
+    np.save(tmp_path / "token_bytes.npy", SIZES)
     found = validation(tmp_path, [7, 0, 1, 7, 2, 3, 3, 3], **SMALL)
-    # Targets 0 1 7 2 3 3: 1 + 2 + 0 + 3 + 4 + 4 = 14 bytes; six losses of ln 2 are 6 bits. The eighth token is not read.
+    # Targets 0 1 7 2 3 3: 1 + 2 + 0 + 3 + 4 + 4 = 14 bytes; six losses of ln 2 are 6 bits. The eighth token
+    # is not read.
     assert found.bytes == 14
     assert found.bits_per_byte(math.log(2)) == pytest.approx(6 / 14)
     assert found.bits_per_byte(2.5) == pytest.approx(2.5 / math.log(2) * 6 / 14)
 
 
-def test_without_a_vocabulary_there_are_no_bits_per_byte(tmp_path):
+def test_without_bytes_of_tokens_there_are_no_bits_per_byte(tmp_path):
     assert validation(tmp_path, [7, 0, 1, 7, 2, 3, 3, 3], **SMALL).bits_per_byte(1.0) is None
+
+
+def array_bytes(array: np.ndarray, save=np.save) -> bytes:
+    content = io.BytesIO()
+    save(content, array)
+    return content.getvalue()
+
+
+BAD_ARRAYS = {
+    "nothing": b"",
+    "text": b"YQ== 0\n" * 8,
+    "cut": array_bytes(SIZES)[:-1],
+    "half a header": array_bytes(SIZES)[:40],
+    "another size": array_bytes(SIZES[:-1]),
+    "another type": array_bytes(SIZES.astype(np.int64)),
+    "two dimensions": array_bytes(SIZES.reshape(8, 1)),
+    "a promise of more than there is": array_bytes(SIZES).replace(b"(8,), }    ", b"(8000,), } "),
+    "a pickle": array_bytes(np.array([print] * 8, dtype=object)),
+    "a zip": array_bytes(SIZES, np.savez),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_ARRAYS)
+def test_an_array_that_does_not_fit_is_refused_by_name(tmp_path, bad):
+    path = tmp_path / "token_bytes.npy"
+    path.write_bytes(BAD_ARRAYS[bad])
+    with pytest.raises(tg.UserError, match="make the data again") as refused:
+        tg.read_token_bytes(tmp_path, tiny(**SMALL))
+    assert str(path) in str(refused.value) and len(str(refused.value).splitlines()) == 1
+
+
+# The vocabulary, from which data/ makes that array
+
+WORDS = [f"{base64.b64encode(bytes([b])).decode()} {b}" for b in range(256)]  # of a..z among them
+WORDS += ["YmM= 256", "ZGVm 257", "Z2hpag== 258", "a2xtbm8= 259"]  # bc, def, ghij, klmno
 
 
 def assert_vocabulary_refused(path: Path, lines: list[str]) -> None:
     path.write_text("\n".join(lines) + "\n")
-    with pytest.raises(tg.UserError, match="one `base64 rank` line a token below 8") as refused:
-        tg.token_bytes(path, 8, 7)
+    with pytest.raises(UserError, match="vocabulary") as refused:
+        load_vocab(path)
     assert str(path) in str(refused.value) and len(str(refused.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(
     "line",
     [
-        "YQ==",
-        "YQ== x",
-        "YQ== -1",
-        "YQ== -7",
-        "YQ== 8",
+        "ZGVm",
+        "ZGVm x",
+        "ZGVm -1",
+        "ZGVm -257",
+        "ZGVm 260",
         "not a vocabulary",
         "",
-        "YQ= 1",
-        "Y*Q== 1",
-        "a 1",
-        "é 1",
-        "{} 1",  # not base64
-        "YQ== 0",
-        "YmM= 7",
+        "YQ= 257",
+        "Y*Q== 257",
+        "a 257",
+        "é 257",
+        "{} 257",  # not base64
+        "ZGVm 0",
+        "YmM= 257",
     ],
-)  # a second line for 0; one for the BOS
+)  # a second line for 0; a second line for bc
 def test_a_malformed_vocabulary_is_refused(tmp_path, line):
-    assert_vocabulary_refused(tmp_path / "vocab.tiktoken", [WORDS[0], line, *WORDS[2:]])
+    assert_vocabulary_refused(tmp_path / "vocab.tiktoken", [*WORDS[:257], line, *WORDS[258:]])
 
 
-@pytest.mark.parametrize("missing", [0, 3, 6])
+@pytest.mark.parametrize("missing", [0, 3, 257])
 def test_a_vocabulary_without_one_of_its_tokens_is_refused(tmp_path, missing):
     lines = WORDS[:missing] + WORDS[missing + 1 :]
     assert_vocabulary_refused(tmp_path / "vocab.tiktoken", lines)
@@ -463,7 +502,9 @@ def test_a_vocabulary_without_one_of_its_tokens_is_refused(tmp_path, missing):
 
 def test_the_lines_of_a_vocabulary_may_come_in_any_order(tmp_path):
     (tmp_path / "vocab.tiktoken").write_text("\n".join(WORDS[::-1]))
-    assert tg.token_bytes(tmp_path / "vocab.tiktoken", 8, 7).tolist() == [1, 2, 3, 4, 5, 1, 1, 0]
+    write_token_bytes(tmp_path, load_vocab(tmp_path / "vocab.tiktoken"))
+    found = tg.read_token_bytes(tmp_path, tiny(vocab_size=261, bos_id=260))
+    assert found.tolist() == [1] * 256 + [2, 3, 4, 5, 0]
 
 
 # How much work a step is
@@ -490,10 +531,10 @@ def test_attended_pairs_are_those_of_a_full_look(seed, window, paired):
     )
 
 
-def counted_flops(cfg: tg.Config, monkeypatch, backward: bool) -> int:
+def counted_flops(cfg: tg.Config, backward: bool) -> int:
     """What torch counts in the matrix products of 64 tokens, with attention's own two taken out."""
-    monkeypatch.setitem(tg.IN_USE, "attention", lambda q, k, v, *rest: v + 0 * (q + k))
-    model, tokens = tg.GPT(cfg), torch.from_numpy(made_up_text(65))
+    kernels = tg.plain_kernels(attention=lambda q, k, v, *rest: v + 0 * (q + k))
+    model, tokens = tg.GPT(cfg, kernels=kernels), torch.from_numpy(made_up_text(65))
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
         loss = model(tokens[:-1], tokens[1:], torch.ones(2), (16, 48))
         if backward:
@@ -516,23 +557,19 @@ NO_GATES = dict(smear_chunk="", skip_chunk="", attn_chunk="", ve_chunk="")
     ],
     ids=str,
 )
-def test_matrix_flops_are_what_torch_counts(changes, monkeypatch):
+def test_matrix_flops_are_what_torch_counts(changes):
     cfg = tiny(**NO_GATES, **changes)
-    assert sum(tg.matrix_flops(cfg).values()) * 64 == counted_flops(cfg, monkeypatch, backward=False)
+    assert sum(tg.matrix_flops(cfg).values()) * 64 == counted_flops(cfg, backward=False)
 
 
-def test_gates_are_a_little_more_than_matrix_flops_says(monkeypatch):
+def test_gates_are_a_little_more_than_matrix_flops_says():
     cfg = tiny()
-    assert (
-        1.0
-        < counted_flops(cfg, monkeypatch, backward=False) / (sum(tg.matrix_flops(cfg).values()) * 64)
-        < 1.05
-    )
+    assert 1.0 < counted_flops(cfg, backward=False) / (sum(tg.matrix_flops(cfg).values()) * 64) < 1.05
 
 
-def test_forward_and_backward_are_three_times_forward(monkeypatch):
+def test_forward_and_backward_are_three_times_forward():
     cfg = tiny(**NO_GATES)
-    assert 3 * sum(tg.matrix_flops(cfg).values()) * 64 == counted_flops(cfg, monkeypatch, backward=True)
+    assert 3 * sum(tg.matrix_flops(cfg).values()) * 64 == counted_flops(cfg, backward=True)
 
 
 def test_step_flops_are_matrices_and_attended_pairs_of_each_layer():

@@ -303,8 +303,8 @@ def test_steps_are_counted_one_by_one_and_only_they_must_not_wait(monkeypatch):
     assert [s["launched kernel"] for s in watch.steps] == [5, 8]
     assert modes == ["warn", "step", "default"] * 2 and before <= watch.started <= time.time()
     modes.clear()
-    report = watch.report(lambda run, unread, lag: modes.append("report"))
-    report("run", [], 0), report("run", [], 1)
+    report = watch.report(lambda progress, lag: modes.append("report"))
+    report("progress", 0), report("progress", 1)
     assert modes == ["report", "warn", "report", "default"]
 
 

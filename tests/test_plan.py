@@ -1,4 +1,4 @@
-"""The plan's counts against what the real model, optimizer and collectives do; its errors; its times against each other."""
+"""The plan's counts against what the real model, optimizer and collectives do; its errors; its times."""
 
 import functools
 import sys
@@ -8,22 +8,20 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import reference
 import torch
 import torch.distributed as dist
-from conftest import ROOT, assert_user_error, run_command, tiny
+from conftest import assert_user_error, run_command, tiny
 from test_ranks import join, world  # noqa: F401, a fixture
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt as tg
+from cli import UserError
 from data.prepare import tokens_needed
 from evals import plan as planning
 
-FILE = ROOT / "train_gpt.py"
-
-# Attention of every kind: paired or not, with and without value embedding, a layer without. 4 x 4 and 5 x 2 matrices.
+# Attention of every kind: paired or not, with and without value embedding; a layer without any.
 CFG = tiny(
     windows="ssl-l",
     paired_heads="pp...",
@@ -36,16 +34,16 @@ CFG = tiny(
 NO_GATES = dict(smear_chunk="", skip_chunk="", attn_chunk="", ve_chunk="")
 
 
-def stage(cfg: tg.Config, ranks: int, index: int = 0, gpu: str = "H100") -> dict:
+def stage(cfg: tg.Config, world_size: int, index: int = 0, gpu: str = "H100") -> dict:
     ends = [0, *tg.Schedule(cfg).ends]
-    return planning.planned_stage(cfg, gpu, ranks, ends[index], ends[index + 1])
+    return planning.planned_stage(cfg, gpu, world_size, ends[index], ends[index + 1])
 
 
 # FLOPs
 
 
-def test_flops_of_each_part_are_those_of_a_real_step(monkeypatch):
-    """Projections, MLP and head: what torch counts; attention: the visible share of what its reference computes."""
+def test_flops_of_each_part_are_those_of_a_real_step():
+    """Projections, MLP, head: what torch counts; attention: the visible share of its reference."""
     cfg, found = replace(CFG, **NO_GATES, dtype="float32"), Counter()
 
     def counting(part, f):
@@ -57,15 +55,14 @@ def test_flops_of_each_part_are_those_of_a_real_step(monkeypatch):
 
         return run
 
-    def attention(q, k, v, lo, reach, scale):
-        visible = int((torch.arange(len(q)) - lo + 1).sum())
+    def attention(q, k, v, first_key, window, scale):
+        visible = int((torch.arange(len(q)) - first_key + 1).sum())
         found["visible"] += 2 * 2 * visible * q.size(1) * q.size(2)
         found["all"] += 2 * 2 * len(q) ** 2 * q.size(1) * q.size(2)
-        return reference.attention(q, k, v, lo, scale)
+        return tg.reference_attention(q, k, v, first_key, scale)
 
-    monkeypatch.setitem(tg.IN_USE, "attention", attention)
-    model = tg.GPT(cfg)
-    pieces = dict(project="projections", put_back="projections", mlp_block="MLP", head_chunk="head")
+    model = tg.GPT(cfg, kernels=tg.plain_kernels(attention=attention))
+    pieces = dict(project_qkv="projections", project_output="projections", mlp_block="MLP", head_chunk="head")
     for name, part in pieces.items():
         setattr(model, name, counting(part, getattr(model, name)))
     tokens = torch.from_numpy(
@@ -73,7 +70,7 @@ def test_flops_of_each_part_are_those_of_a_real_step(monkeypatch):
     )  # as long as TINY_STAGES allow
     with FlopCounterMode(display=False) as counter:
         model(tokens, tokens, torch.ones(2), cfg.stages[0].windows).backward()
-    planned = stage(cfg, ranks=2)  # two sequences a rank
+    planned = stage(cfg, world_size=2)  # two sequences a rank
     expected = {
         "projections": 3 * found["projections"],
         "MLP": 3 * found["MLP"],
@@ -89,16 +86,15 @@ def test_flops_of_each_part_are_those_of_a_real_step(monkeypatch):
 
 
 def test_kept_activations_are_those_of_the_compiled_gpu_model(monkeypatch):
-    """What torch.compile saves around this file's kernels, on meta tensors. float32, of the gates, is little."""
+    """What torch.compile saves around the file's kernels, on meta tensors. float32, of gates, is little."""
     cfg, T = replace(CFG, max_predict=1), 96
-    monkeypatch.setattr(
-        torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition")
+    whole = functools.partial(
+        torch.compile, dynamic=False, fullgraph=True, backend="aot_eager_decomp_partition"
     )
-    for name, fast in (("attention", tg.attention_triton), ("mlp", tg.mlp_triton)):
-        monkeypatch.setitem(tg.IN_USE, name, fast)
+    kernels = tg.plain_kernels(attention=tg.triton_attention, mlp=tg.triton_mlp, compile=whole)
     monkeypatch.setitem(tg.HEAD_CHUNK, "meta", T)
     with torch.device("meta"):
-        model, ids = tg.GPT(cfg, torch.bfloat16, compiled=True), torch.empty(T, dtype=torch.int64)
+        model, ids = tg.GPT(cfg, torch.bfloat16, kernels), torch.empty(T, dtype=torch.int64)
         model.head_chunk = tg.head_chunk
     own, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
 
@@ -135,35 +131,40 @@ class Alive(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("value_embeds", [".01.2", ".01.."])
-def test_activations_of_a_validation_are_those_that_still_exist_in_its_last_layer(value_embeds, monkeypatch):
-    """Counted when a piece of the model is done; within the last one, the MLP's, its input and relu^2 come on
-    top."""
-    cfg, T, found = replace(CFG, value_embeds=value_embeds), 96, {}
-    for name, fast in (("attention", tg.attention_triton), ("mlp", tg.mlp_triton)):
-        monkeypatch.setitem(tg.IN_USE, name, fast)
+@pytest.mark.parametrize("paired_heads", ["pp...", "pp..p"])
+def test_activations_of_a_validation_are_those_that_still_exist_at_its_peak(
+    value_embeds, paired_heads, monkeypatch
+):
+    """Counted when a piece of the model is done; what only it holds meanwhile comes on top."""
+    cfg, T, found = replace(CFG, value_embeds=value_embeds, paired_heads=paired_heads), 96, []
+    kernels = tg.plain_kernels(attention=tg.triton_attention, mlp=tg.triton_mlp)
     monkeypatch.setitem(tg.HEAD_CHUNK, "meta", T)
     with torch.device("meta"):
-        model, ids = tg.GPT(cfg, torch.bfloat16), torch.empty(T, dtype=torch.int64)
-    mlp_block, alive = model.mlp_block, Alive(model)
+        model, ids = tg.GPT(cfg, torch.bfloat16, kernels), torch.empty(T, dtype=torch.int64)
+    alive, stream = Alive(model), 2 * cfg.model_dim * T
 
-    def noting(*args):
-        result = mlp_block(*args)
-        found[len(found)] = sum(alive.sizes.values())
-        return result
+    def noting(piece, inside):
+        def run(*args):
+            result = piece(*args)
+            found.append(sum(alive.sizes.values()) + stream * inside(*args))
+            return result
 
-    model.mlp_block = noting
+        return run
+
+    turned = noting(model.attend, lambda q, k, v, positions, _: 3 if positions.paired else 2)  # q and k; v
+    model.attend, model.project_output = turned, noting(model.project_output, lambda *_: 1)  # y gated
+    model.mlp_block = noting(model.mlp_block, lambda *_: 1 + cfg.mlp_ratio)  # its input, relu^2
     model.head_chunk = lambda *args, **named: (torch.zeros((), device="meta"), None, None)
     with torch.no_grad(), alive:
         model(ids, ids, torch.empty(1, device="meta"), cfg.stages[0].windows, False)
-    assert len(found) == 5
-    inside = (1 + cfg.mlp_ratio) * cfg.model_dim * T * 2
-    assert found[4] + inside == 2 * T * planning.validation_values(cfg) and found[4] == max(found.values())
+    assert len(found) == 3 * 4 + 1
+    assert max(found) == 2 * T * planning.validation_values(cfg)
 
 
 def states_on_a_gpu(optimizer: tg.Optimizer) -> int:
-    """Bytes. On this CPU low is the whole float32 value, on a GPU the half that bfloat16 leaves out."""
+    """Bytes. On a CPU mantissa_lo is the whole float32 value, on a GPU the half that bfloat16 lacks."""
     return sum(
-        t.nbytes // (2 if key == "low" else 1)
+        t.nbytes // (2 if key == "mantissa_lo" and t.dtype == torch.float32 else 1)
         for state in optimizer.state.values()
         for key, t in state.items()
     )
@@ -171,8 +172,8 @@ def states_on_a_gpu(optimizer: tg.Optimizer) -> int:
 
 def test_memory_of_one_rank_is_that_of_real_tensors():
     model = tg.GPT(CFG, torch.bfloat16)
-    optimizer = tg.Optimizer(CFG, model, tg.Ranks(0, 1, torch.device("cpu")))
-    planned = planning.planned_memory(CFG, ranks=1)
+    optimizer = tg.Optimizer(CFG, model, tg.DistEnv(0, 1, torch.device("cpu")))
+    planned = planning.planned_memory(CFG, world_size=1)
     assert planned["weights"] == planned["gradients"] == sum(p.nbytes for p in model.parameters())
     assert planned["optimizer states"] == states_on_a_gpu(optimizer)
 
@@ -200,8 +201,8 @@ def test_a_validation_of_one_gpu_holds_more_than_its_training_steps():
 
 
 def bytes_sent(untie_share: float) -> dict:
-    """What this rank sends in two steps, and what it holds; a collective's bytes that stay on the rank do not count."""
-    ranks, sent = join(), Counter()
+    """What this rank sends in two steps, and what it holds; not what a collective keeps on the rank."""
+    env, sent = join(), Counter()
 
     def counting(name, nbytes):
         real = getattr(dist, name)
@@ -213,22 +214,22 @@ def bytes_sent(untie_share: float) -> dict:
         return run
 
     def scattered(_, x, theirs=None, ours=None):
-        return x.nbytes - (x.nbytes // ranks.size if ours is None else ours[ranks.rank] * x[:1].nbytes)
+        return x.nbytes - (x.nbytes // env.world_size if ours is None else ours[env.rank] * x[:1].nbytes)
 
     real = {
         "all_to_all_single": scattered,
-        "all_gather_single": lambda _, own: own.nbytes * (ranks.size - 1),
-        "all_reduce": lambda x: 2 * x.nbytes * (ranks.size - 1) / ranks.size,
+        "all_gather_single": lambda _, own: own.nbytes * (env.world_size - 1),
+        "all_reduce": lambda x: 2 * x.nbytes * (env.world_size - 1) / env.world_size,
     }  # a ring's
     cfg = replace(CFG, untie_share=untie_share)
     model = tg.GPT(cfg, torch.bfloat16)
-    optimizer = tg.Optimizer(cfg, model, ranks)
+    optimizer = tg.Optimizer(cfg, model, env)
     share, tokens = (
-        len(model.bigram_embed) // ranks.size,
-        2 * cfg.stages[0].batch_tokens // ranks.size,
+        len(model.bigram_embed) // env.world_size,
+        2 * cfg.stages[0].batch_tokens // env.world_size,
     )  # of two steps
-    rows = np.arange(ranks.size)[:, None] * share + np.arange(
-        tokens // ranks.size
+    rows = np.arange(env.world_size)[:, None] * share + np.arange(
+        tokens // env.world_size
     )  # none twice, of each rank as many
     with pytest.MonkeyPatch.context() as patch:
         for name, nbytes in real.items():
@@ -237,9 +238,9 @@ def bytes_sent(untie_share: float) -> dict:
             for step, touched in enumerate(np.split(rows.ravel(), 2)):
                 for p in model.parameters():
                     p.grad = torch.zeros_like(p)
-                optimizer.sparse.announce(touched, last=step == 1)
+                optimizer.sparse_grad.exchange_indices(touched, last=step == 1)
                 optimizer.step(step, lr_mul=1.0, momentum=0.9, untie=False)
-    counts = 8 * (ranks.size - 1)  # how many rows will come, which the plan leaves out
+    counts = 8 * (env.world_size - 1)  # how many rows will come, which the plan leaves out
     return {
         "sent": round(sum(sent.values()) - counts),
         "flops": flops.get_total_flops(),
@@ -262,7 +263,8 @@ def test_bytes_and_flops_of_a_rank_are_those_of_real_processes(world, size, unti
 
 @pytest.mark.parametrize("gpu", planning.GPUS)
 def test_times_follow_from_the_counts_and_the_data_sheet(gpu):
-    bf16, fp8, _, bandwidth, link = planning.GPUS[gpu]
+    spec = planning.GPUS[gpu]
+    bf16, fp8, bandwidth, link = spec.bf16, spec.fp8, spec.bandwidth, spec.link
     for cfg, ranks in ((tg.PRESETS["short"], 8), (tg.PRESETS["one-gpu"], 1), (CFG, 4)):
         column = stage(cfg, ranks, gpu=gpu)
         model = {part: column[f"TFLOP {part}"] for part in ("projections", "MLP", "head", "attention")}
@@ -303,7 +305,7 @@ def test_more_micro_batches_move_more_memory():
 
 
 def test_the_table_has_a_column_a_stage_and_counts_all_parameters(capsys):
-    planning.plan(tg.PRESETS["short"], "8xH100")
+    planning.main(["short", "8xH100"])
     sizes, peak, *table = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
     numbers = [int(word.strip(":,").replace(",", "")) for word in sizes if word[0].isdigit()]
     with torch.device("meta"):
@@ -318,16 +320,16 @@ def test_the_table_has_a_column_a_stage_and_counts_all_parameters(capsys):
 
 @pytest.mark.parametrize("order", ["8xB300", "H100x8", "0xH100", "", "8x", "x", "H100 "])
 def test_an_unknown_gpu_is_refused_with_the_known_ones(order):
-    with pytest.raises(tg.UserError, match="H100, H200, A100, L40S, RTX4090, RTX5090"):
-        planning.plan(tg.PRESETS["short"], order)
+    with pytest.raises(UserError, match="H100, H200, A100, L40S, RTX4090, RTX5090"):
+        planning.main(["short", order])
 
 
 def test_the_command_ends_with_one_line_and_exit_code_2_on_an_error():
-    done = run_command([sys.executable, FILE, "--preset", "short", "--plan", "3xH100"])
+    done = run_command([sys.executable, "-m", "evals.plan", "short", "3xH100"])
     assert_user_error(done, "--micro_batches 8", "3 GPUs")
 
 
 @pytest.mark.parametrize("order", ["RTX4090", "1xrtx4090", "1 x RTX4090"])
 def test_one_gpu_can_be_written_in_several_ways(order, capsys):
-    planning.plan(CFG, order)
+    planning.print_plan(CFG, *planning.read_order(order))
     assert capsys.readouterr().out.startswith("cpu on 1 x RTX4090: 165.2 TFLOP/s in bf16")

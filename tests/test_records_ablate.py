@@ -1,6 +1,7 @@
 """The table of hypotheses, the runner (order, interruptions, failures), one real run from command to plot."""
 
 import importlib.util
+import math
 import re
 import signal
 import subprocess
@@ -206,12 +207,21 @@ def test_the_edit_that_centres_norms(edited):
 
 def test_the_edit_that_centres_attention(edited):
     q, k, v = random(3, 24, 2, 16).unbind(0)
-    first = torch.zeros(24, dtype=torch.bool)
-    first[[0, 10]] = True
-    start = torch.tensor([0] * 10 + [10] * 14)
-    args = (q, k, v, first, start, torch.ones(24, 4), torch.zeros(24, 4), torch.tensor(0.25), 8, False, False)
-    lo = torch.maximum(start, torch.arange(24) - 7)
-    mean = torch.stack([v[lo[i] : i + 1].mean(0) for i in range(24)])
+    is_first = torch.zeros(24, dtype=torch.bool)
+    is_first[[0, 10]] = True
+    starts = torch.tensor([0] * 10 + [10] * 14)
+    positions = tg.Positions(
+        tg.Documents(is_first, starts),
+        cos=torch.ones(24, 4),
+        sin=torch.zeros(24, 4),
+        softmax_scale=torch.tensor(0.25),
+        window=8,
+        paired=False,
+        key_offset=False,
+    )
+    args = (q, k, v, positions, tg.banded_attention)
+    first_key = torch.maximum(starts, torch.arange(24) - 7)
+    mean = torch.stack([v[first_key[i] : i + 1].mean(0) for i in range(24)])
     torch.testing.assert_close(
         edited("000-centred-attention").attend(*args), tg.attend(*args) - mean, rtol=1e-4, atol=1e-4
     )
@@ -235,31 +245,45 @@ def test_the_edits_of_weight_decay(edited):
     assert decay == {"000-wd-2.5": 2.5, "000-wd-0": 0.0} and tg.GPT(tiny()).specs["value_embed_0"].wd == 5.0
 
 
+def edited_config(module, data: Path, folder: Path, **changes):
+    """tiny() as the edited file's own Config."""
+    cfg = tiny(data_dir=str(data), log_dir=str(folder / "logs"), warmup=False, **changes)
+    return module.Config(**vars(cfg))
+
+
+EDITED = [one.name for one in hypotheses.HYPOTHESES if one.edits]
+
+
+@pytest.mark.parametrize("name", EDITED)
+def test_every_edit_trains_two_steps_and_changes_what_comes_out(
+    edited, tiny_data, tmp_path, monkeypatch, name
+):
+    module = edited(name)
+    losses = []
+    for program in (tg, module):
+        monkeypatch.setattr(program, "matrix_ceiling", lambda *args: 1e9)  # half a second
+        cfg = edited_config(program, tiny_data, tmp_path, num_steps=2, adam_every=1, softmax_scale=1.0)
+        losses.append(program.train(cfg, {}))
+    assert all(map(math.isfinite, losses)) and losses[0] != losses[1], losses
+
+
 def test_the_edit_that_clips_logits(edited, tiny_data, tmp_path, monkeypatch):
     """Logits may be as large as 16 * 0.1. Once clipped, those of the next steps are hardly above tau, 1."""
     module, tops = edited("000-qk-clip-1"), []
-    for name in ("matrix_ceiling", "keep_memory"):
-        monkeypatch.setattr(module, name, lambda *args: 1e9)
-    run = module.Run(
-        module.Config(
-            **vars(
-                tiny(
-                    data_dir=str(tiny_data),
-                    log_dir=str(tmp_path / "logs"),
-                    softmax_scale=0.1,
-                    yarn=False,
-                    num_steps=4,
-                )
-            )
-        ),
-        {},
+    trainer = module.Trainer(
+        edited_config(module, tiny_data, tmp_path, softmax_scale=0.1, yarn_limit=0, num_steps=4), {}
     )
-    step = run.train_step
-    monkeypatch.setattr(
-        run, "train_step", lambda *args: (step(*args), tops.append(run.model.top_logit.max().item()))[0]
-    )
-    run.loop()
-    factor = run.model.qk_factor.squeeze(-1)
+    step = trainer.train_step
+
+    def noting(number: int):
+        result = step(number)
+        tops.append(trainer.model.top_logit.max().item())
+        return result
+
+    monkeypatch.setattr(trainer, "train_step", noting)
+    trainer.fit()
+    trainer.close(failed=False)
+    factor = trainer.model.qk_factor.squeeze(-1)
     assert factor.shape == (6, 4) and 0.7 < factor.min() < 0.95
     assert tops[0] > 1.3 and all(top < 1.1 for top in tops[1:]), tops
 
@@ -300,7 +324,7 @@ def test_flags_are_refused_before_anything_runs(tmp_path):
     for more, words in (
         (["--muon_lr=-1"], "--muon_lr"),
         (["--nonsense"], "unrecognized"),
-        (["--num_steps=0"], "at least 1"),
+        (["--num_steps=0"], "must lie between 1"),
     ):
         with pytest.raises(UserError, match=words):
             ablate.plan(["001-H0"], "cpu", 1, tmp_path, None, more)

@@ -1,6 +1,6 @@
 """The report of runs, without a browser: what is in it, and that a log's text cannot be more than text.
 
-tests/report_browser.py opens one in a real browser.
+`python -m tests.programs.report_browser` opens one in a real browser.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The schedule at steps worked out by hand, and the command line: presets, overrides, every value that is refused."""
+"""The schedule at steps worked out by hand; the command line: presets, overrides, values refused."""
 
 import math
 import re
@@ -85,7 +85,14 @@ def test_learning_rate_of_short_in_digits():
 
 def test_learning_rate_ends_at_final_lr_and_stays_flat_without_a_cooldown():
     assert short(final_lr=0.15).lr_mul(1507) == pytest.approx(0.15)
-    assert [short(cooldown_share=0.0).lr_mul(step) for step in (0, 700, 1506)] == [1.0, 1.52, 1.73]
+    for share in (0.0, 1e-18):  # the second is lost in 1 - 1e-18
+        assert [short(cooldown_share=share).lr_mul(step) for step in (0, 700, 1506, 1507)] == [
+            1.0,
+            1.52,
+            1.73,
+            1.73,
+        ]
+    assert short(cooldown_share=1.0).lr_mul(0) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -255,7 +262,7 @@ def test_untie_share_1_never_comes_not_even_in_the_extension(num_steps, extensio
     ],
 )
 def test_a_schedule_of_120_steps_on_a_cpu(step, stage, lr, momentum, predict):
-    """The cpu preset's shape with its figures spelled out, so that tuning the preset does not change what is tested."""
+    """The cpu preset's shape, its figures spelled out: tuning the preset does not change what is tested."""
     sizes = dict(batch_tokens=8192, windows=(128, 512), max_doc_len=1024, lr_mul=1.0)
     stages = (tg.Stage(until=0.5, predict=((1.0, 1.0), (0.5, 0.0)), **sizes), tg.Stage(until=2.0, **sizes))
     schedule = tg.Schedule(
@@ -323,6 +330,7 @@ def test_runs_of_very_few_steps(num_steps, batches):
         ("short", {"num_steps": 1}, 262144),
         ("short", {"num_steps": 2, "micro_batches": 16}, 131072 + 393216),
         ("one-gpu", {}, 502 * 131072 + 503 * 262144 + 542 * 393216),
+        ("medium", {}, 392 * 131072 + 392 * 262144 + 391 * 393216 + 3565 * 524288),
         ("cpu", {"num_steps": 10, "stages": (tg.Stage(2.0, 4096, (64, 64), 512, 1.0),)}, 40960),
     ],
 )
@@ -447,7 +455,7 @@ REFUSED = [
     ("ve_own_dims", "-1", "0"),
     # counts and shares
     *[
-        (name, text, "1")
+        (name, text, "must lie between")
         for name in (
             "vocab_size",
             "head_dim",
@@ -463,7 +471,7 @@ REFUSED = [
         for text in ("0", "-5")
     ],
     *[
-        (name, "-1", "negative")
+        (name, "-1", "must lie between 0 and")
         for name in (
             "extra_inputs",
             "bigram_rows",
@@ -476,7 +484,7 @@ REFUSED = [
         )
     ],
     *[
-        (name, text, "negative")
+        (name, text, "must lie between")
         for name in (
             "embed_std",
             "value_embed_std",
@@ -497,12 +505,12 @@ REFUSED = [
         for text in ("-0.1", "nan", "inf")
     ],
     *[
-        (name, text, "above 0")
+        (name, text, "must lie between")
         for name in ("softmax_scale", "softcap_width", "rotary_base", "rank_timeout", "batch_mul")
         for text in ("0", "-1", "nan", "inf")
     ],
     *[
-        (name, text, "between 0 and 1")
+        (name, text, "between 0 and ")
         for name in (
             "extension_share",
             "cooldown_share",
@@ -522,13 +530,17 @@ REFUSED = [
     ],
     ("extension_share", "1", "num_steps"),
     # sizes that do not fit each other
-    ("head_dim", "2", "multiple of 4"),
+    ("head_dim", "2", "between 4 and"),
+    ("head_dim", "6", "multiple of 4"),
     ("head_dim", "48", "multiple"),
     ("head_dim", "256", "--paired_heads"),
     ("bos_id", "4096", "4096"),
-    ("bos_id", "-1", "vocab"),
+    ("bos_id", "-1", "between 0 and"),
     ("vocab_size", "4095", "4095"),
     ("vocab_size", "65537", "65536"),
+    ("spectral", "1e-40", "0.001"),
+    ("spectral", "50", "--untie_share"),
+    ("momentum_min", "0.96", "--momentum_max 0.95"),
     ("val_tokens", "163841", "8192"),
     ("val_seq_len", "8191", "163840"),
     ("micro_batches", "7", "divide"),
@@ -552,10 +564,37 @@ TOPOLOGY = dict(
     head_dim="64",
     vocab_size="4096",
     bos_id="4095",
+    untie_share="0.5",
+    spectral="0",
     val_tokens="163840",
     val_seq_len="8192",
     micro_batches="1",
 )
+
+
+SCALARS = [f for f in fields(tg.Config) if f.name not in ("preset", "stages") and f.type is not bool]
+FREE_TEXTS = {"data_dir", "log_dir", *(f"{part}_chunk" for part in ("smear", "skip", "attn", "ve"))}
+FREE_TEXTS |= {"windows", "paired_heads", "value_embeds", "skips", "backout"}  # refused above
+
+
+@pytest.mark.parametrize("field", SCALARS, ids=lambda f: f.name)
+def test_every_field_has_bounds_that_help_shows_and_that_hold(field):
+    low, high, choices = (field.metadata[name] for name in ("low", "high", "choices"))
+    shown = " ".join(tg.flag_parser().format_help().split())
+    if field.type is str:
+        assert bool(choices) == (field.name not in FREE_TEXTS)
+        assert not choices or f"[{', '.join(choices)}]" in shown
+        return
+    assert low < high and f"[{low} to {high}]" in shown
+    for preset in tg.PRESETS.values():
+        assert low <= getattr(preset, field.name) <= high
+    outside = [low - 1, high + 1, 10**18 * high, -(10**400)]
+    if field.type is float:
+        outside = [low - 1e-6, high + 1, math.nan, math.inf, -math.inf]
+    for value in outside:
+        with pytest.raises(tg.UserError) as refused:
+            tg.parse_config(["--preset=cpu", f"--{field.name}={value}"])
+        assert f"--{field.name}" in str(refused.value) and len(str(refused.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("flag, value, word", REFUSED, ids=lambda text: text)
@@ -576,6 +615,13 @@ def test_the_same_settings_with_nothing_wrong_pass():
         ].model_dim
         == 256
     )
+
+
+def test_a_vocabulary_smaller_than_the_width_cannot_start_from_counts():
+    with pytest.raises(
+        tg.UserError, match="--spectral 50.0: needs a --model_dim of at most --vocab_size 200"
+    ):
+        tg.parse_config(["--preset=cpu", "--vocab_size=200", "--bos_id=199"])
 
 
 def test_a_model_without_layers_is_refused():
@@ -618,9 +664,8 @@ def test_a_wrong_command_exits_with_2_and_one_line_and_no_log(argv, word, monkey
     monkeypatch.setattr(
         tg.sys, "argv", ["train_gpt.py", "--preset", "cpu", "--log_dir", str(tmp_path / "logs"), *argv]
     )
-    with pytest.raises(SystemExit) as end:
-        tg.main()
+    assert tg.main() == 2
     out, err = capsys.readouterr()
-    assert end.value.code == 2 and out == ""
+    assert out == ""
     assert len(err.splitlines()) == 1 and word in err
     assert not (tmp_path / "logs").exists()

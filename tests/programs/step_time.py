@@ -45,8 +45,11 @@ def main(argv: list[str]) -> None:
 
 
 def machine_rates(trainer: tg.Trainer) -> list[str]:
+    """bfloat16 only where the hardware multiplies it, or this run wants it: emulated, it takes minutes."""
     rates = []
     for dtype in (torch.bfloat16, torch.float32):
+        if dtype == torch.bfloat16 and trainer.model.dtype != dtype and not tg.multiplies_bfloat16("cpu"):
+            continue
         rate = tg.matrix_ceiling(trainer.env.device, dtype, 2048, trainer.machine.synchronize) / 1e9
         rates.append(f"{rate:.0f} GFLOP/s in {str(dtype).removeprefix('torch.')}")
     small, large = read_rate(2**20), read_rate(2**28)

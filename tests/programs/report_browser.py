@@ -1,24 +1,17 @@
 """Opens a report in a real headless browser: no network, no error, the numbers are there, no log runs.
 
-    python tests/report_browser.py [--browser /usr/bin/chromium] [--screenshot FILE.png]
+    python -m tests.programs.report_browser [--browser /usr/bin/chromium] [--screenshot FILE.png]
 
 Needs Chromium and `pip install playwright`; what it checks without a browser is in test_records_report.py.
 """
 
-import argparse
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
-from playwright.sync_api import sync_playwright
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-from test_records_report import MARKUP, write_runs  # noqa: E402, as above
-
-from records import report  # noqa: E402, the path comes first
+from cli import UserError, arguments, command, need
+from records import report
+from tests.test_records_report import MARKUP, write_runs
 
 
 def check(page, address: str) -> list[str]:
@@ -43,13 +36,16 @@ def check(page, address: str) -> list[str]:
     return problems
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: list[str]) -> int:
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        raise UserError("playwright is not installed: pip install playwright") from None
+    parser = arguments(__doc__)
     parser.add_argument("--browser", default=shutil.which("chromium") or "chromium")
     parser.add_argument("--screenshot", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args(argv)
+    need(shutil.which(args.browser), f"--browser {args.browser}: no such program; install Chromium")
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         groups = write_runs(Path(folder))
         out = Path(folder) / "report.html"
@@ -64,8 +60,8 @@ def main() -> None:
     for problem in problems:
         print(problem)
     print(f"{len(problems)} problems")
-    sys.exit(bool(problems))
+    return int(bool(problems))
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -1,11 +1,10 @@
 """How fast `python -m records.logs` lists 1,700 logs of about 100 KB, every tenth one damaged.
 
-    python tests/log_speed.py [--logs 1700] [--kilobytes 100]
+    python -m tests.programs.log_speed [--logs 1700] [--kilobytes 100]
 
 Half of a log is source, the rest events: a line a step, a validation every 125. Writing them is not timed.
 """
 
-import argparse
 import random
 import resource
 import subprocess
@@ -14,7 +13,9 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from cli import UserError, arguments, command, need
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def write_log(path: Path, size: int, rng: random.Random, damaged: bool) -> None:
@@ -32,25 +33,26 @@ def write_log(path: Path, size: int, rng: random.Random, damaged: bool) -> None:
     path.write_bytes(data)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: list[str]) -> None:
+    parser = arguments(__doc__)
     parser.add_argument("--logs", type=int, default=1700)
     parser.add_argument("--kilobytes", type=int, default=100)
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args(argv)
+    for name, most in (("logs", 10**5), ("kilobytes", 10**5)):
+        value = getattr(args, name)
+        need(1 <= value <= most, f"--{name} {value}: must lie between 1 and {most}")
     with tempfile.TemporaryDirectory() as folder:
         rng = random.Random(0)
         for n in range(args.logs):
             write_log(Path(folder) / f"{n:05}.txt", args.kilobytes * 1000, rng, damaged=n % 10 == 9)
         megabytes = sum(path.stat().st_size for path in Path(folder).iterdir()) / 1e6
         began = time.perf_counter()
-        command = [sys.executable, "-m", "records.logs", folder]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        words = [sys.executable, "-m", "records.logs", folder]
+        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
         seconds = time.perf_counter() - began
         usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
-        sys.exit(done.stderr)
+        raise UserError(done.stderr)
     listed = len(done.stdout.splitlines()) - 2  # without the head
     print(
         f"{args.logs} logs, {megabytes:.0f} MB: {seconds:.1f} s, {listed} runs listed; "
@@ -59,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

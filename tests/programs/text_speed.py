@@ -1,6 +1,6 @@
 """How fast data.text is, against tiktoken's batch encoder alone, on one and two cores; and its memory.
 
-    python -m tests.text_speed [--runs 3] [--vocab VOCAB.TIKTOKEN]  default: the embedded corpus's vocabulary
+    python -m tests.programs.text_speed [--runs 3] [--vocab VOCAB.TIKTOKEN]
 
 data.text is timed from the first document to its last shard on disk: reading JSON lines, encoding, writing,
 but not Python's start. The encoder alone gets the same documents as a list in memory; its tokens are thrown
@@ -71,7 +71,7 @@ def measure(what: str, source: Path, vocab: Path, jobs: int) -> tuple[float, flo
     program = [
         sys.executable,
         "-m",
-        "tests.text_speed",
+        "tests.programs.text_speed",
         "--measure",
         what,
         str(source),
