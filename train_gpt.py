@@ -2671,7 +2671,8 @@ class DistEnv:
             need(read_environment("MASTER_PORT", 0) < 2**16, f"{found}, MASTER_PORT is no port; {advice}")
             backend = "nccl" if device.type == "cuda" else "gloo"
             try:
-                dist.init_process_group(backend, timeout=timedelta(seconds=cfg.rank_timeout))
+                with quiet_stderr():
+                    dist.init_process_group(backend, timeout=timedelta(seconds=cfg.rank_timeout))
             except (RuntimeError, ValueError) as error:  # nobody else came, or no such host
                 reason = one_line(str(error), 200)
                 raise UserError(f"{found}, but no way to the other processes ({reason}); {advice}") from None
@@ -2860,6 +2861,20 @@ def say(line: str) -> None:
         silence = os.open(os.devnull, os.O_WRONLY)
         with contextlib.suppress(OSError, ValueError):
             os.dup2(silence, sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def quiet_stderr() -> Iterator[None]:
+    """Libraries in C++ print stacks; what went wrong is in the exception too."""
+    sys.stderr.flush()
+    kept, silence = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(silence)
 
 
 def complain(message: str, exit_code: int) -> int:

@@ -383,7 +383,7 @@ def test_ctrl_c_ends_the_run_with_a_whole_log(tmp_path, corpus_dir):
 
 
 @pytest.fixture
-def program(tiny_data, tmp_path, monkeypatch, capsys):
+def program(tiny_data, tmp_path, monkeypatch, capfd):
     """Calls the program, in this process, on a tiny configuration -> exit code, what it printed."""
     monkeypatch.setattr(tg, "matrix_ceiling", lambda *_: 1e9)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -391,7 +391,7 @@ def program(tiny_data, tmp_path, monkeypatch, capsys):
     def call(**changes) -> tuple[int, str, str]:
         cfg = tiny(data_dir=str(tiny_data), **{"log_dir": str(tmp_path / "logs"), "num_steps": 2} | changes)
         monkeypatch.setattr(tg, "parse_config", lambda argv: (cfg, {}))
-        code, printed = tg.main(), capsys.readouterr()
+        code, printed = tg.main(), capfd.readouterr()
         return code, printed.out, printed.err
 
     yield call
