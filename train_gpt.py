@@ -3691,9 +3691,7 @@ def run_dummy_steps(trainer: Trainer) -> dict[StepKind, list[tuple[Tensor, Tenso
             stage = schedule.stage(end - 1)
             kinds.add((stage.batch_tokens // cfg.micro_batches, stage.windows))
     inputs = {}
-    for kind in sorted(
-        kinds, reverse=True
-    ):  # the largest first: the others' graphs find room in its memory
+    for kind in sorted(kinds, reverse=True):  # the largest first: the others find room in its memory
         length, windows = kind
         sequences = [dummy_sequence(cfg, length)] * (cfg.micro_batches // trainer.env.world_size)
         inputs[kind] = trainer.machine.copy_batches(sequences)
