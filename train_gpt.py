@@ -2526,8 +2526,12 @@ cross_entropy_.register_fake(lambda z, *rest: z.new_empty(len(z), dtype=torch.fl
 X_SCALE, HEAD_SCALE = 2**-2, 2**-8  # near the records' 100 / 448 and 1.6 / 448; powers of two round nothing
 
 
+FP8_MAX = 448.0  # the largest of float8_e4m3fn
+
+
 def to_fp8(x: Tensor, scale: float) -> Tensor:
-    return (x * (1 / scale)).to(torch.float8_e4m3fn)  # which saturates, at 448
+    """Saturated first: eager torch 2.11 makes NaN of what is above."""
+    return (x * (1 / scale)).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
 
 
 def triton_head_chunk(
@@ -2549,7 +2553,15 @@ def triton_head_chunk(
 
 @triton.jit
 def symmetric_kernel(
-    x, square, out, alpha, beta, depth, BETA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+    x,
+    square,
+    out,
+    alpha,
+    beta,
+    DEPTH: tl.constexpr,  # Triton 3.6 waits after every wgmma of a loop of unknown length
+    BETA: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """A block on or below the diagonal of alpha x x^T + beta x, and its mirror image."""
     row = tl.program_id(0) * BLOCK_M
@@ -2560,7 +2572,7 @@ def symmetric_kernel(
     x = as_descriptor(x, [1, BLOCK_M, BLOCK_K])
     out = as_descriptor(out, [1, BLOCK_M, BLOCK_M])
     acc = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
-    for k in range(0, depth, BLOCK_K):
+    for k in range(0, DEPTH, BLOCK_K):
         left = x.load([n, row, k]).reshape(BLOCK_M, BLOCK_K)
         right = x.load([n, column, k]).reshape(BLOCK_M, BLOCK_K)
         acc = tl.dot(left, right.T, acc)
@@ -3637,14 +3649,16 @@ class CudaGraphs:
 
     def capture(self, key: object, work: Callable[[], None]) -> None:
         """If something in it cannot be captured on this stack, the log says so, and it stays a plain call."""
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 work()
             self.captured[key], self.pool = graph, graph.pool()
             graph.replay()  # the first time takes longer
-        except RuntimeError as error:
+        except Exception as error:  # noqa: BLE001, whatever it is, the work can still be called
             self.log.write(f"graphs: no graph of {key} ({first_line(error)})")
+        finally:
+            torch.cuda.set_stream(stream)  # a capture that fails leaves its own behind
 
     def run(self, key: object, work: Callable[[], None]) -> None:
         if key in self.captured:
