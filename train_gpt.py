@@ -238,7 +238,7 @@ class Config:
         "auto", "auto: bfloat16 where the hardware multiplies it", choices="auto bfloat16 float32"
     )
     compile: bool = flag(True, "torch.compile")
-    fp8_head: bool = flag(True, "GPU: the head's logits are a product in FP8 while training")
+    fp8_head: bool = flag(True, "GPU: the head's products are FP8's while training")
     reference: bool = flag(False, "GPU: no kernels of this file, plain PyTorch in their place, as in float32")
     graphs: bool = flag(True, "GPU: replay each kind of step from CUDA graphs, captured in the warm-up")
     warmup: bool = flag(True, "compile and run each stage on dummy data before the clock starts")
@@ -722,15 +722,23 @@ class Documents:
 
 @dataclass(frozen=True)
 class Positions:
-    """What a layer's attention needs besides q, k and v: where tokens stand, and which keys they see."""
+    """What a layer's attention needs besides q, k and v: where tokens stand, and which keys they see.
 
-    docs: Documents
-    cos: Tensor  # (T or, paired, 2T, half), rotary's, by position
+    A paired layer has two places a token (see pair), others one.
+    """
+
+    is_first: Tensor  # (T,) whether a token is the first of its document
+    first_key: Tensor  # (places,): place i sees keys first_key[i] .. i
+    window: int | None  # i - first_key[i] < window; None where the kernel has no use for it
+    cos: Tensor  # (places, half), rotary's
     sin: Tensor
     softmax_scale: Tensor  # ()
-    window: int  # tokens; of a paired layer places, two a token
     paired: bool
     key_offset: bool
+
+
+class LayerWeights:
+    """A layer's rows of the parameters that layers own, by name; None where it has none."""
 
 
 class GPT(nn.Module):
@@ -751,13 +759,15 @@ class GPT(nn.Module):
         with torch.no_grad():
             self.lm_head.copy_(self.embed.T)  # tied until the untie step
         self.add_buffers()
-        # Layers are alike: each of these compiles once, and serves all of them.
-        compiled = self.kernels.compile
-        self.smear, self.norm, self.mix, self.skip = map(compiled, (smear, norm, mix, skip))
-        self.project_qkv, self.gate_value = compiled(project_qkv), compiled(gate_value)
-        self.attend, self.project_output = compiled(attend), compiled(project_output)
-        self.mlp_block, self.head_chunk = compiled(mlp_block), compiled(self.kernels.head_chunk)
         self.chunks = {name: read_chunk(cfg, name) for name in GATE_CHUNKS}
+        compiled, piece = self.kernels.compile, self.kernels.compile
+        if self.kernels.compile_layers:  # what a stream's gradient gathers is added in passing
+            self.run_layers, piece = self.kernels.compile_layers(self.run_layers), lambda f: f
+        # Layers are alike: each of these compiles once, and serves all of them.
+        self.smear, self.norm, self.mix, self.skip = map(piece, (smear, norm, mix, skip))
+        self.project_qkv, self.gate_value = piece(project_qkv), piece(gate_value)
+        self.attend, self.project_output = piece(attend), piece(project_output)
+        self.mlp_block, self.head_chunk = piece(mlp_block), compiled(self.kernels.head_chunk)
 
     def add_parameter(self, spec: ParamSpec) -> None:
         """Each parameter draws from a generator of its own: a switch elsewhere does not change its start."""
@@ -815,10 +825,12 @@ class GPT(nn.Module):
             self.update_rotary()
         self.long_window.fill_(window)
 
-    def layer_weights(self) -> list[SimpleNamespace]:
-        """For each layer its rows of the parameters that layers own, by name; None where it has none."""
-        names = [spec.name for spec in self.layer_params]
-        weights = [SimpleNamespace(**dict.fromkeys(names)) for _ in self.layers]
+    def layer_weights(self) -> list["LayerWeights"]:
+        """Of each layer."""
+        weights = [LayerWeights() for _ in self.layers]
+        for w in weights:
+            for spec in self.layer_params:
+                setattr(w, spec.name, None)
         for spec in self.layer_params:
             whole = getattr(self, spec.name)
             if whole is not None:
@@ -847,12 +859,28 @@ class GPT(nn.Module):
     def hidden(self, tokens: Tensor, windows: tuple[int, int]) -> Tensor:
         """tokens (T,) -> what the head reads, (T, D)."""
         docs = Documents.find(tokens, self.cfg.bos_id)
-        x = F.embedding(tokens, self.embed)  # (T, D)
-        x = x0 = self.smear(x, docs.is_first, self.smear_scale, self.smear_gate, self.chunks["smear_chunk"])
-        extras = self.extra_streams(tokens, docs)
+        look_up, order = self.kernels.look_up, self.row_order(tokens)
+        x = look_up(self.embed, tokens, order)  # (T, D)
         values = {}  # (T, D) of each value embedding
         for name in value_tables(self.cfg):
-            values[name] = F.embedding(tokens, getattr(self, f"value_embed_{name}"))
+            values[name] = look_up(getattr(self, f"value_embed_{name}"), tokens, order)
+        positions = {}  # of each kind of layer
+        for layer in self.layers:
+            if layer.attends and (layer.window, layer.paired) not in positions:
+                positions[layer.window, layer.paired] = self.positions(layer, docs, windows)
+        extras = self.extra_streams(tokens, docs, order)
+        return self.run_layers(x, extras, values, docs.is_first, positions)
+
+    def run_layers(
+        self,
+        x: Tensor,
+        extras: list[Tensor],
+        values: dict[str, Tensor],
+        is_first: Tensor,
+        positions: dict[tuple[str, bool], "Positions"],
+    ) -> Tensor:
+        """Token embeddings x (T, D) -> what the head reads, (T, D). values, extras: looked up, (T, D)."""
+        x = x0 = self.smear(x, is_first, self.smear_scale, self.smear_gate, self.chunks["smear_chunk"])
         outputs: list[Tensor | None] = []  # of the layers so far, where something later asks for them
         for layer, w in zip(self.layers, self.layer_weights(), strict=True):
             if layer.skip_from is not None:  # before the mix: resid_scale holds for it too
@@ -861,7 +889,8 @@ class GPT(nn.Module):
                 )
             x = self.mix([x, x0, *extras], mix_scales(w))
             if layer.attends:
-                x = self.attention(x, layer, w, values.get(layer.value_embed), docs, windows)
+                value, where = values.get(layer.value_embed), positions[layer.window, layer.paired]
+                x = self.attention(x, w, value, where)
             up, down = w.mlp.unbind(0)
             x = self.mlp_block(x, up, down, self.cfg.activation, self.kernels.mlp)
             outputs.append(x if layer.skip_sender or layer.backout else None)
@@ -870,10 +899,14 @@ class GPT(nn.Module):
                 x = x - self.backout_scale[0] * output
         return self.norm(x)
 
-    def extra_streams(self, tokens: Tensor, docs: Documents) -> list[Tensor]:
+    def row_order(self, rows: Tensor) -> "RowOrder | None":
+        """What the gradients of all lookups of the same rows share."""
+        return RowOrder.of(rows) if self.kernels.sorted_lookups and torch.is_grad_enabled() else None
+
+    def extra_streams(self, tokens: Tensor, docs: Documents, order: "RowOrder | None" = None) -> list[Tensor]:
         """What is added to the stream before every layer besides x0: input embeddings (seed 004), bigrams."""
         tables = [getattr(self, f"input_embed_{k}") for k in range(self.cfg.extra_inputs)]
-        streams = [self.norm(F.embedding(tokens, table)) for table in tables]
+        streams = [self.norm(self.kernels.look_up(table, tokens, order)) for table in tables]
         if self.bigram_embed is not None:
             streams.append(self.bigrams(tokens, docs))
         return streams
@@ -881,39 +914,42 @@ class GPT(nn.Module):
     def bigrams(self, tokens: Tensor, docs: Documents) -> Tensor:
         """-> (T, D), a row for each pair of neighbours, by hash; signs tell apart pairs that share a row."""
         rows = bigram_rows(tokens, docs.is_first, len(self.bigram_embed))
-        x = F.embedding(rows, self.bigram_embed, sparse=self.kernels.sparse_bigram_grad)
+        sparse = self.kernels.sparse_bigram_grad
+        x = self.kernels.look_up(self.bigram_embed, rows, self.row_order(rows), sparse)
         if self.cfg.bigram_signs:
             now = tokens.to(torch.int32)
             pair = now ^ previous_token(now, docs.is_first)
             x = x * self.bigram_sign[pair.remainder(self.cfg.bigram_signs)]
         return x
 
-    def attention(
-        self,
-        x: Tensor,
-        layer: Layer,
-        w: SimpleNamespace,
-        value: Tensor | None,
-        docs: Documents,
-        windows: tuple[int, int],
-    ) -> Tensor:
+    def positions(self, layer: Layer, docs: Documents, windows: tuple[int, int]) -> Positions:
+        """Of a kind of layer."""
+        is_long = layer.window == "long"
+        window = windows[1] if is_long else windows[0]  # tokens; of a paired layer places
+        starts = docs.starts
+        if layer.paired:
+            starts = 2 * starts.repeat_interleave(2)
+        places = len(starts)
+        place = torch.arange(places, device=starts.device)
+        return Positions(
+            docs.is_first,
+            first_key=torch.maximum(starts, place - window + 1),
+            window=window if self.kernels.reads_window else None,
+            cos=self.rotary_cos[:places],
+            sin=self.rotary_sin[:places],
+            softmax_scale=self.softmax_scale,
+            paired=layer.paired,
+            key_offset=self.cfg.key_offset and is_long,
+        )
+
+    def attention(self, x: Tensor, w: LayerWeights, value: Tensor | None, positions: Positions) -> Tensor:
         """x (T, D) plus what each token reads from those before it in its document, within the window."""
         cfg = self.cfg
         n = self.norm(x)
         q, k, v = self.project_qkv(n, w.qkvo, w.qkv_scale, cfg.head_dim, cfg.qk_norm)  # (T, H, d) each
         if value is not None:
-            v = v + self.gate_value(n, value.view_as(v), w.ve_gate, self.chunks["ve_chunk"], cfg.ve_own_dims)
-        is_long = layer.window == "long"
-        places = 2 * len(x) if layer.paired else len(x)
-        positions = Positions(
-            docs,
-            cos=self.rotary_cos[:places],
-            sin=self.rotary_sin[:places],
-            softmax_scale=self.softmax_scale,
-            window=windows[1] if is_long else windows[0],
-            paired=layer.paired,
-            key_offset=cfg.key_offset and is_long,
-        )
+            value = value.unflatten(1, v.shape[1:])
+            v = v + self.gate_value(n, value, w.ve_gate, self.chunks["ve_chunk"], cfg.ve_own_dims)
         y = self.attend(q, k, v, positions, self.kernels.attention)
         return self.project_output(x, y, n, w.qkvo, w.o_scale, w.attn_gate, self.chunks["attn_chunk"])
 
@@ -926,7 +962,7 @@ def smear(x: Tensor, is_first: Tensor, scale: Tensor | None, w: Tensor | None, c
     return norm(x + share.to(x.dtype) * previous_token(x, is_first))
 
 
-def mix_scales(w: SimpleNamespace) -> list[Tensor]:
+def mix_scales(w: LayerWeights) -> list[Tensor]:
     """A layer's scales of the streams that mix adds: x, x0, further input embeddings, bigrams."""
     scales = [w.resid_scale, w.x0_scale]
     if w.input_scale is not None:
@@ -973,18 +1009,13 @@ def gate_value(n: Tensor, value: Tensor, w: Tensor | None, chunk: slice | None, 
 def attend(q: Tensor, k: Tensor, v: Tensor, positions: Positions, attention: Callable) -> Tensor:
     """q, k, v (T, H, d) -> (T, H, d): the mean of the values that a token sees, by softmax(scale q . k)."""
     q, k, v = prepare_qkv(q, k, v, positions)
-    starts = positions.docs.starts
-    if positions.paired:
-        starts = 2 * starts.repeat_interleave(2)
-    place = torch.arange(len(q), device=q.device)
-    first_key = torch.maximum(starts, place - positions.window + 1)  # place i sees keys first_key[i] .. i
-    y = attention(q, k, v, first_key, positions.window, positions.softmax_scale)
+    y = attention(q, k, v, positions.first_key, positions.window, positions.softmax_scale)
     return unpair(y) if positions.paired else y
 
 
 def prepare_qkv(q: Tensor, k: Tensor, v: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v (T, H, d) as attention takes them, paired (2T, H/2, d). Only the key offset looks elsewhere."""
-    cos, sin, is_first = positions.cos, positions.sin, positions.docs.is_first
+    cos, sin, is_first = positions.cos, positions.sin, positions.is_first
     if positions.key_offset:  # one layer finds "what followed this?"
         still = k[..., 2 * cos.size(-1) :]  # what rotary leaves alone
         shifted = torch.where(is_first[:, None, None], still, previous_token(still, is_first))
@@ -1910,10 +1941,14 @@ class Kernels:
     head_chunk: Callable
     symmetric_product: Callable
     transpose_: Callable
+    look_up: Callable
     normuon_: Callable
     adam_: Callable
     new_mantissa: Callable[[Tensor], Tensor]  # a bfloat16 parameter -> what is kept beside it (fp32_weight)
+    reads_window: bool = True  # attention asks for its window besides first_key, and is compiled for each
     compile: Callable = lambda f: f  # wraps each piece of the model
+    compile_layers: Callable | None = None  # wraps all layers at once, which are one piece then
+    sorted_lookups: bool = False  # look_up needs a RowOrder
     static_grads: bool = False  # gradients keep their memory, since graphs write there
     lazy_bigrams: bool = False  # only touched rows of the bigram table move, see lazy_adam_
     sparse_bigram_grad: bool = False  # and its gradient holds nothing but them
@@ -1929,6 +1964,7 @@ def plain_kernels(**changes: Any) -> Kernels:
         head_chunk=head_chunk,
         symmetric_product=symmetric_product,
         transpose_=transpose_,
+        look_up=look_up,
         normuon_=normuon_,
         adam_=adam_,
         new_mantissa=lambda p: torch.zeros_like(p, dtype=torch.int16),
@@ -1949,9 +1985,9 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, scal
 
 
 # BLOCK_M queries, BLOCK_N keys, warps, stages, from a compute capability on; Hopper's are flex_attention's.
-ATTENTION_FORWARD = {80: (128, 64, 8, 2), 90: (128, 64, 8, 3), 120: (128, 64, 8, 2)}
-ATTENTION_DQ = {80: (64, 64, 4, 2), 90: (128, 64, 8, 3), 120: (64, 64, 4, 2)}
-ATTENTION_DKV = {80: (64, 64, 8, 2), 90: (64, 128, 8, 3), 120: (64, 64, 8, 2)}
+ATTENTION_FORWARD = {80: (128, 64, 8, 2), 90: (64, 64, 4, 3), 120: (128, 64, 8, 2)}
+ATTENTION_DQ = {80: (64, 64, 4, 2), 90: (64, 64, 4, 2), 120: (64, 64, 4, 2)}
+ATTENTION_DKV = {80: (64, 64, 8, 2), 90: (32, 64, 4, 3), 120: (64, 64, 8, 2)}
 
 
 @torch.compiler.assume_constant_result
@@ -2240,7 +2276,7 @@ attention_backward_op.register_fake(fake_attention_backward)
 
 
 def triton_attention(
-    q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, window: int, scale: Tensor | float
+    q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, window: int | None, scale: Tensor | float
 ) -> Tensor:
     """reference_attention for scale > 0 and first_key non-decreasing. FlashAttention-2, 2307.08691."""
     if not isinstance(scale, Tensor):
@@ -2330,7 +2366,7 @@ def relu2_product(a: Tensor, b: Tensor, hidden: Tensor | None) -> Tensor:
     return out
 
 
-relu2_product.register_fake(lambda a, b, hidden: a.new_empty(len(a), len(b)))
+relu2_product.register_fake(lambda a, b, hidden: a.new_empty(a.size(0), b.size(0)))
 
 
 class ReLU2MLP(torch.autograd.Function):
@@ -2460,6 +2496,7 @@ def cross_entropy_kernel(
     targets,
     weights,
     loss,
+    log_totals,
     V,
     N: tl.constexpr,
     CAP: tl.constexpr,
@@ -2493,6 +2530,7 @@ def cross_entropy_kernel(
     highest = tl.max(m_i, 0)
     log_total = highest + tl.log(tl.sum(l_i * tl.exp(m_i - highest), 0))
     tl.store(loss + row, tl.sum(weight * (log_total - picked), 0))
+    tl.store(log_totals + row, log_total)
     if WITH_GRAD:
         all_weight = tl.sum(weight, 0)
         same = tl.sum(tl.where(target[:, None] == target[None, :], weight[None, :], 0), 1)
@@ -2509,19 +2547,127 @@ def cross_entropy_kernel(
 
 
 @torch.library.custom_op("train_gpt::cross_entropy_", mutates_args={"z"})
-def cross_entropy_(z: Tensor, targets: Tensor, weights: Tensor, cap: list[float], with_grad: bool) -> Tensor:
-    """cross_entropy in one kernel: z (c, V) -> losses (c,), float32. with_grad: z becomes its gradient."""
+def cross_entropy_(
+    z: Tensor, targets: Tensor, weights: Tensor, cap: list[float], with_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """cross_entropy in a kernel: z (c, V) -> losses, log-sum-exps (c,). with_grad: z becomes its gradient."""
     tensors = (z, targets, weights)
     assert all(t.is_contiguous() for t in tensors), [t.stride() for t in tensors]
-    n, loss = targets.size(1), z.new_empty(len(z), dtype=torch.float32)
+    n = targets.size(1)
+    loss, log_totals = (z.new_empty(len(z), dtype=torch.float32) for _ in range(2))
     AHEAD = triton.next_power_of_2(n)
     cross_entropy_kernel[(len(z),)](
-        z, targets, weights, loss, z.size(1), n, *cap, with_grad, AHEAD, BLOCK_V=4096, num_warps=8
+        z, targets, weights, loss, log_totals, z.size(1), n, *cap, with_grad, AHEAD, BLOCK_V=4096, num_warps=8
     )
-    return loss
+    return loss, log_totals
 
 
-cross_entropy_.register_fake(lambda z, *rest: z.new_empty(len(z), dtype=torch.float32))
+@cross_entropy_.register_fake
+def fake_cross_entropy_(z: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return z.new_empty(len(z), dtype=torch.float32), z.new_empty(len(z), dtype=torch.float32)
+
+
+@triton.jit
+def logit_gradient_kernel(
+    z,
+    log_totals,
+    row_weights,
+    dz,
+    dz_t,
+    rows,
+    V,
+    CAP: tl.constexpr,
+    SHIFT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """A block of the gradient by z, as if nothing were a target, in FP8, and its transpose."""
+    first_row = tl.program_id(1) * BLOCK_M
+    first_column = tl.program_id(0) * BLOCK_V
+    row = tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_V)
+    origin = first_row.to(tl.int64) * V + first_column
+    inside = (first_row + row[:, None] < rows) & (first_column + column < V)
+    place = row[:, None] * V + column
+    z_block = tl.load(z + origin + place, mask=inside, other=0).to(tl.float32)
+    log_total = tl.load(log_totals + first_row + row, mask=first_row + row < rows, other=0)
+    weight = tl.load(row_weights + first_row + row, mask=first_row + row < rows, other=0)
+    logit, slope = capped_logit(z_block, CAP, SHIFT, WIDTH)
+    y = weight[:, None] * tl.exp(logit - log_total[:, None]) * slope
+    y8 = y.to(dz.dtype.element_ty)
+    tl.store(dz + origin + place, y8, mask=inside)
+    origin_t = first_column.to(tl.int64) * rows + first_row
+    inside_t = (first_column + column[:, None] < V) & (first_row + row < rows)
+    tl.store(dz_t + origin_t + column[:, None] * rows + row, y8.T, mask=inside_t)
+
+
+@triton.jit
+def target_gradient_kernel(
+    z,
+    log_totals,
+    row_weights,
+    targets,
+    weights,
+    scale,
+    dz,
+    dz_t,
+    rows,
+    V,
+    N: tl.constexpr,
+    CAP: tl.constexpr,
+    SHIFT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    AHEAD: tl.constexpr,
+):
+    """The gradient at the targets of some rows, of which several may be the same."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    k = tl.arange(0, AHEAD)
+    inside = (row < rows) & (k < N)
+    target = tl.load(targets + row * N + k, mask=inside, other=0)
+    picked = tl.zeros([BLOCK_M, AHEAD], tl.float32)  # the weights of a row that have this target
+    for other in tl.static_range(N):
+        also = tl.load(targets + row * N + other, mask=row < rows, other=0)
+        weight = tl.load(weights + row * N + other, mask=row < rows, other=0)
+        picked += tl.where(also == target, weight, 0)
+    origin = row.to(tl.int64) * V
+    logit, slope = capped_logit(
+        tl.load(z + origin + target, mask=inside, other=0).to(tl.float32), CAP, SHIFT, WIDTH
+    )
+    log_total = tl.load(log_totals + row, mask=row < rows, other=0)
+    weight = tl.load(row_weights + row, mask=row < rows, other=0)
+    y = (weight * tl.exp(logit - log_total) - picked / tl.load(scale)) * slope
+    y8 = y.to(dz.dtype.element_ty)
+    tl.store(dz + origin + target, y8, mask=inside)
+    tl.store(dz_t + target * rows + row, y8, mask=inside)
+
+
+@torch.library.custom_op("train_gpt::logit_gradient", mutates_args=())
+def logit_gradient(
+    z: Tensor, log_totals: Tensor, targets: Tensor, weights: Tensor, cap: list[float], scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """z (c, V), and cross_entropy_'s log-sum-exps -> its gradient over scale, E5M2: (c, V), and (V, c)."""
+    BLOCK_M, BLOCK_V, warps = 64, 128, 8
+    rows, V = z.shape
+    n = targets.size(1)
+    dz, dz_t = (z.new_empty(size, dtype=torch.float8_e5m2) for size in ((rows, V), (V, rows)))
+    row_weights = weights.sum(1) / scale
+    blocks = triton.cdiv(V, BLOCK_V), triton.cdiv(rows, BLOCK_M)
+    logit_gradient_kernel[blocks](
+        z, log_totals, row_weights, dz, dz_t, rows, V, *cap, BLOCK_M, BLOCK_V, num_warps=warps
+    )
+    inputs = (z, log_totals, row_weights, targets, weights, scale)
+    AHEAD = triton.next_power_of_2(n)
+    target_gradient_kernel[(triton.cdiv(rows, 64),)](*inputs, dz, dz_t, rows, V, n, *cap, 64, AHEAD)
+    return dz, dz_t
+
+
+@logit_gradient.register_fake
+def fake_logit_gradient(z: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    new = partial(z.new_empty, dtype=torch.float8_e5m2)
+    return new(z.shape), new(z.shape[::-1])
+
 
 X_SCALE, HEAD_SCALE = 2**-2, 2**-8  # near the records' 100 / 448 and 1.6 / 448; powers of two round nothing
 
@@ -2537,15 +2683,28 @@ def to_fp8(x: Tensor, scale: float) -> Tensor:
 def triton_head_chunk(
     x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, cap: Cap, with_grad: bool, fp8: bool = True
 ) -> ChunkLoss:
-    """head_chunk without float32 logits in memory. fp8: in training they are an FP8 product, from 89 on."""
-    if with_grad and fp8 and compute_capability() >= 89:
-        scale = x.new_full((), (X_SCALE * HEAD_SCALE) ** 0.5, dtype=torch.float32)
-        head8 = to_fp8(head.T, HEAD_SCALE).contiguous().T  # columns contiguous, as _scaled_mm wants it
-        z = torch._scaled_mm(to_fp8(x, X_SCALE), head8, scale, scale, out_dtype=x.dtype, use_fast_accum=True)
-    else:
-        z = x @ head
-    loss = cross_entropy_(z, targets, weights, cap, with_grad).sum()
+    """head_chunk without float32 logits in memory. fp8: in training its products are FP8's, from 89 on."""
+    if with_grad and fp8 and compute_capability() >= 89 and len(x) % 16 == 0:
+        return fp8_head_chunk(x, head, targets, weights, cap)
+    z = x @ head
+    losses, _ = cross_entropy_(z, targets, weights, cap, with_grad)
+    loss = losses.sum()
     return (loss, z @ head.T, (x.T @ z).float()) if with_grad else (loss, None, None)
+
+
+def fp8_head_chunk(x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, cap: Cap) -> ChunkLoss:
+    """Three FP8 products, as the record's. A second matrix must have its columns contiguous."""
+    x8, head8 = to_fp8(x, X_SCALE), to_fp8(head, HEAD_SCALE)
+    x_scale, head_scale = (x.new_full((), s, dtype=torch.float32) for s in (X_SCALE, HEAD_SCALE))
+    product = torch._scaled_mm
+    by_column = head8.T.contiguous().T
+    z = product(x8, by_column, x_scale, head_scale, out_dtype=x.dtype, use_fast_accum=True)
+    losses, log_totals = cross_entropy_(z, targets, weights, cap, False)
+    dz_scale = weights.sum(1).amax().clamp_min(1e-30) / 2**14  # E5M2 ends at 57,344
+    dz, dz_t = logit_gradient(z, log_totals, targets, weights, cap, dz_scale)
+    dx = product(dz, head8.T, dz_scale, head_scale, out_dtype=x.dtype)
+    d_head = product(x8.T.contiguous(), dz_t.T, x_scale, dz_scale, out_dtype=torch.float32)
+    return losses.sum(), dx, d_head
 
 
 # ----- Muon's symmetric product; its reference is symmetric_product, in part 3 -----
@@ -2644,6 +2803,123 @@ def triton_transpose_(dst: Tensor, src: Tensor, add: bool, block: int = 64) -> T
     blocks = tuple(triton.cdiv(size, block) for size in dst.shape)
     transpose_kernel[blocks](dst, src, *dst.shape, dst.stride(0), src.stride(0), add, block)
     return dst
+
+
+# ----- Lookups in tables -----
+
+
+def look_up(table: Tensor, rows: Tensor, order: "RowOrder | None", sparse: bool = False) -> Tensor:
+    """table (V, D), rows (T,) -> (T, D). order: see triton_look_up."""
+    return F.embedding(rows, table, sparse=sparse)
+
+
+@dataclass(frozen=True)
+class RowOrder:
+    """Rows that are looked up, sorted, so that the gradients of a row stand together."""
+
+    rows: Tensor  # (T,) int32
+    place: Tensor  # (T,) where each stood
+    run_ends: Tensor  # for each ROWS_AT_ONCE of them, where the last one's equals end
+
+    @staticmethod
+    def of(rows: Tensor) -> "RowOrder":
+        ordered, place = torch.sort(rows.to(torch.int32), stable=True)
+        last = torch.arange(ROWS_AT_ONCE - 1, len(rows) + ROWS_AT_ONCE - 1, ROWS_AT_ONCE, device=rows.device)
+        last = ordered[last.clamp_max(len(rows) - 1)]
+        return RowOrder(ordered, place, torch.searchsorted(ordered, last, right=True, out_int32=True))
+
+
+ROWS_AT_ONCE = 32  # sorted rows that a program adds up
+
+
+@triton.jit
+def add_rows_kernel(grad, dy, rows, place, partial, T, D, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Adds dy of its rows to grad; a row that other programs have, too, goes into partial (2, D) of each."""
+    chunk = tl.program_id(0)
+    lane = tl.arange(0, BLOCK_D)
+    inside = lane < D
+    first = chunk * CHUNK
+    end = tl.minimum(first + CHUNK, T)
+    partial += 2 * chunk * D
+    row = tl.load(rows + first)
+    shared = row == tl.load(rows + first - 1, mask=first > 0, other=-1)  # with the program before
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    for i in range(first, end):
+        next_row = tl.load(rows + i)
+        if next_row != row:
+            if shared:
+                tl.store(partial + lane, acc, mask=inside)
+            else:
+                to = grad + row.to(tl.int64) * D + lane
+                total = tl.load(to, mask=inside, other=0).to(tl.float32) + acc
+                tl.store(to, total.to(grad.dtype.element_ty), mask=inside)
+            acc = tl.zeros([BLOCK_D], tl.float32)
+            row = next_row
+            shared = False
+        source = dy + tl.load(place + i).to(tl.int64) * D + lane
+        acc += tl.load(source, mask=inside, other=0).to(tl.float32)
+    if shared:
+        tl.store(partial + lane, acc, mask=inside)
+    elif row == tl.load(rows + end, mask=end < T, other=-1):
+        tl.store(partial + D + lane, acc, mask=inside)
+    else:
+        to = grad + row.to(tl.int64) * D + lane
+        total = tl.load(to, mask=inside, other=0).to(tl.float32) + acc
+        tl.store(to, total.to(grad.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def finish_rows_kernel(grad, rows, run_ends, partial, T, D, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A row that begins among this program's and goes on: its parts, in their order, onto grad."""
+    chunk = tl.program_id(0)
+    lane = tl.arange(0, BLOCK_D)
+    inside = lane < D
+    first = chunk * CHUNK
+    end = tl.minimum(first + CHUNK, T)
+    row = tl.load(rows + end - 1)
+    run_end = tl.load(run_ends + chunk)
+    if (run_end <= end) | (row == tl.load(rows + first - 1, mask=first > 0, other=-1)):
+        return
+    acc = tl.load(partial + (2 * chunk + 1) * D + lane, mask=inside, other=0)
+    for later in range(chunk + 1, tl.cdiv(run_end, CHUNK)):
+        acc += tl.load(partial + 2 * later * D + lane, mask=inside, other=0)
+    to = grad + row.to(tl.int64) * D + lane
+    total = tl.load(to, mask=inside, other=0).to(tl.float32) + acc
+    tl.store(to, total.to(grad.dtype.element_ty), mask=inside)
+
+
+def add_rows_(grad: Tensor, dy: Tensor, order: RowOrder) -> None:
+    """grad (V, D): to each row what dy (T, D) has for it. No atomics: the same bits every time."""
+    T, D = dy.shape
+    chunks, BLOCK_D = len(order.run_ends), triton.next_power_of_2(D)
+    partial_sums = torch.empty(chunks, 2, D, dtype=torch.float32, device=dy.device)
+    shape = (T, D, ROWS_AT_ONCE, BLOCK_D)
+    add_rows_kernel[(chunks,)](grad, dy, order.rows, order.place, partial_sums, *shape)
+    finish_rows_kernel[(chunks,)](grad, order.rows, order.run_ends, partial_sums, *shape)
+
+
+class RowLookup(torch.autograd.Function):
+    """A lookup whose gradient goes into table.grad at once, where others' may stand already."""
+
+    @staticmethod
+    def forward(ctx, table, rows, order):
+        ctx.table, ctx.order = table, order
+        return F.embedding(rows, table)
+
+    @staticmethod
+    def backward(ctx, dy):
+        table = ctx.table
+        if table.grad is None:
+            table.grad = torch.zeros_like(table)
+        add_rows_(table.grad, dy.contiguous(), ctx.order)
+        return None, None, None
+
+
+def triton_look_up(table: Tensor, rows: Tensor, order: RowOrder | None, sparse: bool = False) -> Tensor:
+    """look_up without a gradient of the table's size. order: RowOrder.of(rows), None where none learns."""
+    if order is None or not torch.is_grad_enabled():
+        return look_up(table, rows, order)
+    return RowLookup.apply(table, rows, order)
 
 
 # ===== B. Ranks and batches: how processes exchange what they have, and how batches arrive. =====
@@ -3479,6 +3755,19 @@ def compile_failure(cfg: Config, device: torch.device) -> str | None:
     return None
 
 
+def compile_for_any_length(run_layers: Callable) -> Callable:
+    """GPT.run_layers as one graph, compiled once for sequences of all lengths."""
+    compiled = torch.compile(run_layers, fullgraph=True)
+
+    def call(x: Tensor, extras: list, values: dict, is_first: Tensor, positions: dict) -> Tensor:
+        places = [t for p in positions.values() for t in (p.first_key, p.cos, p.sin)]
+        for t in (x, *extras, *values.values(), is_first, *places):
+            torch._dynamo.maybe_mark_dynamic(t, 0)
+        return compiled(x, extras, values, is_first, positions)
+
+    return call
+
+
 def matrix_ceiling(
     device: torch.device, dtype: torch.dtype, size: int, synchronize: Callable[[], None]
 ) -> float:
@@ -3531,6 +3820,7 @@ class Gpu:
             kernels = replace(
                 kernels,
                 compile=partial(torch.compile, dynamic=False, fullgraph=True),
+                compile_layers=compile_for_any_length,
                 normuon_=torch.compile(normuon_, dynamic=False),
                 adam_=torch.compile(adam_, dynamic=False),
             )
@@ -3576,28 +3866,48 @@ def use_triton(cfg: Config, device: torch.device, kernels: Kernels) -> Kernels:
         return torch.randn(*size, generator=rng).bfloat16()
 
     cap = (cfg.softcap, cfg.softcap_shift, cfg.softcap_width)
-    targets, weights = torch.randint(cfg.vocab_size, (T, 2), generator=rng), torch.full((T, 2), 1 / T)
-    first_key = torch.arange(T) // 99 * 99
+    first_key, weights = torch.arange(T) // 99 * 99, torch.full((T, 2), 1 / T)
     up_and_down = random(2, cfg.mlp_ratio * D, D) / D**0.5
-    head = random(D, cfg.vocab_rows) / D**0.5
+    x, head = random(T, D), random(D, cfg.vocab_rows) * 6 / D**0.5
+    frequent = torch.randint(99, (T,), generator=rng) ** 2 // 99  # some rows often
+    targets = (x.to(device) @ head.to(device)).topk(2).indices.cpu()  # likely ones: the others weigh, too
     trials = {
         "attention": (triton_attention, [*random(3, T, 2, cfg.head_dim), first_key, T, torch.tensor(0.1)], 3),
         "mlp": (triton_mlp, [random(T, D), *up_and_down, cfg.activation], 3),
-        "head_chunk": (triton_head_chunk, [random(T, D), head, targets, weights, cap, True, cfg.fp8_head], 0),
+        "head_chunk": (triton_head_chunk, [x, head, targets, weights, cap, True, cfg.fp8_head], 0),
         "symmetric_product": (triton_symmetric_product, [random(2, 2 * D, D).mT], 0),
         "transpose_": (triton_transpose_, [random(D, T), random(T, D), True], 0),
+        "look_up": (triton_look_up, [random(99, D), frequent, random(T, D)], 0),
     }
     notes, chosen = [], {}
     for name, (fast, arguments, leaves) in trials.items():
-        wrong = differs_from_plain(getattr(kernels, name), fast, arguments, leaves, device)
+        tolerance = 0.1 if name == "head_chunk" and cfg.fp8_head else 0.02
+        plain, tried = getattr(kernels, name), fast
+        if name == "look_up":
+            plain, tried = table_gradient(plain), table_gradient(fast)
+        wrong = differs_from_plain(plain, tried, arguments, leaves, device, tolerance)
         if not wrong:
             chosen[name] = fast
+            chosen |= {"attention": {"reads_window": False}, "look_up": {"sorted_lookups": True}}.get(
+                name, {}
+            )
         notes.append(f"{name} plain ({wrong})" if wrong else f"{name} by kernel")
     return replace(kernels, note=", ".join(notes), **chosen)
 
 
+def table_gradient(look_up: Callable) -> Callable:
+    """(table, rows, dy) -> the gradient that a lookup leaves in table.grad."""
+
+    def gradient(table: Tensor, rows: Tensor, dy: Tensor) -> Tensor:
+        table = table.requires_grad_()
+        look_up(table, rows, RowOrder.of(rows)).backward(dy)
+        return table.grad
+
+    return gradient
+
+
 def differs_from_plain(
-    plain: Callable, fast: Callable, arguments: list, leaves: int, device: torch.device
+    plain: Callable, fast: Callable, arguments: list, leaves: int, device: torch.device, tolerance: float
 ) -> str:
     """Why a fast version cannot run here; '': it can.
 
@@ -3620,7 +3930,7 @@ def differs_from_plain(
     try:
         for ours, exact in zip(results(fast, torch.bfloat16), results(plain, torch.float32), strict=True):
             error = float((ours - exact).detach().norm() / exact.detach().norm())
-            if not error < 0.05:
+            if not error < tolerance:
                 return f"relative error {error:.2g}"
     except Exception as error:  # noqa: BLE001, whatever it is, the plain version stays
         return f"{type(error).__name__}: {first_line(error)}"
