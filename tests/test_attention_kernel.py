@@ -46,8 +46,8 @@ if not interpreter.ACTIVE:
     @pytest.mark.parametrize(
         "shapes, registers, shared",
         [
-            ("width 128", (144, 160, 240), (131128, 163896, 164904)),
-            ("width 64", (112, 120, 180), (65592, 81976, 82984)),
+            ("width 128", (144, 160, 212), (114744, 98336, 82472)),
+            ("width 64", (112, 124, 144), (57400, 49184, 41512)),
         ],
     )
     def test_kernels_on_hopper_use_its_matrix_and_copy_units_and_stay_within_budget(
@@ -59,11 +59,12 @@ if not interpreter.ACTIVE:
         for kernel in launches:
             which = kernels.index(kernel.name)
             assert kernel.fits and kernel.spill_st == kernel.spill_ld == 0, aot.row(kernel)
+            assert kernel.ctas_per_sm >= 2, "one program alone waits for memory: " + aot.row(kernel)
             assert kernel.regs <= registers[which] and kernel.smem <= shared[which], aot.row(kernel)
             assert min(kernel.counts[name] for name in ("wgmma", "tma_ld", "tma_st")) > 0, aot.row(kernel)
             assert not kernel.warnings, "ptxas serializes wgmma: " + aot.row(kernel)
             assert kernel.counts["atom"] == 0, "the result depends on the order of programs"
-        assert launches[0].grid == (49152 // 128, SHAPES[shapes][0][1])
+        assert launches[0].grid == (49152 // 64, SHAPES[shapes][0][1])
 
     @pytest.mark.parametrize("cc", [80, 89, 120])
     def test_kernels_fit_older_and_smaller_gpus(cc):

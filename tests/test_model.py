@@ -1334,3 +1334,35 @@ def test_the_cpu_tracks_baseline_is_a_plain_gpt2():
     close(
         model(tokens, targets, torch.ones(1), WINDOWS), plain_gpt2_loss(p, tokens, targets, cfg.windows), 1e-5
     )
+
+
+# One graph of all layers, as a GPU compiles them
+
+
+def test_layers_compile_once_for_all_lengths_and_windows(monkeypatch):
+    """Without a kernel that asks for the window: a graph to learn with, one to validate with."""
+
+    def see_everything(q, k, v, first_key, window, scale):
+        assert window is None
+        return tg.reference_attention(q, k, v, first_key, scale)
+
+    monkeypatch.setattr(tg.torch, "compile", partial(torch.compile, backend="aot_eager"))
+    cfg = tiny(windows="sl", paired_heads="p.", value_embeds=".0", skips="aa", backout="b.", extra_inputs=1)
+    kernels = tg.plain_kernels(attention=see_everything, reads_window=False)
+    plain = tg.GPT(cfg, kernels=kernels)
+    whole = tg.GPT(cfg, kernels=replace(kernels, compile_layers=tg.compile_for_any_length))
+    randomise(plain)
+    whole.load_state_dict(plain.state_dict())
+    torch._dynamo.utils.counters.clear()
+    for T, windows in ((128, (16, 48)), (192, (16, 64)), (128, (8, 32))):
+        tokens, targets = text(T, (0, 50, 51), seed=T)
+        losses = []
+        for model in (plain, whole):
+            model.zero_grad()
+            loss = model(tokens, targets, torch.ones(2), windows)
+            loss.backward()
+            losses.append(loss.item())
+        assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+        for (name, a), b in zip(plain.named_parameters(), whole.parameters(), strict=True):
+            close(b.grad, a.grad, 1e-4, name)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
