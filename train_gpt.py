@@ -1676,6 +1676,7 @@ class Trainer:
         self.cfg, self.schedule = cfg, Schedule(cfg)
         self.machine = Gpu(cfg) if cfg.device == "cuda" else Cpu(cfg)
         self.env = DistEnv.join(cfg, self.machine.device)
+        check_memory(cfg, self.machine, self.env)
         self.loader, self.validation = Loader(cfg), Validation(cfg)
         if self.env.rank == 0:
             self.loader.check_enough(self.schedule)
@@ -3742,6 +3743,32 @@ def multiplies_bfloat16(device: str) -> bool:
     return device == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def least_memory(cfg: Config, dtype: torch.dtype, world_size: int) -> dict[str, int]:
+    """Bytes that a process cannot do without, by what they hold: there is more, which depends on kernels."""
+    needed = {"parameters and gradients": 0, "the optimizer": 0}
+    for spec in parameter_table(cfg):
+        values, size = math.prod(spec.full_shape), 4 if spec.fp32 else dtype.itemsize
+        by_rows = spec.name == "bigram_embed" and cfg.bigram_momentum == 0  # see lazy_adam_
+        needed["parameters and gradients"] += values * size * (1 if by_rows else 2)
+        moments = values * 4 * (1 if by_rows else 2)
+        needed["the optimizer"] += moments // (world_size if spec.sharded else 1)
+    tokens = max(stage.batch_tokens for stage in cfg.stages) // cfg.micro_batches
+    of_a_layer = 8 * cfg.model_dim * dtype.itemsize  # a token's x, q, k, v, and the MLP's hidden values
+    return needed | {"a micro-batch": tokens * of_a_layer * len(cfg.windows)}
+
+
+def check_memory(cfg: Config, machine: "Gpu | Cpu", env: "DistEnv") -> None:
+    """UserError before anything is written, if a run cannot fit whatever else it does."""
+    needed, there = least_memory(cfg, machine.dtype, env.world_size), machine.total_memory()
+    parts = ", ".join(f"{name} {size / 2**30:,.1f}" for name, size in needed.items())
+    sizes = " ".join(
+        f"--{name} {getattr(cfg, name)}" for name in ("model_dim", "bigram_rows", "micro_batches")
+    )
+    advice = "use a smaller model, or raise --micro_batches"
+    fits = sum(needed.values()) <= there
+    need(fits, f"{sizes}: takes at least (GiB) {parts}; there are {there / 2**30:,.1f}; {advice}")
+
+
 def compile_failure(cfg: Config, device: torch.device) -> str | None:
     """Why torch.compile cannot be used here (no C++ compiler, say), by trying it."""
     if not cfg.compile:
@@ -3806,6 +3833,10 @@ class Gpu:
 
     def name(self) -> str:
         return torch.cuda.get_device_name()
+
+    def total_memory(self) -> int:
+        """Bytes that this process may use."""
+        return torch.cuda.get_device_properties(self.device).total_memory
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()
@@ -4081,6 +4112,13 @@ class Cpu:
         names = re.findall(r"model name\s*: (.*)", cpuinfo)
         name = names[0] if names else platform.processor() or platform.machine()
         return f"{name}, {os.cpu_count()} cores"
+
+    def total_memory(self) -> int:
+        """Bytes that this process may use: its share of the machine's, or of its container's."""
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        with contextlib.suppress(OSError, ValueError):  # "max": no limit
+            total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        return total // read_environment("LOCAL_WORLD_SIZE", 1)
 
     def synchronize(self) -> None:
         pass

@@ -6,11 +6,12 @@ import math
 import signal
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny
+from conftest import TINY_STAGES, tiny
 
 import train_gpt as tg
 
@@ -241,3 +242,30 @@ def test_tensors_that_are_not_the_models_or_the_optimizers_are_refused():
         changed = content | {part: {**content[part], name: state}}
         with pytest.raises(tg.UserError, match="run.step000002.pt"):
             tg.check_tensors(changed, model, optimizer)
+
+
+# ----- Sizes that no memory holds
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"model_dim": 2**14, "head_dim": 64, "mlp_ratio": 64}, "--model_dim 16384"),
+        ({"bigram_rows": 1000, "vocab_size": 2**16, "model_dim": 1024}, "--bigram_rows 1000"),
+        ({"stages": (replace(TINY_STAGES[0], batch_tokens=2**32),)}, "a micro-batch 49,152.0"),
+    ],
+)
+def test_what_no_memory_holds_is_refused_before_anything_is_written(tmp_path, tiny_data, changes, named):
+    cfg = tiny(data_dir=str(tiny_data), log_dir=str(tmp_path / "logs"), **changes)
+    with pytest.raises(tg.UserError) as refused:
+        tg.Trainer(cfg, {})
+    assert named in str(refused.value) and "GiB" in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("preset", tg.PRESETS)
+def test_what_a_run_needs_at_least_is_less_than_it_takes(preset):
+    """short's 22.4 GiB and medium's 44.6 (records/gpu, the null device) hold all of it."""
+    cfg = tg.PRESETS[preset]
+    least = sum(tg.least_memory(cfg, torch.bfloat16, 1).values()) / 2**30
+    assert 0 < least < {"short": 22, "medium": 44, "one-gpu": 11}.get(preset, 44), least

@@ -55,6 +55,7 @@ LIMITS = {
 }  # seconds
 DEFAULT = ("machine", "operators", "short", "train")
 PUBLIC_MS = {131072: 245, 262144: 448, 393216: 657}  # the record of 2026-01-24 on one H100, tokens a step: ms
+DEVICE = "cuda"
 H100_PEAK = 989e12  # FLOP/s of dense bfloat16, the datasheet's
 
 
@@ -198,7 +199,7 @@ def machine(add: Callable, quick: bool) -> None:
 
 def poison() -> None:
     """Free memory holds NaN: what an operator does not write shows."""
-    held = [torch.full((2**27,), float("nan"), dtype=torch.bfloat16, device="cuda") for _ in range(8)]
+    held = [torch.full((2**27,), float("nan"), dtype=torch.bfloat16, device=DEVICE) for _ in range(8)]
     del held
 
 
@@ -213,8 +214,8 @@ def results(operator: Callable, inputs: list, leaves: int, dtype: torch.dtype, s
     output = operator(*given)
     outputs = [output] if isinstance(output, Tensor) else [part for part in output if part is not None]
     if wanted:
-        rng = torch.Generator("cuda").manual_seed(seed)
-        upstream = torch.randn(outputs[0].shape, device="cuda", generator=rng).to(outputs[0].dtype)
+        rng = torch.Generator(DEVICE).manual_seed(seed)
+        upstream = torch.randn(outputs[0].shape, device=DEVICE, generator=rng).to(outputs[0].dtype)
         outputs.extend(torch.autograd.grad(outputs[0], wanted, upstream))
     return [output.detach() for output in outputs]
 
@@ -242,7 +243,7 @@ def compare(
     """fast against the exact operator in a higher dtype; plain's own error beside it. Fresh inputs."""
     if is_null():
         dtype = torch.float32  # its libraries know no float64
-    rng = torch.Generator("cuda").manual_seed(int.from_bytes(os.urandom(4), "little"))
+    rng = torch.Generator(DEVICE).manual_seed(int.from_bytes(os.urandom(4), "little"))
     inputs = make(rng)
     exactly = results(exact or plain, inputs, leaves, dtype, seed=1)
     poison()
@@ -257,13 +258,13 @@ def compare(
 
 
 def random(rng: torch.Generator, *size: int, scale: float = 1.0) -> Tensor:
-    return (torch.randn(*size, device="cuda", generator=rng) * scale).bfloat16()
+    return (torch.randn(*size, device=DEVICE, generator=rng) * scale).bfloat16()
 
 
 def documents(rng: torch.Generator, T: int) -> Tensor:
     """(T,) where each token's document starts: lengths are log-normal, about 600 tokens."""
-    seed = int(torch.randint(2**31, (1,), device="cuda", generator=rng))
-    return torch.from_numpy(document_starts(np.random.default_rng(seed), T)).cuda()
+    seed = int(torch.randint(2**31, (1,), device=DEVICE, generator=rng))
+    return torch.from_numpy(document_starts(np.random.default_rng(seed), T)).to(DEVICE)
 
 
 def document_starts(rng: np.random.Generator, T: int) -> np.ndarray:
@@ -277,7 +278,7 @@ def document_starts(rng: np.random.Generator, T: int) -> np.ndarray:
 def first_keys(starts: Tensor, window: int, paired: bool) -> Tensor:
     if paired:
         starts = 2 * starts.repeat_interleave(2)
-    return torch.maximum(starts, torch.arange(len(starts), device="cuda") - window + 1)
+    return torch.maximum(starts, torch.arange(len(starts), device=DEVICE) - window + 1)
 
 
 def exact_attention(q, k, v, first_key, window, scale) -> Tensor:
@@ -324,7 +325,7 @@ def compiled(operator: Callable) -> Callable:
 
 def attention_rows(add: Callable, cfg: tg.Config, quick: bool) -> None:
     H, d = cfg.num_heads, cfg.head_dim
-    scale = torch.tensor(0.1, device="cuda")
+    scale = torch.tensor(0.1, device=DEVICE)
 
     def make(T: int, window: int, paired: bool, rng: torch.Generator) -> list:
         places, heads = (2 * T, H // 2) if paired else (T, H)
@@ -354,8 +355,8 @@ def attention_rows(add: Callable, cfg: tg.Config, quick: bool) -> None:
         compare(
             add, name, tg.triton_attention, tg.banded_attention, partial(make, T, window, paired), leaves=3
         )
-        inputs = make(T, window, paired, torch.Generator("cuda").manual_seed(1))
-        visible = torch.arange(len(inputs[0]), device="cuda") - inputs[3] + 1
+        inputs = make(T, window, paired, torch.Generator(DEVICE).manual_seed(1))
+        visible = torch.arange(len(inputs[0]), device=DEVICE) - inputs[3] + 1
         flops = 4 * d * inputs[0].size(1) * int(visible.sum())
         forward, both = forward_and_backward(tg.triton_attention, inputs, 3)
         ms, ms_both = milliseconds(forward), milliseconds(both)
@@ -375,7 +376,7 @@ def mlp_rows(add: Callable, cfg: tg.Config, quick: bool) -> None:
     for T, dtype in ((512, torch.float64), (512 if quick else 49152, torch.float32)):
         name = f"relu2 MLP, T {T}, {'float64' if dtype == torch.float64 else 'float32'}"
         compare(add, name, tg.triton_mlp, tg.mlp, partial(make, T), leaves=3, dtype=dtype)
-    inputs = make(512 if quick else 49152, torch.Generator("cuda").manual_seed(1))
+    inputs = make(512 if quick else 49152, torch.Generator(DEVICE).manual_seed(1))
     forward, both = forward_and_backward(tg.triton_mlp, inputs, 3)
     _, plain_both = forward_and_backward(compiled(tg.mlp), inputs, 3)
     flops, ms, ms_both = 4 * len(inputs[0]) * D * W, milliseconds(forward), milliseconds(both)
@@ -401,7 +402,7 @@ def head_rows(add: Callable, cfg: tg.Config, quick: bool) -> None:
         """The head as it is when it has learned: likely targets, so that errors elsewhere weigh."""
         x, head = random(rng, c, D), random(rng, D, V, scale=6 * D**-0.5)
         likely = (x.float() @ head.float()).topk(2, dim=-1).indices
-        return [x, head, likely, torch.full((c, 2), 0.5 / c, device="cuda"), cap, True, fp8]
+        return [x, head, likely, torch.full((c, 2), 0.5 / c, device=DEVICE), cap, True, fp8]
 
     plain = partial(tg.head_chunk)
     for fp8, tolerance in ((False, 1e-2), (True, 8e-2)):
@@ -409,7 +410,7 @@ def head_rows(add: Callable, cfg: tg.Config, quick: bool) -> None:
         name = f"head and loss, {kind}, float64"
         exact, fast = exact_head, tg.triton_head_chunk
         compare(add, name, fast, plain, partial(make, fp8, 512), 0, torch.float64, exact, tolerance)
-        inputs = make(fp8, 512 if quick else 16384, torch.Generator("cuda").manual_seed(1))
+        inputs = make(fp8, 512 if quick else 16384, torch.Generator(DEVICE).manual_seed(1))
         c, ms = len(inputs[0]), milliseconds(lambda inputs=inputs: tg.triton_head_chunk(*inputs))
         without = milliseconds(lambda inputs=inputs: tg.triton_head_chunk(*inputs[:5], False, inputs[6]))
         add(
@@ -433,7 +434,7 @@ def matrix_rows(add: Callable, cfg: tg.Config, quick: bool) -> None:
             return [random(rng, n, rows, depth)]
 
         compare(add, name, tg.triton_symmetric_product, tg.symmetric_product, make, dtype=torch.float64)
-        x = make(torch.Generator("cuda").manual_seed(1))[0]
+        x = make(torch.Generator(DEVICE).manual_seed(1))[0]
         ms, bare = (
             milliseconds(lambda x=x: tg.triton_symmetric_product(x)),
             milliseconds(lambda x=x: x @ x.mT),
@@ -445,7 +446,7 @@ def matrix_rows(add: Callable, cfg: tg.Config, quick: bool) -> None:
             polar[f"polar_ms_{kind}"] = milliseconds(lambda f=orthogonalise, x=x: f(x))
         add(name, ms=ms, TFLOP_s=2 * n * rows**2 * depth / ms / 1e9, bare_product_ms=bare, **polar)
     V = 1024 if quick else cfg.vocab_rows
-    rng = torch.Generator("cuda").manual_seed(1)
+    rng = torch.Generator(DEVICE).manual_seed(1)
     embed, head = random(rng, V, D), random(rng, D, V)
     for add_to in (True, False):
         expected = embed + head.T if add_to else head.T
@@ -462,10 +463,10 @@ def matrix_rows(add: Callable, cfg: tg.Config, quick: bool) -> None:
 def table_rows(add: Callable, cfg: tg.Config, quick: bool) -> None:
     """Adam, NorMuon and the gradient of a lookup, at the model's largest."""
     D, R = cfg.model_dim, 1024 if quick else cfg.bigram_rows * cfg.vocab_rows
-    rng = torch.Generator("cuda").manual_seed(1)
-    p, grad, low = random(rng, R, D), random(rng, R, D), torch.zeros(R, D, dtype=torch.int16, device="cuda")
-    m, v = (torch.zeros(R, D, device="cuda") for _ in range(2))
-    steps, lr = torch.ones((), device="cuda"), torch.tensor(1e-3, device="cuda")
+    rng = torch.Generator(DEVICE).manual_seed(1)
+    p, grad, low = random(rng, R, D), random(rng, R, D), torch.zeros(R, D, dtype=torch.int16, device=DEVICE)
+    m, v = (torch.zeros(R, D, device=DEVICE) for _ in range(2))
+    steps, lr = torch.ones((), device=DEVICE), torch.tensor(1e-3, device=DEVICE)
     adam = partial(compiled(tg.adam_), lr=lr, wd=0.1, betas=(0.9, 0.95), eps=1e-10, steps=steps)
     moved = p.clone()
     tg.adam_(p, low, grad, m, v, lr=lr, wd=0.1, betas=(0.9, 0.95), eps=1e-10, steps=steps)
@@ -476,7 +477,7 @@ def table_rows(add: Callable, cfg: tg.Config, quick: bool) -> None:
     add("Adam, bigram table", ok=equal < 1e-3, ms=ms, GB_s=R * D * 26 / ms / 1e6, different=equal)
     moved = m = v = low = grad = None
     T = 1024 if quick else 49152
-    rows = torch.randint(R, (T,), device="cuda", generator=rng)
+    rows = torch.randint(R, (T,), device=DEVICE, generator=rng)
     table, upstream = p.requires_grad_(), random(rng, T, D)
 
     def lookup() -> object:
@@ -488,14 +489,14 @@ def table_rows(add: Callable, cfg: tg.Config, quick: bool) -> None:
     )
     bank = random(rng, 22, 4 * D, D, scale=D**-0.5)
     low = torch.zeros_like(bank, dtype=torch.int16)
-    m = torch.zeros(bank.shape, device="cuda")
+    m = torch.zeros(bank.shape, device=DEVICE)
     muon = partial(
         compiled(tg.normuon_),
         lr=lr,
         wd=0.1,
-        momentum=torch.tensor(0.9, device="cuda"),
+        momentum=torch.tensor(0.9, device=DEVICE),
         beta2=0.95,
-        matrix_lrs=torch.ones(22, 1, 1, device="cuda"),
+        matrix_lrs=torch.ones(22, 1, 1, device=DEVICE),
         symmetric_product=tg.triton_symmetric_product,
     )
     grads = random(rng, *bank.shape)
@@ -638,13 +639,13 @@ def stage_rows(add: Callable, trainer: tg.Trainer) -> None:
 KERNELS = {  # the first pattern that a kernel's name holds says what it is
     "attention": r"attention_",
     "relu2": r"relu2_kernel",
-    "cross-entropy": r"cross_entropy_kernel",
+    "cross-entropy": r"cross_entropy_kernel|logit_gradient_kernel|target_gradient_kernel",
     "symmetric": r"symmetric_kernel",
     "transposes": r"transpose_kernel",
     "Inductor's": r"^triton_",
     "products": r"gemm|nvjet|cutlass|xmma|cublas|splitK",
     "copies, fills": r"[Mm]emcpy|[Mm]emset|FillFunctor|copy",
-    "lookups, sorts": r"embedding|index|[Ss]ort|scan|cum",
+    "lookups, sorts": r"_rows_kernel|embedding|index|[Ss]ort|scan|cum",
 }
 
 
