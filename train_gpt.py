@@ -860,7 +860,6 @@ class GPT(nn.Module):
         """tokens (T,) -> what the head reads, (T, D)."""
         docs = Documents.find(tokens, self.cfg.bos_id)
         look_up, order = self.kernels.look_up, self.row_order(tokens)
-        x = look_up(self.embed, tokens, order)  # (T, D)
         values = {}  # (T, D) of each value embedding
         for name in value_tables(self.cfg):
             values[name] = look_up(getattr(self, f"value_embed_{name}"), tokens, order)
@@ -869,7 +868,8 @@ class GPT(nn.Module):
             if layer.attends and (layer.window, layer.paired) not in positions:
                 positions[layer.window, layer.paired] = self.positions(layer, docs, windows)
         extras = self.extra_streams(tokens, docs, order)
-        return self.run_layers(x, extras, values, docs.is_first, positions)
+        # The first argument has no name here: a validation holds it no longer than the layers do.
+        return self.run_layers(look_up(self.embed, tokens, order), extras, values, docs.is_first, positions)
 
     def run_layers(
         self,

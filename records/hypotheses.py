@@ -102,9 +102,10 @@ CENTRED_NORM = (
 # 2410.07799: attention less the plain mean of the values in sight, which is attention with queries of zeros.
 CENTRED_ATTENTION = (
     after(
-        "    y = attention(q, k, v, first_key, positions.window, positions.softmax_scale)",
+        "    y = attention(q, k, v, positions.first_key, positions.window, positions.softmax_scale)",
         "    still = torch.zeros_like(q)",
-        "    y = y - attention(still, k, v, first_key, positions.window, positions.softmax_scale)",
+        "    mean = attention(still, k, v, positions.first_key, positions.window, positions.softmax_scale)",
+        "    y = y - mean",
     ),
 )
 
@@ -112,7 +113,7 @@ CENTRED_ATTENTION = (
 # the commonest first.
 COMMON_TOKENS = (
     after(
-        '            values[name] = F.embedding(tokens, getattr(self, f"value_embed_{name}"))',
+        '            values[name] = look_up(getattr(self, f"value_embed_{name}"), tokens, order)',
         "            values[name] = values[name] * (tokens < 0.8 * self.cfg.vocab_size)[:, None]",
     ),
 )
@@ -139,7 +140,7 @@ def qk_clip(tau: float) -> tuple:
             '        self.register_buffer("top_logit", torch.zeros(heads), persistent=False)',
         ),
         after(
-            "        weights = [SimpleNamespace(**dict.fromkeys(names)) for _ in self.layers]",
+            "        weights = [LayerWeights() for _ in self.layers]",
             "        for w, factor, top in zip(weights, self.qk_factor, self.top_logit, strict=True):",
             "            w.qk_factor, w.top_logit = factor, top",
         ),

@@ -26,7 +26,7 @@ from data.shards import write_shard
 # gradient that nobody will use.
 STEPS, SAVE_POINTS, WINDOW_GROWS, UNTIED = 13, [2, 4, 6, 8, 10, 12, 13], 6, 10
 BASE = dict(num_steps=STEPS, val_every=4, micro_batches=2, final_long_window=96)
-DTYPES = ["float32", "bfloat16"]
+DTYPES = ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)]
 
 
 class Killed(BaseException):
@@ -1035,6 +1035,7 @@ def test_a_quiet_run_has_no_spikes(undisturbed):
 # ---- the fault program
 
 
+@pytest.mark.slow
 def test_two_runs_are_killed_at_a_random_moment_and_resumed(corpus_dir):
     """One process, then one of two; tests/programs/faults.py is the whole of it."""
     command = [sys.executable, "-m", "tests.programs.faults"]

@@ -74,7 +74,7 @@ if not interpreter.ACTIVE:
         assert kernel.regs <= 115 and kernel.smem <= 128 * 1024 and kernel.ctas_per_sm == 2, aot.row(kernel)
         assert kernel.counts["wgmma"] and kernel.counts["mma"] == 0, aot.row(kernel)
 
-    @pytest.mark.parametrize("cc", [80, 89, 120])
+    @pytest.mark.parametrize("cc", [89, *(pytest.param(cc, marks=pytest.mark.slow) for cc in (80, 120))])
     def test_matrix_kernels_fit_elsewhere(cc):
         """No spills, tensor cores, shared memory as there is: 163 KB on sm_80, 99 KB on sm_89 and sm_120."""
         for backward in (False, True):

@@ -214,7 +214,8 @@ def test_the_edit_that_centres_attention(edited):
     is_first[[0, 10]] = True
     starts = torch.tensor([0] * 10 + [10] * 14)
     positions = tg.Positions(
-        tg.Documents(is_first, starts),
+        is_first,
+        first_key=torch.maximum(starts, torch.arange(24) - 7),
         cos=torch.ones(24, 4),
         sin=torch.zeros(24, 4),
         softmax_scale=torch.tensor(0.25),
@@ -223,8 +224,7 @@ def test_the_edit_that_centres_attention(edited):
         key_offset=False,
     )
     args = (q, k, v, positions, tg.banded_attention)
-    first_key = torch.maximum(starts, torch.arange(24) - 7)
-    mean = torch.stack([v[first_key[i] : i + 1].mean(0) for i in range(24)])
+    mean = torch.stack([v[positions.first_key[i] : i + 1].mean(0) for i in range(24)])
     torch.testing.assert_close(
         edited("000-centred-attention").attend(*args), tg.attend(*args) - mean, rtol=1e-4, atol=1e-4
     )

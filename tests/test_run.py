@@ -600,6 +600,7 @@ def test_the_bigram_model_is_a_fair_one():
     assert bigram < unigram
 
 
+@pytest.mark.slow
 def test_it_learns_more_than_bigrams(tmp_path, corpus_dir):
     """On held-out text, after the same training tokens as the n-gram models."""
     stage = replace(tg.PRESETS["cpu"].stages[-1], batch_tokens=1024, max_doc_len=512, windows=(64, 256))
