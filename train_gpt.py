@@ -229,6 +229,7 @@ class Config:
     epochs: int = flag(1, "times that the training shards may be read; a record reads them once", 1, 10**4)
     batch_mul: float = flag(1.0, "times every stage's tokens a step", 1e-6, 1e3)
     micro_batches: int = flag(8, "of a step; the ranks share them and compute the same", 1, 2**12)
+    join: int = flag(0, "micro-batches in one pass, to the same losses; 0: as many as a GPU holds", 0, 2**12)
     val_tokens: int = flag(10485760, "fixed, or losses could not be compared", 1, 2**31)
     val_seq_len: int = flag(262144, "a validation sequence; documents are cut at its ends", 1, 2**24)
     val_every: int = flag(250, "steps; 0: only at the end", 0, 10**7)
@@ -528,6 +529,8 @@ def check_steps(cfg: Config) -> None:
     share, steps = cfg.extension_share, f"--num_steps {cfg.num_steps}"
     need(cfg.scheduled_steps >= 1, f"--extension_share {share}: leaves no scheduled step of {steps}")
     low, high = cfg.momentum_min, cfg.momentum_max
+    whole = not cfg.join or cfg.micro_batches % cfg.join == 0
+    need(whole, f"--join {cfg.join}: must divide --micro_batches {cfg.micro_batches}")
     need(low <= high, f"--momentum_min {low}: must not be above --momentum_max {high}")
     whole = cfg.val_tokens % cfg.val_seq_len == 0
     need(whole, f"--val_tokens {cfg.val_tokens}: must be a multiple of --val_seq_len {cfg.val_seq_len}")
@@ -790,7 +793,8 @@ class GPT(nn.Module):
         self.register_buffer("rotary_freqs", cfg.rotary_base**-powers)  # (half,), radians a token
         self.register_buffer("softmax_scale", torch.tensor(cfg.softmax_scale))
         self.register_buffer("long_window", torch.tensor(cfg.stages[0].windows[1]))
-        longest = max(cfg.val_seq_len, *(stage.batch_tokens // cfg.micro_batches for stage in cfg.stages))
+        together = max(1, cfg.join)
+        longest = max(cfg.val_seq_len, together * most_tokens(cfg))
         positions = longest * (2 if any(layer.paired for layer in self.layers) else 1)
         self.register_buffer("rotary_cos", torch.empty(positions, half), persistent=False)
         self.register_buffer("rotary_sin", torch.empty(positions, half), persistent=False)
@@ -845,16 +849,18 @@ class GPT(nn.Module):
         loss_weights: Tensor,
         windows: tuple[int, int],
         learn: bool = True,
+        joined: int = 1,
     ) -> Tensor:
         """-> the mean loss, nats a token.
 
         tokens, targets: (T,) ids. loss_weights: (n,), of the losses on the next n tokens. windows: short and
-        long, tokens. learn: with its gradient.
+        long, tokens. learn: with its gradient. joined: sequences of equal length, each of which begins with a
+        document, that the T tokens are.
         """
         x = self.hidden(tokens, windows)
         cap = (self.cfg.softcap, self.cfg.softcap_shift, self.cfg.softcap_width)
         head_chunk = partial(self.head_chunk, fp8=self.cfg.fp8_head)
-        return head_loss(x, self.lm_head, targets, loss_weights, cap, head_chunk, learn)
+        return head_loss(x, self.lm_head, targets, loss_weights, cap, head_chunk, learn, joined)
 
     def hidden(self, tokens: Tensor, windows: tuple[int, int]) -> Tensor:
         """tokens (T,) -> what the head reads, (T, D)."""
@@ -1548,6 +1554,20 @@ class Loader:
                 walker.next_sequence(stage.batch_tokens // self.cfg.micro_batches + 1, stage.max_doc_len)
 
 
+def most_tokens(cfg: Config) -> int:
+    """Of a micro-batch, in any stage."""
+    return max(stage.batch_tokens for stage in cfg.stages) // cfg.micro_batches
+
+
+def join_sequences(sequences: list[tuple[Tensor, Tensor]], count: int) -> list[tuple[Tensor, Tensor]]:
+    """(tokens, targets) of `count` after each other as one. Each begins with a BOS, so none sees another."""
+    joined = []
+    for first in range(0, len(sequences), count):
+        tokens, targets = zip(*sequences[first : first + count], strict=True)
+        joined.append((torch.cat(tokens), torch.cat(targets)))
+    return joined
+
+
 def split_targets(tokens: np.ndarray) -> tuple[Tensor, Tensor]:
     """tokens (T + 1,) -> tokens (T,), and the token after each (T,)."""
     both = torch.from_numpy(tokens.astype(np.int64))
@@ -1685,7 +1705,9 @@ class Trainer:
         self.clock = Clock(self.machine)
         ceiling = self.machine.matrix_ceiling() * self.env.world_size  # measured before compilers start
         kernels = self.machine.choose_kernels(self.env)
-        self.model = GPT(cfg, self.machine.dtype, kernels).to(self.env.device)
+        self.joined = cfg.join or joined_by_memory(cfg, self.machine, self.env.world_size)
+        joined_cfg = replace(cfg, join=self.joined)
+        self.model = GPT(joined_cfg, self.machine.dtype, kernels).to(self.env.device)
         if cfg.spectral and not saved:  # training time
             self.clock.start()
             start_from_counts(cfg, self.model, self.loader.tokens, self.env)
@@ -1746,7 +1768,8 @@ class Trainer:
             sparse_grad.exchange_indices(batch.bigram_rows, last=self.optimizer.adam_turn(step))
         asked_to_stop = float(self.signals.name is not None)
         copy_to_device(torch.tensor([*self.schedule.predict(step), asked_to_stop]), self.step_scalars)
-        sequences, windows = self.machine.copy_batches(batch.sequences), self.schedule.windows(step)
+        joined = join_sequences(batch.sequences, self.joined)
+        sequences, windows = self.machine.copy_batches(joined), self.schedule.windows(step)
         kind = (len(sequences[0][0]), windows)
         self.graphs.run(kind, lambda: self.accumulate_gradients(sequences, windows))
         self.optimizer.step(
@@ -1768,10 +1791,10 @@ class Trainer:
         loss_weights = self.step_scalars[:-1]
         self.result.copy_(F.pad(self.step_scalars[-1:], (1, 0)))
         for tokens, targets in sequences:
-            loss = self.model(tokens, targets, loss_weights, windows)
+            loss = self.model(tokens, targets, loss_weights, windows, joined=self.joined)
             summed = len(tokens) / LOSS_SHARES * loss
             summed.backward()
-            self.result[0] += loss.detach() / self.cfg.micro_batches
+            self.result[0] += loss.detach() * (self.joined / self.cfg.micro_batches)
 
     def run_update(self, adam_turn: bool) -> None:
         self.graphs.run((adam_turn, self.optimizer.tied), lambda: self.optimizer.update(adam_turn))
@@ -2418,12 +2441,17 @@ def head_loss(
     cap: Cap,
     head_chunk: Callable | None = None,
     learn: bool = True,
+    joined: int = 1,
 ) -> Tensor:
-    """reference_head_loss by chunks of tokens: float32 logits of a whole sequence never exist at once."""
-    T = len(targets)
+    """reference_head_loss by chunks of tokens: float32 logits of a whole sequence never exist at once.
+
+    Of several joined sequences, equally long, the mean.
+    """
+    T, length = len(targets), len(targets) // joined
     ahead = torch.arange(len(weights), device=x.device)
     place = torch.arange(T, device=x.device)[:, None] + ahead  # (T, n)
-    weights = torch.where(place < T, weights / T, 0)  # no loss on what is past the end
+    inside = place % length >= ahead  # of a token's own sequence; none is shorter than `ahead`
+    weights = torch.where(inside & (place < T), weights / T, 0)  # no loss on what is past the end
     targets = targets[place.clamp_max(T - 1)]
     with_grad = learn and torch.is_grad_enabled()
     return HeadLoss.apply(x, head, targets, weights, cap, head_chunk or plain_kernels().head_chunk, with_grad)
@@ -2951,6 +2979,12 @@ class DistEnv:
         advice = "start a number that divides it, or change it"
         fair = world_size > 0 and cfg.micro_batches % world_size == 0
         need(fair, f"--micro_batches {cfg.micro_batches}: {world_size} processes cannot share them; {advice}")
+        share = cfg.micro_batches // world_size
+        whole = not cfg.join or share % cfg.join == 0
+        need(
+            whole,
+            f"--join {cfg.join}: must divide the {share} micro-batches of each of {world_size} processes",
+        )
         found = f"RANK={rank} and WORLD_SIZE={world_size} in the environment"
         advice = "unset both, or start with torchrun"
         need(rank < world_size, f"{found}: ranks go from 0 to {world_size - 1}; {advice}")
@@ -3345,6 +3379,7 @@ def run_facts(machine: "Gpu | Cpu", env: DistEnv, model: GPT, ceiling: float) ->
         "parameters": f"{total:,}, of them {matrices:,} in matrices",
         "matrix ceiling": f"{ceiling / 1e9:.0f} GFLOP/s measured, all processes together",
         "operators": model.kernels.note,
+        "joined": f"{model.cfg.join} micro-batch(es) a pass",
     }
 
 
@@ -3471,6 +3506,7 @@ KEPT_CHECKPOINTS = 2
 RUN_ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z_-]{0,99}", re.ASCII)
 # Settings that say nothing of what a run computes: a resumed run may have others.
 MAY_DIFFER = {
+    "join",
     "data_dir",
     "log_dir",
     "rank_timeout",
@@ -3752,9 +3788,26 @@ def least_memory(cfg: Config, dtype: torch.dtype, world_size: int) -> dict[str, 
         needed["parameters and gradients"] += values * size * (1 if by_rows else 2)
         moments = values * 4 * (1 if by_rows else 2)
         needed["the optimizer"] += moments // (world_size if spec.sharded else 1)
-    tokens = max(stage.batch_tokens for stage in cfg.stages) // cfg.micro_batches
     of_a_layer = 8 * cfg.model_dim * dtype.itemsize  # a token's x, q, k, v, and the MLP's hidden values
-    return needed | {"a micro-batch": tokens * of_a_layer * len(cfg.windows)}
+    together = max(1, cfg.join) * most_tokens(cfg)
+    return needed | {"a micro-batch": together * of_a_layer * len(cfg.windows)}
+
+
+def joined_by_memory(cfg: Config, machine: "Gpu | Cpu", world_size: int) -> int:
+    """How many of a rank's micro-batches a GPU computes together: 1, 2, 4, ...
+
+    A token takes 28 values of the model's width a layer, by what an H100 reserved for `short`, graphs among
+    it (records/gpu); all is to fit into seven tenths of the memory.
+    """
+    if cfg.device == "cpu":
+        return 1
+    needed = least_memory(replace(cfg, join=1), machine.dtype, world_size)
+    fixed = needed["parameters and gradients"] + needed["the optimizer"]
+    a_micro_batch = most_tokens(cfg) * 28 * cfg.model_dim * machine.dtype.itemsize * len(cfg.windows)
+    share, joined = cfg.micro_batches // world_size, 1
+    while share % (2 * joined) == 0 and fixed + 2 * joined * a_micro_batch <= 0.7 * machine.total_memory():
+        joined *= 2
+    return joined
 
 
 def check_memory(cfg: Config, machine: "Gpu | Cpu", env: "DistEnv") -> None:
@@ -4044,11 +4097,12 @@ def run_dummy_steps(trainer: Trainer) -> dict[StepKind, list[tuple[Tensor, Tenso
     for end in schedule.ends:
         if end > 0:
             stage = schedule.stage(end - 1)
-            kinds.add((stage.batch_tokens // cfg.micro_batches, stage.windows))
+            kinds.add((trainer.joined * stage.batch_tokens // cfg.micro_batches, stage.windows))
     inputs = {}
     for kind in sorted(kinds, reverse=True):  # the largest first: the others find room in its memory
         length, windows = kind
-        sequences = [dummy_sequence(cfg, length)] * (cfg.micro_batches // trainer.env.world_size)
+        passes = cfg.micro_batches // trainer.env.world_size // trainer.joined
+        sequences = [dummy_sequence(cfg, length)] * passes
         inputs[kind] = trainer.machine.copy_batches(sequences)
         trainer.accumulate_gradients(inputs[kind][:1], windows)
     return inputs

@@ -77,9 +77,19 @@ def records_in(track: Path) -> list[Path]:
     return sorted(path.parent for path in track.glob("[!.]*/train_gpt.py"))
 
 
-def earlier_records(folder: Path) -> list[Path]:
-    """This track's records before `folder`, which need not be there."""
-    return [path for path in records_in(folder.parent) if path.name < folder.name]
+def card_of(logs: Group) -> str:
+    """The kind of card, or of machine, that runs were on."""
+    return (logs.runs[0].hardware or "unknown").partition(";")[0]
+
+
+def earlier_records(folder: Path, this: Path) -> list[Path]:
+    """This track's records before `folder`, which need not be there; on the card of the logs in `this`."""
+    found = [path for path in records_in(folder.parent) if path.name < folder.name]
+    track = TRACKS.get(folder.parent.name)
+    if not found or track is None or not track.by_card:
+        return found
+    card = card_of(group("this", this))
+    return [path for path in found if card_of(group(path.name, path / "this")) == card]
 
 
 def baseline_of(folder: Path) -> Path | None:
@@ -88,7 +98,7 @@ def baseline_of(folder: Path) -> Path | None:
     if file_kind(named) == "missing":
         return own if file_kind(own) == "folder" else None
     need(file_kind(own) == "missing", f"{folder}: has BASELINE and baseline/; one of them must go")
-    earlier = earlier_records(folder)
+    earlier = earlier_records(folder, folder / "this")
     need(earlier, f"{named}: there is no record before this one")
     wanted = f"{earlier[-1].name}/this"
     given = read_text(named, limit=1000).strip()
@@ -109,21 +119,28 @@ def history(track: Path) -> list[tuple[Group, Group | None]]:
         baseline = baseline_of(path)
         found.append((group(path.name, path / "this"), group("baseline", baseline) if baseline else None))
     need(found, f"{track}: no records there")
+    if track.name in TRACKS and TRACKS[track.name].by_card:
+        found.sort(key=lambda record: card_of(record[0]))  # stable: oldest first of each
     return found
 
 
-def history_table(records: list[tuple[Group, Group | None]], target: float, form: str = "text") -> str:
+def history_table(
+    records: list[tuple[Group, Group | None]], target: float, form: str = "text", by_card: bool = False
+) -> str:
     """Losses in nats a token, times in seconds.
 
     p: of a mean so far under the target, and of a time so unlike the baseline's.
     """
-    rows, first = [], records[0][0].times.mean
+    rows, firsts = [], {}
     for one, before in records:
+        first = firsts.setdefault(card_of(one) if by_card else "", one.times.mean)
         gain = before.times.mean / one.times.mean if before else math.nan
         p = welch(one.times, before.times) if before else math.nan
         date, _, name = one.name.partition("_")
+        card = [card_of(one)] if by_card else []
         rows.append(
             [
+                *card,
                 date,
                 name,
                 str(one.losses.n),
@@ -138,18 +155,24 @@ def history_table(records: list[tuple[Group, Group | None]], target: float, form
             ]
         )
     losses = ["loss μ", "loss σ", f"p under {target:g}"]
-    head = ["date", "record", "runs", *losses, "time μ", "time σ", "x before", "p", "x first"]
-    return table(head, rows, form, left=(0, 1))
+    names = ["card", "date", "record"] if by_card else ["date", "record"]
+    head = [*names, "runs", *losses, "time μ", "time σ", "x before", "p", "x first"]
+    return table(head, rows, form, left=tuple(range(len(names))))
 
 
 def draw_history(records: list[tuple[Group, Group | None]], track: str, target: float, out: Path) -> None:
     """Each run's training time, a column a record; a line through the means. Time is logarithmic."""
     figure, axes = canvas(out)
     means = [one.times.mean for one, _ in records]
-    axes.plot(range(len(records)), means, color="grey", linewidth=1, zorder=1)
+    cards = [card_of(one) if TRACKS[track].by_card else "" for one, _ in records]
+    for card in dict.fromkeys(cards):
+        places = [n for n in range(len(records)) if cards[n] == card]
+        axes.plot(places, [means[n] for n in places], color="grey", linewidth=1, zorder=1)
     for n, (one, _) in enumerate(records):
         axes.scatter([n] * one.times.n, one.times.values, s=18)
-        words = f"{one.times.mean:.1f} s" + (f"\n{means[0] / one.times.mean:.1f} times as fast" if n else "")
+        first = cards.index(cards[n])
+        words = f"{one.times.mean:.1f} s" + (f"\n{cards[n]}" if first == n else "")
+        words += f"\n{means[first] / one.times.mean:.1f} times as fast" if first < n else ""
         axes.annotate(words, (n, one.times.mean), (8, 8), textcoords="offset points")
     time_axis(axes.yaxis)
     axes.set_xticks(range(len(records)), [one.name.replace("_", "\n", 1) for one, _ in records])
@@ -335,7 +358,7 @@ def main_history(args: argparse.Namespace) -> int:
     if args.out:
         check_output(args.out)
     records, target = history(args.records.absolute() / args.track), target_of(args, args.track)
-    say(history_table(records, target, args.format))
+    say(history_table(records, target, args.format, TRACKS[args.track].by_card))
     if args.out:
         draw_history(records, args.track, target, args.out)
     return 0
@@ -356,7 +379,7 @@ def main(argv: list[str]) -> int:
         read_text(paths.file),
         group("this", paths.this),
         group("baseline", paths.baseline) if paths.baseline else None,
-        earlier_records(paths.folder),
+        earlier_records(paths.folder, paths.this),
         target_of(args, paths.track),
         args.speed_only,
         args.reviewed,

@@ -13,7 +13,7 @@ from records.stats import below, welch
 
 ROOT = Path(__file__).resolve().parent.parent
 P_LIMIT = 0.01
-FREE_FLAGS = {"seed", "log_dir"}  # name a run, and change nothing that it computes
+FREE_FLAGS = {"seed", "log_dir", "join"}  # name a run, and change nothing that it computes but its rounding
 MOST_DIFFERENCES = 20_000  # lines of a data section that are compared one by one
 
 
@@ -23,11 +23,13 @@ class Track:
     words: str
     target: float  # validation loss, nats a token
     yardstick: str = ""  # the preset whose own loss became the target; its runs are the track's first record
+    by_card: bool = False  # a history for each kind of card: a record is faster than the last on its own
 
 
 TRACKS = {
     "short": Track(r"H100.*; 8 process", "8 x H100", 3.28),
     "medium": Track(r"H100.*; 8 process", "8 x H100", 2.92),
+    "one-gpu": Track(r"^(?!.*\bcores;).*; 1 process", "one GPU of any kind", 3.28, by_card=True),
     "cpu": Track(r"\b2 cores;", "two CPU cores", 3.77, yardstick="cpu-adamw"),
 }
 

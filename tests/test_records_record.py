@@ -310,6 +310,53 @@ def test_the_history_of_a_track(folder, capsys, tmp_path):
         assert_user_error(run_command([sys.executable, "-m", "records.record", *wrong]), word)
 
 
+def card_record(records: Path, name: str, card: str, seconds: int, baseline: str = "") -> Path:
+    """A record of the track one-gpu: five runs, between them five of the record before, if it names one."""
+    folder = records / "one-gpu" / name
+    line = f"NVIDIA {card}; 1 process(es), 8 thread(s) each"
+    for n in range(5):
+        same = dict(hardware=line, preset="one-gpu", overrides={"seed": n, "join": 1 + n % 2})
+        ms, hour = 1000 * seconds + n, f"2026-03-01T0{n}"
+        write_run(folder / "this" / f"{n}.txt", 3.27 + n / 1000, ms, started=f"{hour}:30:00Z", **same)
+        if baseline:
+            write_run(
+                folder / "baseline" / f"{n}.txt", 3.27 + n / 999, ms + 9000, started=f"{hour}:00:00Z", **same
+            )
+    (folder / "train_gpt.py").write_text(SOURCE)
+    return folder
+
+
+def test_on_one_gpu_each_kind_of_card_has_its_history(tmp_path, capsys):
+    """The first record of a card needs no baseline, however many other cards have; the next one does."""
+    records = tmp_path / "records"
+    card_record(records, "2026-03-01_First", "H100", 700)
+    small = card_record(records, "2026-03-02_Small", "RTX 4090", 3000)
+    faster = card_record(records, "2026-03-03_Faster", "H100", 600, baseline="2026-03-01_First")
+    alone = card_record(records, "2026-03-04_Alone", "H100", 500)
+    looked = ["--reviewed", "1", "--by", "me: the same stream"]  # of a source that is not this repository's
+    for folder, code in ((small, 0), (faster, 0), (alone, 1)):
+        assert record.main(["verify", str(folder), *looked]) == code, capsys.readouterr().out
+    assert "no runs of the record before it, 2026-03-03_Faster" in capsys.readouterr().out
+    ask = ["history", "--track", "one-gpu", "--records", str(records), "--format", "csv"]
+    assert record.main([*ask, "--out", str(tmp_path / "h.png")]) == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.startswith("card,date,record,runs,")
+    found = [(row.split(",")[0], row.split(",")[2], row.split(",")[-1]) for row in rows[:4]]
+    assert found == [
+        ("NVIDIA H100", "First", "1.0"),
+        ("NVIDIA H100", "Faster", "1.2"),
+        ("NVIDIA H100", "Alone", "1.4"),
+        ("NVIDIA RTX 4090", "Small", "1.0"),
+    ]
+
+
+def test_a_cpu_is_no_card(folder, capsys):
+    moved = folder.parent.parent / "one-gpu" / folder.name
+    shutil.copytree(folder, moved)
+    code, out = verify(moved, capsys)
+    assert code == 1 and "the one-gpu track runs on one GPU of any kind, this ran on AMD EPYC" in out
+
+
 @pytest.mark.parametrize(
     "source, flags",
     [

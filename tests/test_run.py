@@ -162,6 +162,49 @@ def test_micro_batches_add_up_to_the_whole_step(tiny_data, tmp_path):
             assert (summed - 64 * grad).norm() < 1e-4 * summed.norm(), name
 
 
+@pytest.mark.parametrize("join", [2, 4])
+def test_joined_micro_batches_give_the_losses_of_single_ones(tiny_data, tmp_path, join):
+    """Through both stages: several next tokens, of which none is asked for over a joint; every feature on."""
+    losses, ends = [], []
+    for together in (1, join):
+        run = tiny_run(tiny_data, tmp_path / str(together), micro_batches=4, join=together)
+        losses.append([float(run.train_step(step)[0]) for step in range(run.cfg.num_steps)])
+        ends.append({name: p.detach() for name, p in run.model.named_parameters()})
+        run.close(failed=False)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for name, p in ends[0].items():
+        assert (p - ends[1][name]).norm() <= 2e-3 * p.norm(), name  # Muon's products are of bfloat16
+
+
+def test_the_loss_on_joined_sequences_is_the_mean_of_theirs():
+    rng = torch.Generator().manual_seed(0)
+    x, head = torch.randn(24, 8, generator=rng), torch.randn(8, 32, generator=rng)
+    targets, weights = torch.randint(32, (24,), generator=rng), torch.tensor([1.0, 0.5, 0.25])
+    parts = zip(x.split(8), targets.split(8), strict=True)
+    single = [tg.head_loss(a, head, b, weights, (23.0, 5.0, 7.5)) for a, b in parts]
+    joined = tg.head_loss(x, head, targets, weights, (23.0, 5.0, 7.5), joined=3)
+    assert float(joined) == pytest.approx(float(sum(single)) / 3, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "preset, gib, world_size, joined",
+    [
+        ("one-gpu", 24, 1, 1),
+        ("one-gpu", 48, 1, 4),
+        ("one-gpu", 80, 1, 8),
+        ("one-gpu", 141, 1, 16),
+        ("short", 80, 1, 2),
+        ("short", 80, 4, 2),
+        ("short", 80, 8, 1),
+        ("medium", 80, 1, 1),
+        ("cpu", 24, 1, 1),
+    ],
+)
+def test_how_many_are_joined_by_a_gpus_memory(preset, gib, world_size, joined):
+    machine = SimpleNamespace(dtype=torch.bfloat16, total_memory=lambda: int(gib * 0.98 * 2**30))
+    assert tg.joined_by_memory(tg.PRESETS[preset], machine, world_size) == joined
+
+
 # A document with a few tokens that stand nowhere else, among others that fill the step.
 RARE = [255, 201, 7, 202, 8, 203, 9, 204, 7, 205, 8, 206]
 
