@@ -4168,11 +4168,11 @@ class Cpu:
         return f"{name}, {os.cpu_count()} cores"
 
     def total_memory(self) -> int:
-        """Bytes that this process may use: its share of the machine's, or of its container's."""
+        """Bytes of the machine, or of its container; processes share them."""
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         with contextlib.suppress(OSError, ValueError):  # "max": no limit
             total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-        return total // read_environment("LOCAL_WORLD_SIZE", 1)
+        return total
 
     def synchronize(self) -> None:
         pass

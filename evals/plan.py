@@ -1,14 +1,18 @@
 """What a run takes on GPUs that nobody has rented yet: parameters, FLOPs, bytes, the least time of a step.
 
     python -m evals.plan short 8xH100 [--num_steps 1000 ...]
+    python -m evals.plan short H100 --scaling               1 to 64 GPUs: where more of them stop paying
 
 A preset, GPUs, then any flags of train_gpt.py.
-Counts of this project's model and optimizer, rates of data sheets; nothing is measured, no GPU is needed.
+Counts of this project's model and optimizer, rates of data sheets; no GPU is needed. --scaling takes for all
+cards the share of the peak that one H100 reached (records/gpu), and nodes of eight.
 """
 
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -39,15 +43,26 @@ GPUS = {
 }
 
 
+REACHED = 0.43  # of bf16's peak, by the gradients of `short` on one H100: records/gpu
+MODEL_PARTS = tuple(f"TFLOP {part}" for part in ("projections", "MLP", "head", "attention"))
+NODE = 8  # GPUs
+NODE_LINK = 50  # GB/s of a GPU to those in other nodes: 400 Gb/s InfiniBand
+
+
 def main(argv: list[str]) -> None:
     if not argv or {"-h", "--help"} & set(argv):
         print(f"usage: python -m evals.plan PRESET GPUS [flags of train_gpt.py]\n\n{__doc__ or ''}")
         return
     need(len(argv) >= 2, "give a preset and GPUs: python -m evals.plan short 8xH100")
     preset, order, *flags = argv
+    scaling = "--scaling" in flags
+    flags = [flag for flag in flags if flag != "--scaling"]
     need(preset in tg.PRESETS, f"{preset}: no preset; choose from {', '.join(tg.PRESETS)}")
     cfg, _ = tg.parse_config(["--preset", preset, *flags])
     count, gpu = read_order(order)
+    if scaling:
+        need(count == 1, f"{order}: --scaling takes a card without a number; it goes from 1 to 64")
+        return print_scaling(cfg, gpu)
     shared = cfg.micro_batches % count == 0
     need(shared, f"{order}: {count} GPUs cannot share --micro_batches {cfg.micro_batches}")
     print_plan(cfg, count, gpu)
@@ -208,6 +223,45 @@ def planned_stage(
         at_rate = model / spec.bf16 / percent / 1e10
         column[f"s at {percent} % of bf16"] = steps * max(floors["bf16"][0], at_rate)
     return column
+
+
+def run_seconds(cfg: tg.Config, gpu: str, count: int) -> tuple[float, float]:
+    """Of training on so many GPUs: with all communication hidden behind work, and with none."""
+    spec, schedule = GPUS[gpu], tg.Schedule(cfg)
+    link = spec.link if count <= NODE else NODE_LINK
+    hidden = exposed = 0.0
+    for begin, end in pairwise([0, *schedule.ends]):
+        if begin == end:
+            continue
+        column = planned_stage(cfg, gpu, count, begin, end)
+        model = sum(value for name, value in column.items() if name in MODEL_PARTS)  # TFLOP of a GPU
+        stage = schedule.stage(begin)
+        tied = cfg.untie_share > 0 and (begin + end) / 2 < schedule.untie_step
+        cost = update_cost(cfg, count, tied, stage.batch_tokens // cfg.micro_batches)
+        work = (
+            model / (REACHED * spec.bf16) + cost.moved / spec.bandwidth / 1e12 + cost.flops / spec.bf16 / 1e12
+        )
+        sending = cost.sent / link / 1e9
+        hidden += (end - begin) * max(work, sending)
+        exposed += (end - begin) * (work + sending)
+    return hidden, exposed
+
+
+def print_scaling(cfg: tg.Config, gpu: str) -> None:
+    print(f"{cfg.preset} on {gpu}, a run's training time at {100 * REACHED:.0f} % of bf16's peak, seconds:")
+    print(" GPUs  nodes  micro-batches  communication hidden  not hidden      of perfect")
+    alone = None
+    for count in (1, 2, 4, 8, 16, 32, 64):
+        spread = replace(cfg, micro_batches=math.lcm(cfg.micro_batches, count))
+        uneven = [stage.batch_tokens for stage in cfg.stages if stage.batch_tokens % spread.micro_batches]
+        if uneven:
+            print(f"{count:5} cannot share the {uneven[0]:,} tokens of a step")
+            continue
+        hidden, exposed = run_seconds(spread, gpu, count)
+        alone = alone or hidden
+        shares = f"{100 * alone / (count * exposed):.0f} to {100 * alone / (count * hidden):.0f} %"
+        nodes = -(-count // NODE)
+        print(f"{count:5} {nodes:6} {spread.micro_batches:14} {hidden:21.1f} {exposed:11.1f} {shares:>15}")
 
 
 def print_plan(cfg: tg.Config, count: int, gpu: str) -> None:

@@ -1,6 +1,7 @@
 """What the tests share: a small configuration, shards of made-up text, a way to run commands."""
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +15,9 @@ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):  # as a cl
     os.environ.pop(name, None)
 CLEAN_ENV = os.environ | {"OMP_NUM_THREADS": "1"}  # before anything is imported that changes it
 
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # ignored in a shell's background job, and by children
 import torch  # noqa: E402
 
 import train_gpt as tg  # noqa: E402

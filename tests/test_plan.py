@@ -333,3 +333,32 @@ def test_the_command_ends_with_one_line_and_exit_code_2_on_an_error():
 def test_one_gpu_can_be_written_in_several_ways(order, capsys):
     planning.print_plan(CFG, *planning.read_order(order))
     assert capsys.readouterr().out.startswith("cpu on 1 x RTX4090: 165.2 TFLOP/s in bf16")
+
+
+# ---- from 1 to 64 GPUs
+
+
+def test_more_gpus_take_less_until_communication_rules(capsys):
+    planning.main(["short", "H100", "--scaling"])
+    head, names, *rows = capsys.readouterr().out.splitlines()
+    assert "43 % of bf16's peak" in head and names.split()[:2] == ["GPUs", "nodes"]
+    found = {int(row.split()[0]): [float(value) for value in row.split()[1:5]] for row in rows}
+    assert list(found) == [1, 2, 4, 8, 16, 32, 64]
+    for count, (nodes, micro_batches, hidden, exposed) in found.items():
+        assert nodes == max(1, count // 8) and micro_batches == max(8, count)
+        assert found[1][2] / count * 0.999 <= hidden <= exposed
+    assert found[1][2] == found[1][3], "one GPU sends nothing"
+    assert found[8][3] < 1.05 * found[8][2] and found[64][3] > 1.2 * found[64][2]
+
+
+def test_one_h100_takes_what_records_gpu_says():
+    """229, 443 and 670 ms a step there, of the 502, 503 and 542 steps of the run."""
+    measured = (502 * 229.3 + 503 * 443.4 + 502 * 670.3 + 40 * 676.7) / 1000
+    hidden, _ = planning.run_seconds(tg.PRESETS["short"], "H100", 1)
+    assert hidden == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("order, word", [("8xH100", "--scaling takes a card"), ("H101", "H101")])
+def test_what_scaling_does_not_take(order, word):
+    with pytest.raises(UserError, match=word):
+        planning.main(["short", order, "--scaling"])

@@ -718,6 +718,7 @@ def test_time_of_a_step_by_phase_and_kind():
     )
 
 
+@pytest.mark.slow
 def test_where_the_time_of_a_small_run_goes(corpus_dir):
     result = run_command(
         [sys.executable, "-m", "tests.programs.step_time", "--steps", 2, *SMALL, "--dtype", "float32"]
