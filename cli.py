@@ -197,9 +197,8 @@ def is_importing(frame: FrameType | None) -> bool:
     return False
 
 
-if sys.argv[:1] == [
-    "-m"
-]:  # `python -m data.text` has begun to import: a folder's __init__ imports this first
+# `python -m data.text` has begun to import: a folder's __init__ imports this first.
+if sys.argv[:1] == ["-m"]:
     open_standard_streams()
     on_stop_signals(lambda number, _: os._exit(128 + number))  # nothing is done yet, nothing to clean up
     sys.excepthook = lambda kind, error, trace: leave(report(error))  # a package that is missing

@@ -27,9 +27,8 @@ numbers like 2505.16932 are arXiv ids. docs/model.md has the whole model in form
 import os
 import signal
 
-if (
-    __name__ == "__main__"
-):  # the imports take seconds; until there is something to save, a signal ends the run
+# The imports take seconds; until there is something to save, a signal ends the run.
+if __name__ == "__main__":
     for number, exit_code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         signal.signal(number, lambda *_, code=exit_code: os._exit(code))
 
@@ -73,9 +72,8 @@ except ImportError:  # no Triton for this system, so no GPU either: kernels are 
     tl = SimpleNamespace(constexpr=None)
     TensorDescriptor = None
 
-SOURCE = Path(__file__).read_text(
-    encoding="utf-8"
-)  # read before anything slow, so that the log holds what really ran
+# Read before anything slow, so that the log holds what really ran.
+SOURCE = Path(__file__).read_text(encoding="utf-8")
 
 
 class UserError(Exception):
@@ -673,9 +671,8 @@ def layer_table(cfg: Config) -> list[ParamSpec]:
     std = D**-0.5
     qkvo = uniform(cfg.qkv_std * std, cfg.qkv_std * std, cfg.qkv_std * std, cfg.o_std * std)
     mlp = uniform(cfg.matrix_std * std, 0.0)  # the MLP begins as nothing added
-    gate = dict(
-        init=constant(0), fp32=True, betas=(cfg.gate_beta1, cfg.gate_beta2)
-    )  # rates: as in the record
+    # Rates: as in the record.
+    gate = dict(init=constant(0), fp32=True, betas=(cfg.gate_beta1, cfg.gate_beta2))
     ve_width = width("ve_chunk", cfg.ve_own_dims)
     return [
         ParamSpec("qkvo", (4, D, D), layers=attending, init=qkvo, matrix_lrs=(1, 1, 1, 1), **matrix),
@@ -1408,9 +1405,8 @@ def adam_(
     second_moment.lerp_(grad.square(), 1 - betas[1])
     update = momentum_buffer / (second_moment / (1 - betas[1] ** steps)).sqrt_().add_(eps)
     weight = fp32_weight(p, mantissa_lo)
-    kept = 1 - wd * lr**2 * (
-        update * weight > 0
-    )  # the decay follows the square of the rate, as in the record
+    # The decay follows the square of the rate, as in the record.
+    kept = 1 - wd * lr**2 * (update * weight > 0)
     store_fp32_weight_(p, mantissa_lo, kept.mul_(weight).sub_(update.mul_(lr / (1 - betas[0] ** steps))))
 
 
@@ -1721,9 +1717,8 @@ class Trainer:
         self.graphs = self.machine.new_graphs(self.log)
         # What every step of a kind reads and writes in the same memory, so that a graph can be captured.
         num_weights = len(self.schedule.predict(0))
-        self.step_scalars = torch.zeros(
-            num_weights + 1, device=self.env.device
-        )  # loss weights, whether to stop
+        # Loss weights, whether to stop.
+        self.step_scalars = torch.zeros(num_weights + 1, device=self.env.device)
         self.result = torch.zeros(2, device=self.env.device)  # the step's loss; how many ranks want to stop
         self.steps_done = self.tokens_seen = self.flops = 0
         self.position = (0, 0)  # of the loader, after the last step
@@ -2418,9 +2413,8 @@ def triton_mlp(x: Tensor, up: Tensor, down: Tensor, activation: str) -> Tensor:
 
 # ----- Head and loss -----
 
-Cap = tuple[
-    float, float, float
-]  # logits become cap[0] sigmoid((logits + cap[1]) / cap[2]); 0 first: they stay
+# Logits become cap[0] sigmoid((logits + cap[1]) / cap[2]); 0 first: they stay.
+Cap = tuple[float, float, float]
 HEAD_CHUNK = {"cpu": 1024, "cuda": 16384}  # tokens, by device
 
 
@@ -2482,9 +2476,8 @@ class HeadLoss(torch.autograd.Function):
         return (grad * dx).to(dx.dtype), (grad * d_head).to(d_head.dtype), None, None, None, None, None
 
 
-ChunkLoss = tuple[
-    Tensor, Tensor | None, Tensor | None
-]  # loss, gradients by x (c, D) and head (D, V), float32
+# Loss, gradients by x (c, D) and head (D, V), float32.
+ChunkLoss = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 def head_chunk(

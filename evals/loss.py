@@ -22,9 +22,8 @@ from evals.model import Trained, load, model_arguments, sequences
 def main(argv: list[str]) -> None:
     args = parse(argv)
     trained = load(args.checkpoint, args.vocab, args.device, args.dtype, args.val_seq_len)
-    streams = {
-        shown(file): read_stream(file, trained) for file in args.files
-    }  # all are read before one is measured
+    # All are read before one is measured.
+    streams = {shown(file): read_stream(file, trained) for file in args.files}
     if not streams:
         streams["the run's validation"] = tg.Validation(trained.cfg).tokens
     for name, tokens in streams.items():

@@ -142,9 +142,8 @@ def load(
     load_weights(model, state, path)
     trained = Trained(model.requires_grad_(False).to(device), step, path, None)
     model.update_rotary()
-    model.set_long_window(
-        tg.Schedule(cfg).windows(step)[1]
-    )  # a checkpoint is written before its step's change
+    # A checkpoint is written before its step's change.
+    model.set_long_window(tg.Schedule(cfg).windows(step)[1])
     trained.ranks = read_vocabulary(vocab, path, cfg)
     return trained
 

@@ -397,11 +397,12 @@ def main(argv: list[str]) -> None:
             file = edited_path(job) if job.edited else "train_gpt.py"
             say(shlex.join([*launch, str(file), *job.flags]))
         return
+    # What is missing is said now, not after the last run.
     for module in (
         "scipy.stats",
         "tqdm",
         "matplotlib",
-    ):  # what is missing is said now, not after the last run
+    ):
         extra(module)
     if not args.table:
         make_folder(out)

@@ -195,9 +195,8 @@ HYPOTHESES = (
     ),
     h("000-std-0.02", "tables start at std 0.02 (3.2815)", value_embed_std=0.02),
     h("000-std-0.005", "tables start at std 0.005 (3.2812)", value_embed_std=0.005),
-    h(
-        "000-untie-500", "untied earlier, at step 500 of 1555 (3.3072)", untie_share=500 / 1555
-    ),  # embedding and head
+    # Embedding and head.
+    h("000-untie-500", "untied earlier, at step 500 of 1555 (3.3072)", untie_share=500 / 1555),
     h(
         "000-wd-2.5",
         "weight decay of the value embeddings 2.5 times Adam's (3.2779)",
@@ -337,9 +336,8 @@ def flags_on(one: Hypothesis, preset: str, num_steps: int | None = None) -> dict
     layers = {name: getattr(tg.PRESETS[baseline.preset], name) for name in TOPOLOGY}
     base = num_steps or (baseline.steps if preset == baseline.preset else sizes.num_steps)
     steps = round(base * (one.steps or baseline.steps) / baseline.steps)
-    wanted = (
-        layers | {"num_steps": steps, "bigram_signs": 0} | baseline.flags | one.flags
-    )  # signs came after the seeds
+    # Signs came after the seeds.
+    wanted = layers | {"num_steps": steps, "bigram_signs": 0} | baseline.flags | one.flags
     if wanted.get("untie_share"):
         wanted["spectral"] = 0.0  # what starts as one cannot start from counts
     return {name: value for name, value in wanted.items() if getattr(sizes, name, None) != value}

@@ -38,10 +38,11 @@ def use_torchs_ptxas(torch_folder: Path) -> None:
     """A CUDA build of torch brings a ptxas of its own, with which Inductor compiles, and Triton in the same
     process from then on. So that the figures here are of what a GPU would get, and ptxas knows the PTX that
     it is asked about: that one from the start. An own TRITON_PTXAS_PATH stays."""
+    # The wheel's; where 2.11 looks.
     for path in (
         torch_folder / "bin/ptxas",
         torch_folder / "_inductor/bin/ptxas",
-    ):  # the wheel's; where 2.11 looks
+    ):
         if os.access(path, os.X_OK) and not os.environ.get("TRITON_PTXAS_PATH"):
             os.environ["TRITON_PTXAS_PATH"] = str(path)
 

@@ -15,9 +15,8 @@ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):  # as a cl
     os.environ.pop(name, None)
 CLEAN_ENV = os.environ | {"OMP_NUM_THREADS": "1"}  # before anything is imported that changes it
 
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # ignored in a shell's background job, and by children
+# Ignored in a shell's background job, and by children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import torch  # noqa: E402
 
 import train_gpt as tg  # noqa: E402

@@ -45,9 +45,8 @@ def interpreted(code: str | Path, *arguments: str, repair: bool = True, timeout:
         "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]),
     }
     with tempfile.TemporaryDirectory() as folder:
-        path = (
-            code if isinstance(code, Path) else Path(folder, "code.py")
-        )  # a kernel's source must stand in a file
+        # A kernel's source must stand in a file.
+        path = code if isinstance(code, Path) else Path(folder, "code.py")
         if path is not code:
             path.write_text(code)
         command = [sys.executable, __file__, "repaired" if repair else "as-it-is", str(path), *arguments]

@@ -196,9 +196,8 @@ def test_a_start_from_counts_and_rows_that_wait_survive_an_interruption(tiny_dat
 
 
 def test_killed_twice_and_resumed_it_is_one_run_with_one_log(undisturbed, tmp_path):
-    cfg = replace(
-        undisturbed.cfg, log_dir=str(tmp_path), resume=True
-    )  # the first time there is nothing to go on from
+    # The first time there is nothing to go on from.
+    cfg = replace(undisturbed.cfg, log_dir=str(tmp_path), resume=True)
     for dies_at in (5, 11):
         with pytest.raises(Killed):
             RecordedRun(cfg, dies_at).fit()

@@ -325,9 +325,8 @@ def test_a_sample_is_what_full_passes_would_make():
 def test_a_sample_ends_with_its_document_and_never_pads():
     it = trained()
     assert it.cfg.vocab_rows > it.cfg.vocab_size
-    it.model.lm_head[:, it.cfg.vocab_size :] = (
-        10 * it.model.lm_head[:, :1]
-    )  # rows that nothing trains may say anything
+    # Rows that nothing trains may say anything.
+    it.model.lm_head[:, it.cfg.vocab_size :] = 10 * it.model.lm_head[:, :1]
     seen = []
 
     def pick(logits):
@@ -405,9 +404,8 @@ def test_each_checkpoint_of_a_run_has_the_loss_of_its_log(tmp_path, ranks, monke
         loss.main([str(file), "--device", "cpu"])
         printed = dict(pair.split(":") for pair in capsys.readouterr().out.split()[:3])
         wanted = dict(pair.split(":") for pair in line.split())
-        assert float(printed["loss"]) == pytest.approx(
-            float(wanted["val_loss"]), abs=1.1e-4
-        )  # digits, rounded
+        # Digits, rounded.
+        assert float(printed["loss"]) == pytest.approx(float(wanted["val_loss"]), abs=1.1e-4)
         assert float(printed["bpb"]) == pytest.approx(float(wanted["val_bpb"]), abs=1.1e-4)
         assert printed["tokens"] == "512"
 

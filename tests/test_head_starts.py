@@ -44,9 +44,8 @@ def test_it_starts_as_a_bigram_model_of_text_that_it_has_not_seen():
     best = float(-np.log(counts / counts.sum(1, keepdims=True))[unseen[:-1], unseen[1:]].mean())
     embed, head = tg.spectral_start(sized(vocab, 48, 5.0), seen, CPU)
     assert embed.shape == (vocab, 48) and head.shape == (48, vocab)
-    torch.testing.assert_close(
-        embed.square().mean(1), torch.ones(vocab), atol=1e-3, rtol=0
-    )  # normed, as the model reads it
+    # Normed, as the model reads it.
+    torch.testing.assert_close(embed.square().mean(1), torch.ones(vocab), atol=1e-3, rtol=0)
     loss, shuffled = (
         bigram_loss(embed, head, unseen),
         bigram_loss(embed, head, np.random.default_rng(0).permutation(unseen)),
@@ -57,9 +56,8 @@ def test_it_starts_as_a_bigram_model_of_text_that_it_has_not_seen():
 def test_large_vocabularies_go_through_sparse_matrices_and_give_the_same():
     tokens = markov(20_000, 128, seed=3)
     dense = tg.spectral_start(sized(128, 32, 50.0), tokens, CPU)
-    wide = tg.spectral_start(
-        sized(2**13 + 64, 32, 50.0), tokens, CPU
-    )  # the same text, most of the vocabulary unused
+    # The same text, most of the vocabulary unused.
+    wide = tg.spectral_start(sized(2**13 + 64, 32, 50.0), tokens, CPU)
     assert all(torch.isfinite(t).all() for t in wide)
     assert bigram_loss(*wide, tokens) == pytest.approx(bigram_loss(*dense, tokens), abs=0.15)
 

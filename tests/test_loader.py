@@ -215,9 +215,8 @@ def test_sequences_are_those_of_a_plain_walk_over_shards_and_stages(tmp_path, se
     write_shards(tmp_path, shards)
     cfg = config(tmp_path)
     expected = plain_sequences(shards, wanted(cfg))
-    assert expected is not None and sum(map(len, expected)) > len(shards[0]) + len(
-        shards[1]
-    )  # it crosses shards
+    # It crosses shards.
+    assert expected is not None and sum(map(len, expected)) > len(shards[0]) + len(shards[1])
     batches = [batch for step in walk(cfg) for batch in step]
     assert len(batches) == len(expected) == 24
     for (tokens, targets), sequence in zip(batches, expected, strict=True):
@@ -251,9 +250,8 @@ def test_the_stream_of_a_record_preset_on_any_number_of_ranks(long_documents, pr
     expected = plain_sequences(
         20 * shards, [(row.batch_tokens // 8 + 1, limit) for row in stages for _ in range(8)]
     )
-    assert any(
-        sequence[limit : limit + 1] == [BOS] for sequence in expected
-    )  # one begins with a cut document
+    # One begins with a cut document.
+    assert any(sequence[limit : limit + 1] == [BOS] for sequence in expected)
     for ranks in (1, 2, 4, 8):
         found = [[] for _ in range(8 * len(stages))]
         for rank in range(ranks):
@@ -268,10 +266,11 @@ def test_the_stream_of_a_record_preset_on_any_number_of_ranks(long_documents, pr
 @pytest.mark.parametrize(
     "limit, expected",
     [
+        # The rest of the document in which a sequence ends is unread.
         (
             100,
             [[BOS, 1, 2, 3, 4], [BOS, 5, 6, BOS, 7]],
-        ),  # the rest of the document in which a sequence ends is unread
+        ),
         (3, [[BOS, 1, 2, BOS, 5], [BOS, 7, 8, BOS, 9]]),  # every document cut at three tokens
         (1, [[BOS] * 5, None]),
     ],
@@ -357,9 +356,8 @@ def test_a_run_is_refused_exactly_when_its_data_would_run_out(tmp_path, seed, ep
 
 @pytest.mark.parametrize("missing", [0, 1])
 def test_data_may_end_with_the_very_last_target(tmp_path, missing):
-    cfg = config(
-        tmp_path, num_steps=2, micro_batches=2, stages=(stage(32, 100),)
-    )  # four times 16 tokens and a target
+    # Four times 16 tokens and a target.
+    cfg = config(tmp_path, num_steps=2, micro_batches=2, stages=(stage(32, 100),))
     write_shards(tmp_path, [[BOS, *range(16)] * 2, ([BOS, *range(16)] * 2)[: 34 - missing]])
     if missing:
         with pytest.raises(tg.UserError, match="--num_steps 2"):
@@ -471,6 +469,7 @@ def assert_vocabulary_refused(path: Path, lines: list[str]) -> None:
     assert str(path) in str(refused.value) and len(str(refused.value).splitlines()) == 1
 
 
+# A second line for 0; a second line for bc.
 @pytest.mark.parametrize(
     "line",
     [
@@ -489,7 +488,7 @@ def assert_vocabulary_refused(path: Path, lines: list[str]) -> None:
         "ZGVm 0",
         "YmM= 257",
     ],
-)  # a second line for 0; a second line for bc
+)
 def test_a_malformed_vocabulary_is_refused(tmp_path, line):
     assert_vocabulary_refused(tmp_path / "vocab.tiktoken", [*WORDS[:257], line, *WORDS[258:]])
 
@@ -582,8 +581,7 @@ def test_step_flops_are_matrices_and_attended_pairs_of_each_layer():
         for window, paired in ((10, True), (25, False), (10, True)):
             heads = 2 if paired else 4  # 64 / 16 heads; a pair of them is one of twice the length
             pairs = heads * brute_force_pairs(tokens.tolist(), window, paired)
-            expected += (
-                3 * pairs * 2 * 2 * 16
-            )  # forward and two for backward; scores and sum; multiply and add
+            # Forward and two for backward; scores and sum; multiply and add.
+            expected += 3 * pairs * 2 * 2 * 16
         expected += 3 * 60 * sum(tg.matrix_flops(cfg).values())
     assert sum(tg.step_flops(cfg, batches, (10, 25)).values()) == expected

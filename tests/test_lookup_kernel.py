@@ -17,9 +17,8 @@ if not interpreter.ACTIVE:
         interpreter.interpreted(Path(__file__))
 
     @pytest.mark.parametrize("cc", [80, 90, 120])
-    @pytest.mark.parametrize(
-        "rows, D", [(251_520, 768), (50_304, 1024)]
-    )  # bigrams of short, a table of medium
+    # Bigrams of short, a table of medium.
+    @pytest.mark.parametrize("rows, D", [(251_520, 768), (50_304, 1024)])
     def test_compiled_kernels_fit(cc, rows, D):
         order = tg.RowOrder.of(torch.zeros(256, dtype=torch.int64))
         with aot.record(cc) as launches:

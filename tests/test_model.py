@@ -25,12 +25,10 @@ def randomise(model: tg.GPT, keep: tuple[str, ...] = (), std: float = 0.2) -> tg
     for name, p in model.named_parameters():
         if name not in keep:
             rng = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-            small = (
-                0.25 if name == "mlp" else 1.0
-            )  # three factors of it in a product: it would drown the rest
-            stream = float(
-                name == "resid_scale"
-            )  # about 1: a stream that fades out would hide what came in early
+            # Three factors of it in a product: it would drown the rest.
+            small = 0.25 if name == "mlp" else 1.0
+            # About 1: a stream that fades out would hide what came in early.
+            stream = float(name == "resid_scale")
             p.data.copy_(stream + torch.randn(p.shape, generator=rng) * std * small)
     return model
 
@@ -263,6 +261,7 @@ REACHES = {
     "no key offset": ({"key_offset": False}, (3, 7), 19, 18, 17, 6),  # each long layer 6
     "keys that only turn": ({"rotary_share": 1.0}, (3, 7), 19, 18, 17, 6),  # nothing stationary to offset
     "keys that never turn": ({"rotary_share": 0.0}, (3, 7), 21, 20, 19, 6),
+    # 2 + 2 + 7 + 2 + 2 + 7; 2 + 7 + 2 + 2 + 7.
     "no paired heads": (
         {"paired_heads": "......"},
         (3, 7),
@@ -270,7 +269,8 @@ REACHES = {
         22,
         20,
         6,
-    ),  # 2 + 2 + 7 + 2 + 2 + 7; 2 + 7 + 2 + 2 + 7
+    ),
+    # 3 + 1 instead of 6 + 1 in layer 2.
     "long paired heads": (
         {"paired_heads": "p.p.p."},
         (3, 7),
@@ -278,7 +278,7 @@ REACHES = {
         17,
         16,
         6,
-    ),  # 3 + 1 instead of 6 + 1 in layer 2
+    ),
     "a layer without": ({"windows": "ss-ssl", "value_embeds": ".0..13"}, (3, 7), 14, 13, 12, 6),
     "one layer": (
         dict(windows="l", paired_heads=".", value_embeds="0", skips=".", backout="."),
@@ -611,10 +611,11 @@ ATTENTION = "qkvo qkv_scale o_scale attn_gate"
 )
 def test_a_switch_changes_what_it_should_and_nothing_else(changes, expected):
     models, losses = [], []
+    # Sharp: where it looks matters.
     for cfg in (
         tiny(softmax_scale=1.0),
         tiny(**dict(softmax_scale=1.0) | changes),
-    ):  # sharp: where it looks matters
+    ):
         tg.check_config(cfg)
         model = tg.GPT(cfg)
         models.append({name: p.detach().clone() for name, p in model.named_parameters()})
@@ -802,14 +803,12 @@ def test_bigram_rows_get_the_sign_of_their_pair():
     got = model.bigrams(tokens, docs)
     rows = tg.bigram_rows(tokens, docs.is_first, 5 * 256)
     for t in range(100):
-        pair = int(tokens[t]) ^ (
-            int(tokens[t - 1]) if t not in (0, 40) else 0
-        )  # of a first token, nothing before it
+        # Of a first token, nothing before it.
+        pair = int(tokens[t]) ^ (int(tokens[t - 1]) if t not in (0, 40) else 0)
         assert torch.equal(got[t], model.bigram_embed[rows[t]] * model.bigram_sign[pair % 24]), t
     assert model.bigram_sign.shape == (24, 64)
-    assert torch.equal(
-        model.bigram_sign, tg.GPT(tiny(bigram_signs=24, seed=5)).bigram_sign
-    )  # not a matter of the seed
+    # Not a matter of the seed.
+    assert torch.equal(model.bigram_sign, tg.GPT(tiny(bigram_signs=24, seed=5)).bigram_sign)
     unsigned = randomise(tg.GPT(tiny()))
     assert torch.equal(unsigned.bigrams(tokens, docs), unsigned.bigram_embed[rows])
 
@@ -822,9 +821,8 @@ def test_rotary_turns_adjacent_pairs(share, turning):
     assert torch.equal(turned[..., turning:], x[..., turning:])
     if turning:
         z = torch.view_as_complex(x[..., :turning].double().unflatten(-1, (-1, 2)).contiguous())
-        freqs = [
-            1024 ** (-j / (turning / 2 - 1)) for j in range(turning // 2)
-        ]  # from 1 to 1/1024 radians a token
+        # From 1 to 1/1024 radians a token.
+        freqs = [1024 ** (-j / (turning / 2 - 1)) for j in range(turning // 2)]
         angles = torch.outer(torch.arange(100.0), torch.tensor(freqs, dtype=torch.float64))
         expected = torch.view_as_real(z * torch.polar(torch.ones(()).double(), angles)[:, None]).flatten(-2)
         close(turned[..., :turning], expected, 1e-5)
@@ -953,9 +951,8 @@ def plain_loss(P, signs, tokens, targets, weights, windows, freqs, scale):
     x = x0
     B, bigram = len(P["bigram_embed"]), []
     for t in range(T):
-        hashed = (
-            ((36313 * ids[t]) ^ (27191 * ids[t - 1])) % (B - 1) if start[t] < t else B - 1
-        )  # too small to wrap
+        # Too small to wrap.
+        hashed = ((36313 * ids[t]) ^ (27191 * ids[t - 1])) % (B - 1) if start[t] < t else B - 1
         bigram.append(P["bigram_embed"][hashed] * signs[(ids[t] ^ (ids[t - 1] if start[t] < t else 0)) % 24])
     bigram, extra = torch.stack(bigram), [n(P[f"input_embed_{k}"][tokens]) for k in range(2)]
 
@@ -1249,9 +1246,8 @@ def test_topology_of_medium():
 def test_topology_of_medium_2025():
     """What seeds 003 and 004 build on."""
     medium = places("medium-2025")
-    assert medium["long"] == [3, 11, 15] and medium["none"] == [
-        7
-    ]  # every fourth, but layer 7 has no attention
+    # Every fourth, but layer 7 has no attention.
+    assert medium["long"] == [3, 11, 15] and medium["none"] == [7]
     assert medium["paired"] == [] and medium["backout"] == [10]  # 2/3 of the depth
     assert medium["value"] == [(0, "0"), (1, "1"), (2, "2"), (13, "0"), (14, "1"), (15, "2")]
     skips = medium["skip"]  # U-Net: nested pairs around the middle

@@ -222,11 +222,12 @@ def test_figures_of_a_run_with_graphs():
     steps = [step_of(launched=2, replayed=998, replays=2, **{"launched copy": 7}) for _ in range(4)]
     f = nd.figures(outcome(steps, started=400.0), outcome(steps), kernels=9, spilling=1)
     assert (f.allocated, f.reserved, f.cold, f.warm, f.kernels, f.spilling) == (1.5, 2.0, 300.0, 60.0, 9, 1)
+    # A replay is a launch; copies are no work.
     assert (f.work, f.launches, f.replayed) == (
         1000.0,
         4.0,
         0.998,
-    )  # a replay is a launch; copies are no work
+    )
 
 
 def test_figures_without_graphs_and_with_all_kinds_of_work():

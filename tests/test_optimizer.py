@@ -145,23 +145,20 @@ def test_normuon_state_has_one_value_for_each_index_of_the_longer_side(shape):
 
 
 MATRICES = [(4, 64, 16), (4, 16, 64), (4, 32, 32)]
-RATES_OF_FOUR = torch.tensor([1.0, 2.0, 1.0, 2.0]).view(
-    4, 1, 1
-)  # as of a bank (2, 2, ...) whose [:, 1] go twice as fast
+# As of a bank (2, 2, ...) whose [:, 1] go twice as fast.
+RATES_OF_FOUR = torch.tensor([1.0, 2.0, 1.0, 2.0]).view(4, 1, 1)
 
 
 @pytest.mark.parametrize("shape", MATRICES)
 def test_normuon_keeps_the_norm_and_evens_out_the_longer_side(shape):
     g = random(*shape)
     across = -1 if shape[-2] >= shape[-1] else -2
-    g *= 10 ** torch.linspace(-1, 1, shape[-3 - across]).view(
-        (-1, 1) if across == -1 else (1, -1)
-    )  # very uneven
+    # Very uneven.
+    g *= 10 ** torch.linspace(-1, 1, shape[-3 - across]).view((-1, 1) if across == -1 else (1, -1))
     m, second = muon_state(g)
     plain = tg.polar_express(g).float()
-    u = tg.normuon_direction(
-        g.clone(), m, second, 0.0, 0.95
-    )  # no momentum, first step: u's own sizes alone count
+    # No momentum, first step: u's own sizes alone count.
+    u = tg.normuon_direction(g.clone(), m, second, 0.0, 0.95)
     sizes = u.norm(dim=across)
     torch.testing.assert_close(u.norm(dim=(-2, -1)), plain.norm(dim=(-2, -1)), rtol=1e-5, atol=0)
     assert plain.norm(dim=across).std(dim=-1).min() > 0.05  # there was something to even out
@@ -489,9 +486,8 @@ def test_muon_moves_on_every_step_and_adam_on_the_last_of_adam_every(every):
 
 @pytest.mark.parametrize("matrix_optimizer", ["normuon", "adamw"])
 def test_adam_steps_on_the_sum_of_two_gradients_and_counts_its_own_steps(matrix_optimizer):
-    model, optimizer = build(
-        untie_share=0.0, matrix_optimizer=matrix_optimizer
-    )  # not tied: each parameter for itself
+    # Not tied: each parameter for itself.
+    model, optimizer = build(untie_share=0.0, matrix_optimizer=matrix_optimizer)
     muon, adam = kinds(model)
     assert set(muon) == ({"qkvo", "mlp"} if matrix_optimizer == "normuon" else set())
     expected = values(model)
@@ -535,10 +531,11 @@ def test_muon_steps_on_each_gradient_with_the_momentum_it_is_given():
     model, optimizer = build()
     begin = values(model)
     expected = {name: begin[name].flatten(0, 1).clone() for name in ("qkvo", "mlp")}
+    # Four times as many rows as columns; the second twice.
     rates = {
         "qkvo": torch.ones(6 * 4, 1, 1),  # square
         "mlp": torch.tensor([2.0, 4.0] * 6).view(-1, 1, 1),
-    }  # four times as many rows as columns; the second twice
+    }
     state = {name: muon_state(p) for name, p in expected.items()}
     for step, (lr_mul, momentum) in enumerate([(1.0, 0.85), (0.5, 0.9), (0.7, 0.95)]):
         g = add_gradients(model, step)

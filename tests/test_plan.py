@@ -65,18 +65,18 @@ def test_flops_of_each_part_are_those_of_a_real_step():
     pieces = dict(project_qkv="projections", project_output="projections", mlp_block="MLP", head_chunk="head")
     for name, part in pieces.items():
         setattr(model, name, counting(part, getattr(model, name)))
-    tokens = torch.from_numpy(
-        np.where(np.arange(128) % 96 == 0, cfg.bos_id, 7)
-    )  # as long as TINY_STAGES allow
+    # As long as TINY_STAGES allow.
+    tokens = torch.from_numpy(np.where(np.arange(128) % 96 == 0, cfg.bos_id, 7))
     with FlopCounterMode(display=False) as counter:
         model(tokens, tokens, torch.ones(2), cfg.stages[0].windows).backward()
     planned = stage(cfg, world_size=2)  # two sequences a rank
+    # The head's backward is in its forward.
     expected = {
         "projections": 3 * found["projections"],
         "MLP": 3 * found["MLP"],
         "head": found["head"],
         "attention": 3 * found["visible"],
-    }  # the head's backward is in its forward
+    }
     for part, flops in expected.items():
         assert round(planned[f"TFLOP {part}"] * 1e12) == 2 * flops, part
     assert counter.get_total_flops() == sum(expected.values()) + 3 * (found["all"] - found["visible"])
@@ -216,21 +216,22 @@ def bytes_sent(untie_share: float) -> dict:
     def scattered(_, x, theirs=None, ours=None):
         return x.nbytes - (x.nbytes // env.world_size if ours is None else ours[env.rank] * x[:1].nbytes)
 
+    # A ring's.
     real = {
         "all_to_all_single": scattered,
         "all_gather_single": lambda _, own: own.nbytes * (env.world_size - 1),
         "all_reduce": lambda x: 2 * x.nbytes * (env.world_size - 1) / env.world_size,
-    }  # a ring's
+    }
     cfg = replace(CFG, untie_share=untie_share)
     model = tg.GPT(cfg, torch.bfloat16)
     optimizer = tg.Optimizer(cfg, model, env)
+    # Of two steps.
     share, tokens = (
         len(model.bigram_embed) // env.world_size,
         2 * cfg.stages[0].batch_tokens // env.world_size,
-    )  # of two steps
-    rows = np.arange(env.world_size)[:, None] * share + np.arange(
-        tokens // env.world_size
-    )  # none twice, of each rank as many
+    )
+    # None twice, of each rank as many.
+    rows = np.arange(env.world_size)[:, None] * share + np.arange(tokens // env.world_size)
     with pytest.MonkeyPatch.context() as patch:
         for name, nbytes in real.items():
             patch.setattr(dist, name, counting(name, nbytes))

@@ -324,9 +324,8 @@ def exchange_cases(size: int) -> dict[str, list]:
         "nothing on any rank": [([], [])] * size,
         "all rows": [(list(range(ROWS)), [])] * size,
         "uneven": [(list(range(7**rank % ROWS)), [ROWS - 1 - rank]) for rank in range(size)],
-        "random again": [
-            (draw(100 + 2 * rank), draw(101 + 2 * rank)) for rank in range(size)
-        ],  # nothing was left behind
+        # Nothing was left behind.
+        "random again": [(draw(100 + 2 * rank), draw(101 + 2 * rank)) for rank in range(size)],
     }
 
 
@@ -539,12 +538,13 @@ def test_torchrun_with_two_processes_computes_what_one_does_and_writes_one_log(w
 
 
 def test_a_number_of_processes_that_does_not_divide_the_micro_batches_is_one_line(tmp_path):
+    # As torchrun starts its third.
     env = {
         "RANK": "2",
         "LOCAL_RANK": "2",
         "WORLD_SIZE": "3",
         "LOCAL_WORLD_SIZE": "3",
-    }  # as torchrun starts its third
+    }
     flags = ["--preset", "cpu", "--micro_batches", 8, "--log_dir", tmp_path / "logs"]
     assert_user_error(run_command([sys.executable, FILE, *flags], **env), "--micro_batches 8", "3 processes")
     assert not (tmp_path / "logs").exists()

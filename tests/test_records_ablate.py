@@ -173,9 +173,8 @@ def edited(tmp_path):
         path = tmp_path / f"edited_{len(list(tmp_path.iterdir()))}.py"
         [one] = hypotheses.find([name])
         source = hypotheses.source_of(one, (ROOT / "train_gpt.py").read_text())
-        path.write_text(
-            source.replace('"train_gpt::', f'"{path.stem}::')
-        )  # operators of its own, not train_gpt's
+        # Operators of its own, not train_gpt's.
+        path.write_text(source.replace('"train_gpt::', f'"{path.stem}::'))
         spec = importlib.util.spec_from_file_location(path.stem, path)
         module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

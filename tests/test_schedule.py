@@ -293,9 +293,8 @@ def test_every_preset_has_a_schedule_that_makes_sense(preset):
     cfg = tg.PRESETS[preset]
     schedule, steps = tg.Schedule(cfg), range(cfg.num_steps)
     indices = [schedule.stage_index(step) for step in steps]
-    assert indices == sorted(indices) and set(indices) == set(
-        range(len(cfg.stages))
-    )  # every row is used, in order
+    # Every row is used, in order.
+    assert indices == sorted(indices) and set(indices) == set(range(len(cfg.stages)))
     assert all(
         cfg.final_lr <= schedule.lr_mul(step) <= max(stage.lr_mul for stage in cfg.stages) for step in steps
     )
@@ -446,11 +445,12 @@ REFUSED = [
     ("skips", ".a.ba.", "'b'"),
     ("backout", "b..b..", "one"),
     # gates
+    # Int() reads no superscripts.
     *[
         (name, text, "model_dim")
         for name in ("smear_chunk", "skip_chunk", "attn_chunk", "ve_chunk")
         for text in ("12:0", "5:5", "5", "a:b", "0:257", "-1:3", ":", "3:", "²:3", "0:³")
-    ],  # int() reads no superscripts
+    ],
     ("ve_own_dims", "257", "model_dim"),
     ("ve_own_dims", "-1", "0"),
     # counts and shares

@@ -45,6 +45,7 @@ from cli import arguments, command, need
 from data.shards import write_shard
 
 ROOT = Path(__file__).resolve().parents[2]
+# Seconds.
 LIMITS = {
     "machine": 60,
     "operators": 150,
@@ -52,7 +53,7 @@ LIMITS = {
     "one-gpu": 260,
     "medium": 300,
     "train": 300,
-}  # seconds
+}
 DEFAULT = ("machine", "operators", "short", "train")
 PUBLIC_MS = {131072: 245, 262144: 448, 393216: 657}  # the record of 2026-01-24 on one H100, tokens a step: ms
 DEVICE = "cuda"
