@@ -3665,9 +3665,11 @@ def check_same_config(content: dict, cfg: Config) -> None:
     except (ValueError, TypeError, RecursionError):
         raise UserError(f"{path}: holds no config of the right kind; remove it to go on without") from None
     now, differing = settings(cfg), []
+    defaults = json.loads(json.dumps(asdict(Config())))  # of fields that came after the checkpoint
     for name in sorted({*then, *now} - MAY_DIFFER):
-        if then.get(name) != now.get(name):
-            differing.append(f"--{name} was {then.get(name)}, is {now.get(name)}")
+        before = then.get(name, defaults.get(name))
+        if before != now.get(name):
+            differing.append(f"--{name} was {before}, is {now.get(name)}")
     advice = "use its flags, another --log_dir, or no --resume"
     need(not differing, f"{path}: a checkpoint of another configuration ({'; '.join(differing)}); {advice}")
 

@@ -1,5 +1,6 @@
 """Checkpoints and faults: a resumed run ends as one that was never stopped; what lies on disk is whole."""
 
+import json
 import os
 import re
 import resource
@@ -603,6 +604,21 @@ def test_a_checkpoint_of_another_configuration_is_refused_by_name(
     assert code == 2 and len(error.splitlines()) == 1
     assert f"--{name} was {getattr(run.cfg, name)}, is {value}" in error and error.count(" was ") == 1
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before  # not even a line in the log
+
+
+def test_a_field_that_came_after_a_checkpoint_stood_at_its_default(tiny_data, tmp_path):
+    """What a newer train_gpt.py can be asked for was not asked for then; another value is refused."""
+    run = a_run(tiny_data, tmp_path)
+    path = save_at(run, 4)
+    content = torch.load(path)
+    config = json.loads(content["config"])
+    for name in ("yarn_limit", "gate_beta2"):
+        assert config.pop(name) == getattr(tg.Config(), name)
+    torch.save(content | {"config": json.dumps(config)}, path)
+    env = tg.DistEnv(0, 1, torch.device("cpu"))
+    assert tg.find_checkpoint(run.cfg, env)["step"] == 4
+    with pytest.raises(tg.UserError, match="--gate_beta2 was 0.99, is 0.9[;)]"):
+        tg.find_checkpoint(replace(run.cfg, gate_beta2=0.9), env)
 
 
 def test_a_checkpoint_of_before_o_and_the_loss_changed_is_refused(tiny_data, tmp_path, monkeypatch, capsys):
