@@ -1,4 +1,4 @@
-"""The bad inputs of bad_inputs.py: what is made once, what is damaged, and each command's cases without end."""
+"""The bad inputs of bad_inputs.py: what is made once, what damages it, each command's cases without end."""
 
 import argparse
 import copy
@@ -71,7 +71,7 @@ def run_sh() -> int:
 
 
 class World:
-    """A text, its shards and vocabulary, a run's log and its checkpoint, as the commands themselves make them."""
+    """A text, its shards, a run's log, its checkpoint and its export, as the commands make them."""
 
     def __init__(self, place: Path):
         self.place = place
@@ -507,8 +507,7 @@ def parser_of(module: str) -> argparse.ArgumentParser | None:
 
 def shuffled_for_ever(things: list, rng: random.Random) -> Iterator:
     while True:
-        for thing in rng.sample(things, len(things)):
-            yield thing
+        yield from rng.sample(things, len(things))
 
 
 def flag_cases(use: Use, rng: random.Random) -> Cases:
@@ -718,7 +717,7 @@ def odd_checkpoint(world: World, rng: random.Random) -> object:
     elif kind == 2:
         content["config"] = json.dumps(odd_json(json.loads(content["config"]), rng))
     elif kind == 3:
-        name = rng.choice([name for name in content["model"]])
+        name = rng.choice(list(content["model"]))
         content["model"][name] = odd_tensor(content["model"][name], rng)
     elif kind == 4:
         state = content["optimizer"][rng.choice(list(content["optimizer"]))]

@@ -2,11 +2,11 @@
 
     python -m tests.programs.bad_inputs [--seed 0] [--cases 1500] [--only COMMAND]
 
-A case is a command line, the files it meets and what stands in standard input. Another seed makes other cases.
-Each runs in a fork of this process, in a folder of its own. It is refused (exit code 2, one line on stderr) or
-harmless (exit code 0, where the input may be fine, as a log with a line changed). All else is a failure: a
-traceback, another exit code, more lines, a hang, a file of the user's that was changed or is gone, half a file
-left behind, a control character for the terminal, or the environment's secret in the output or in a file.
+A case is a command line, the files it meets and what stands in standard input. Another seed makes others.
+Each runs in a fork of this process, in a folder of its own. It is refused (exit code 2, one line on stderr)
+or harmless (exit code 0, where the input may be fine, as a log with a line changed). All else is a failure: a
+traceback, another exit code, more lines, a hang, a file of the user's that was changed or is gone, half a
+file left behind, a control character for the terminal, or the environment's secret in the output or a file.
 
 Prints a table, then each failure with a command line that repeats it; its folders are kept then. Exit code 1
 if any case failed. Not tried as root: files without permission, which root may read.
@@ -53,9 +53,10 @@ FOLDER, FIFO = Special("folder"), Special("fifo")
 
 @dataclass(frozen=True)
 class Case:
-    """words: the command line behind the command's name. codes: exit codes that are right for it. files: by
-    their path in the folder in which it runs. may_make: a file or folder that may be there after a refusal, if
-    it is empty. control: it prints what a model writes, control characters included."""
+    """words: the command line behind the command's name. files: by their path in the folder in which it runs.
+    codes: exit codes that are right for it. may_make: a file or folder that may be there after a refusal, if
+    it is empty. control: it prints what a model writes, control characters included.
+    """
 
     command: str
     kind: str
