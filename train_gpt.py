@@ -568,6 +568,8 @@ def flag_parser() -> argparse.ArgumentParser:
 
 def parse_config(argv: list[str]) -> tuple[Config, dict]:
     """-> the run's configuration, and what differs from its preset: a record has no overrides."""
+    for word in argv:  # argparse of Python 3.11 takes --flag=-- for a flag without a value
+        need(not re.fullmatch(r"--\w+=--", word), f"{word}: -- is no value (--help lists the flags)")
     given = {name: value for name, value in vars(flag_parser().parse_args(argv)).items() if value is not None}
     base = PRESETS[given.pop("preset")]
     overrides = {name: value for name, value in given.items() if value != getattr(base, name)}
@@ -1921,6 +1923,10 @@ def main() -> int:
     except KeyboardInterrupt as error:
         return 143 if str(error) == "SIGTERM" else 130
     except Exception as error:
+        if is_out_of_memory(error):
+            return complain(
+                "failed: this machine's memory is full; train a smaller model or on less a step", 1
+            )
         return complain(describe_bug(error), 1)
     return 0
 
@@ -4070,6 +4076,7 @@ class Cpu:
 
     def __init__(self, cfg: Config):
         self.cfg, self.device, self.dtype = cfg, torch.device("cpu"), pick_dtype(cfg)
+        check_memory(cfg)
         processes = read_environment("LOCAL_WORLD_SIZE", 1)
         if processes > 1:  # torchrun says 1 thread; a core without a thread is idle
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -4119,6 +4126,22 @@ class Cpu:
         """Bytes."""
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return resident if sys.platform == "darwin" else 1024 * resident
+
+
+def check_memory(cfg: Config) -> None:
+    """UserError for a model that this machine cannot hold, with nothing but a state of 4 bytes a weight."""
+    pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)  # ulimit -v
+    memory = pages * page if limit == resource.RLIM_INFINITY else min(pages * page, limit)
+    weights = sum(math.prod(spec.full_shape) for spec in parameter_table(cfg))
+    advice = "make --model_dim, --vocab_size or tables smaller"
+    gigabytes = f"{8 * weights / 1e9:.0f} GB, there are {memory / 1e9:.0f}"
+    need(8 * weights < memory, f"a model of {weights:,} parameters needs more than {gigabytes}; {advice}")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """torch says it of a CPU in a RuntimeError."""
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
 
 def keep_freed_memory() -> None:

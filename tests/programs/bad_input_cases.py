@@ -474,7 +474,8 @@ def uses(world: World, rng: random.Random) -> list[Use]:
             if what in ("steps",)
             else (what, "a", *(("b",) if what != "power" else ()), *more)
         )
-        found.append(Use(f"records.compare {what}", words, both | groups, (1,)))
+        inputs = (1, 2) if "b" in words else (1,)
+        found.append(Use(f"records.compare {what}", words, both | groups, inputs))
     found.append(Use("records.compare side", ("side", "a/0.txt", "b/1.txt"), both, (1, 2)))
     found.append(Use("records.compare leaderboard", ("leaderboard", "."), both, (1,)))
     return found
@@ -527,7 +528,13 @@ def flag_cases(use: Use, rng: random.Random) -> Cases:
             codes = use.codes if is_finite_number(value, kind or float) else (2,)
         elif action.type is cli.path_flag:
             place, files = rng.choice(NO_INPUTS)
-            yield use.case("file or folder", (*use.words, f"{name}={place}"), files=files, codes=use.codes)
+            yield use.case(
+                "file or folder",
+                (*use.words, f"{name}={place}"),
+                files=files,
+                codes=use.codes,
+                may_make=place,
+            )
             continue
         else:
             value, codes = rng.choice(ODD_WORDS + NOT_NUMBERS), use.codes
@@ -562,7 +569,8 @@ def path_cases(use: Use, rng: random.Random) -> Cases:
         words[at] = name
         is_input = kinds is NO_INPUTS
         kind = "input that is none" if is_input else "output that cannot be"
-        fine = is_input and (name == "folder" or at == 10)  # of package --text: any text
+        several = use.module in ("records.compare", "records.report", "records.plot")  # one may be empty
+        fine = is_input and (name == "folder" or at == 10 or several)  # at 10: package's --text, any text
         yield use.case(kind, tuple(words), files=files, codes=use.codes if fine else (2,))
 
 
@@ -926,7 +934,9 @@ def text_cases(world: World, rng: random.Random) -> Cases:
         )
         kind = rng.randrange(5)
         if kind == 0:
-            yield Case("evals.loss", "text", (model, name, "--vocab", vocab), {name: text}, (0, 2))
+            yield Case(
+                "evals.loss", "text", (model, name, "--vocab", vocab, "--tokens", "500"), {name: text}, (0, 2)
+            )
         elif kind == 1:
             yield Case("data.text", "text in standard input", ("out", "-", *more), {}, (0, 2), text, "out")
         elif kind == 2:

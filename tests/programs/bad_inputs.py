@@ -230,6 +230,8 @@ def wrong_ending(case: Case, outcome: Outcome) -> list[str]:
     text = outcome.stderr.decode("utf-8", "replace")
     if "Traceback (most recent call last)" in text:
         problems.append("a traceback")
+    if "a bug of this program" in text or "by a bug of" in text:
+        problems.append("a bug")
     lines = text.strip().splitlines()
     if outcome.code == 2 and len(lines) != 1:
         problems.append(f"{len(lines)} lines on stderr, not 1")
