@@ -24,7 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import combinations
 
-from cli import arguments, command, need, text_flag
+from cli import arguments, command, need, show_notes, text_flag
 from records.files import DIGITS, LOSS, STEP, number_flag, say, warn
 from records.groups import (
     Group,
@@ -336,6 +336,7 @@ def show(text: str, note: str, form: str) -> None:
     if form == "csv":
         say(text)
         warn(note)
+        show_notes()
     else:
         say(f"{text}\n\n{note}" if note else text)
 
@@ -356,6 +357,7 @@ def main_groups(args: argparse.Namespace) -> None:
         show(groups_table(groups, args.target, style), groups_note(groups, args.target), args.format)
     for line in comparison_warnings(groups):
         warn(f"note: {line}")
+    show_notes()
     if args.numbers:
         say("\n" + numbers_text(groups))
 

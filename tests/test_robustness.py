@@ -33,6 +33,27 @@ def test_a_signal_two_seconds_after_the_first_ends_the_run_at_once(monkeypatch):
         signals.on_signal(signal.SIGINT, None)
 
 
+# ----- Memory
+
+
+def test_a_model_that_no_memory_holds_is_refused_before_anything_is_written(tmp_path):
+    cfg = tiny(model_dim=2**14, bigram_rows=1000, vocab_size=2**16, log_dir=str(tmp_path / "logs"))
+    with pytest.raises(tg.UserError, match="parameters needs more than .* GB"):
+        tg.Trainer(cfg, {})
+    assert list(tmp_path.iterdir()) == []
+    tg.check_memory(tiny())
+
+
+def test_a_full_memory_is_said_and_is_no_bug(monkeypatch, capfd):
+    def allocate(*_) -> None:
+        torch.empty(2**60)
+
+    monkeypatch.setattr(tg, "train", allocate)
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py", "--preset", "cpu"])
+    assert tg.main() == 1
+    assert capfd.readouterr().err.startswith("train_gpt.py: failed: this machine's memory is full")
+
+
 # ----- Which checkpoints are deleted
 
 
