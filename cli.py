@@ -41,15 +41,17 @@ def arguments(doc: str | None) -> argparse.ArgumentParser:
 
     Flags may stand before, between and after positional arguments: read them with parse_intermixed_args.
     """
-    parser = argparse.ArgumentParser(
-        description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    return Parser(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    def fail(message: str) -> NoReturn:
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the flags)")
 
-    parser.error = fail
-    return parser
+    def parse_known_args(self, args=None, namespace=None):
+        for word in args or ():  # argparse of Python 3.11 takes --flag=-- for a flag without a value
+            need(not (word.startswith("--") and word.endswith("=--")), f"{shown(word)}: -- is no value")
+        return super().parse_known_args(args, namespace)
 
 
 def path_flag(text: str) -> Path:
@@ -59,6 +61,13 @@ def path_flag(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("'' names no file or folder; the current folder is .")
     return Path(text)
+
+
+def text_flag(text: str) -> str:
+    """The type of a flag that is text, and no name of a file: what a command line holds may be no UTF-8."""
+    if text.encode("utf-8", "replace").decode() != text:
+        raise argparse.ArgumentTypeError(f"{one_line(text, 40)!r} is not UTF-8 text")
+    return text
 
 
 # ----- Words for messages
@@ -85,6 +94,25 @@ def os_reason(error: OSError) -> str:
     return f"{error.strerror or error}{f'; {remedy}' if remedy else ''}"
 
 
+# ----- Notes: what a user should know, beside what was asked for
+
+NOTES: list[
+    str
+] = []  # that wait for the first output; where a command is refused they are a part of its line
+
+
+def note(line: str) -> None:
+    NOTES.append(one_line(line))
+
+
+def show_notes() -> None:
+    """On stderr, which may be closed."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        for line in NOTES:
+            print(line, file=sys.stderr)
+    NOTES.clear()
+
+
 # ----- A command's life
 
 
@@ -99,6 +127,7 @@ def command(main: Callable[[list[str]], int | None], interrupted: str = "interru
     on_stop_signals(raise_interrupt)
     try:
         code = main(sys.argv[1:]) or 0
+        show_notes()
         sys.stdout.flush()  # a full disk behind > FILE shows here
     except BaseException as error:
         code = report(error, interrupted)
@@ -114,16 +143,24 @@ def report(error: BaseException, interrupted: str = "interrupted") -> int:
     if isinstance(error, BrokenPipeError):
         return 141
     if isinstance(error, KeyboardInterrupt):
+        show_notes()
         return 143 if str(error) == "SIGTERM" else complain(interrupted, 130)
     if isinstance(error, user_errors):
-        return complain(f"error: {error}", 2)
+        return refuse(str(error))
     if isinstance(error, ModuleNotFoundError):
         remedy = "use the Python of ./run.sh (.venv/bin/python), or pip install -r requirements.txt"
-        return complain(f"error: {error.name} is not installed in {shown(sys.executable)}: {remedy}", 2)
+        return refuse(f"{error.name} is not installed in {shown(sys.executable)}: {remedy}")
     if isinstance(error, OSError):  # what the system refuses or lacks
         where = shown(os.fsdecode(error.filename)) if error.filename else "the output"
-        return complain(f"error: {where}: {os_reason(error)}", 2)
+        return refuse(f"{where}: {os_reason(error)}")
     return complain(f"a bug of this program: {describe_bug(error)}", 1)
+
+
+def refuse(message: str) -> int:
+    """What a user can put right; the notes so far say why, perhaps -> exit code."""
+    notes = [line for line in NOTES if line not in message]
+    why = f" ({'; '.join(notes[:3])})" if notes else ""
+    return complain(f"error: {message}{why}", 2)
 
 
 def describe_bug(error: BaseException) -> str:

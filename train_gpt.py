@@ -569,6 +569,8 @@ def flag_parser() -> argparse.ArgumentParser:
 
 def parse_config(argv: list[str]) -> tuple[Config, dict]:
     """-> the run's configuration, and what differs from its preset: a record has no overrides."""
+    for word in argv:  # argparse of Python 3.11 takes --flag=-- for a flag without a value
+        need(not re.fullmatch(r"--\w+=--", word), f"{word}: -- is no value (--help lists the flags)")
     given = {name: value for name, value in vars(flag_parser().parse_args(argv)).items() if value is not None}
     base = PRESETS[given.pop("preset")]
     overrides = {name: value for name, value in given.items() if value != getattr(base, name)}
@@ -1940,6 +1942,10 @@ def main() -> int:
     except KeyboardInterrupt as error:
         return 143 if str(error) == "SIGTERM" else 130
     except Exception as error:
+        if is_out_of_memory(error):
+            return complain(
+                "failed: this machine's memory is full; train a smaller model or on less a step", 1
+            )
         return complain(describe_bug(error), 1)
     return 0
 
@@ -4165,6 +4171,8 @@ class Cpu:
     def total_memory(self) -> int:
         """Bytes of the machine, or of its container; processes share them."""
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)  # ulimit -v
+        total = total if limit == resource.RLIM_INFINITY else min(total, limit)
         with contextlib.suppress(OSError, ValueError):  # "max": no limit
             total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
         return total
@@ -4206,6 +4214,11 @@ class Cpu:
         """Bytes."""
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return resident if sys.platform == "darwin" else 1024 * resident
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """torch says it of a CPU in a RuntimeError."""
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
 
 def keep_freed_memory() -> None:

@@ -103,8 +103,11 @@ class Fetch:
         from tqdm import tqdm
 
         logging.set_verbosity_error()  # its warnings name signed addresses
-        # A hub out of reach is said once, not by all threads.
-        first = self.persist(self.names[0], self.look_up)
+        try:  # a hub out of reach is said once, not by all threads
+            first = self.persist(self.names[0], self.look_up)
+        except UserError:
+            self.clear_staging()  # nothing is in it yet
+            raise
         total = len(self.names) * (first.size or 0)  # shards are of equal size, but for the last
         self.check_disk(total)
         self.bar = tqdm(total=total, unit="B", unit_scale=True, disable=None)  # None: only on a terminal

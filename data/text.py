@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from cli import UserError, arguments, command, need, one_line, os_reason, path_flag, shown
+from cli import UserError, arguments, command, need, one_line, os_reason, path_flag, shown, text_flag
 from data.shards import (
     INTERRUPTED,
     ROOT,
@@ -73,7 +73,12 @@ def parse(argv: list[str]):
     add("inputs", nargs="+", metavar="INPUT", help="file, folder, - or hf:OWNER/NAME[:CONFIG[:SPLIT]]")
     add("--vocab", default="gpt2", help="gpt2 (default), train:SIZE with BOS, or a vocab.tiktoken")
     add("--format", choices=("text", "json"), help="of the inputs; default: by their names, - is text")
-    add("--field", default="text", help="that holds the text in JSON lines and datasets (default text)")
+    add(
+        "--field",
+        type=text_flag,
+        default="text",
+        help="that holds the text in JSON lines and datasets (default text)",
+    )
     add("--val_tokens", type=int, default=10_485_761, metavar="N", help="for validation, or a document more")
     add("--shard_tokens", type=int, default=100_000_000, metavar="N", help="in a shard, at most")
     add(

@@ -151,6 +151,8 @@ def load(
 def load_weights(model: tg.GPT, state: dict[str, Tensor], path: Path) -> None:
     """UserError for other names or shapes than the model's, and for values that are not finite."""
     expected = model.state_dict()
+    named = all(isinstance(name, str) for name in state)
+    need(named, f"{path}: its weights have keys that are no names; use an older checkpoint")
     shapes = {name: t.shape for name, t in expected.items()}
     found = {name: t.shape for name, t in state.items() if isinstance(t, Tensor)}
     different = [name for name in sorted({*shapes, *found}) if shapes.get(name) != found.get(name)]

@@ -27,7 +27,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import UserError, arguments, command, need, one_line, os_reason, path_flag
+from cli import UserError, arguments, command, need, one_line, os_reason, path_flag, show_notes
 from records.compare import PAIRS_NOTE, Style, groups_note, groups_table, pairs_table
 from records.files import (
     LOSS,
@@ -144,6 +144,7 @@ def lock(out: Path) -> int:
         except OSError:
             if wait == 10:
                 warn(f"{out}: in use, waiting for up to half a minute")
+            show_notes()
             time.sleep(0.1)
     raise UserError(
         f"{out}: another ablation, or a run of one that was killed, is still working there; wait or end it"

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import combinations
 
-from cli import arguments, command, need
+from cli import arguments, command, need, show_notes, text_flag
 from records.files import DIGITS, LOSS, STEP, number_flag, say, warn
 from records.groups import (
     Group,
@@ -302,7 +302,9 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument(
         "--step", type=STEP, metavar="N", help="compare at this step (default: the last planned)"
     )
-    parser.add_argument("--loss", metavar="KEY", help="which loss of an event line (default val_loss)")
+    parser.add_argument(
+        "--loss", type=text_flag, metavar="KEY", help="which loss of an event line (default val_loss)"
+    )
     parser.add_argument("--numbers", action="store_true", help="print the raw numbers, too")
     parser.add_argument("--effect", type=number_flag(1e-9, 1e6), help="of power: the difference to be found")
     parser.add_argument(
@@ -334,6 +336,7 @@ def show(text: str, note: str, form: str) -> None:
     if form == "csv":
         say(text)
         warn(note)
+        show_notes()
     else:
         say(f"{text}\n\n{note}" if note else text)
 
@@ -354,6 +357,7 @@ def main_groups(args: argparse.Namespace) -> None:
         show(groups_table(groups, args.target, style), groups_note(groups, args.target), args.format)
     for line in comparison_warnings(groups):
         warn(f"note: {line}")
+    show_notes()
     if args.numbers:
         say("\n" + numbers_text(groups))
 

@@ -1,17 +1,15 @@
 """What the tools of this folder share: extras, printing, types of flags, files that are written whole."""
 
 import argparse
-import contextlib
 import importlib
 import math
 import os
 import stat
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from cli import UserError, need, one_line, os_reason
+from cli import UserError, need, note, one_line, os_reason, show_notes
 
 MARK = "gpt-speedrun records"  # in each picture and page that these tools write: only such a file is replaced
 
@@ -29,14 +27,14 @@ def extra(module: str):
 
 
 def say(text: str) -> None:
-    """text on stdout, now: whoever reads it (`| head`) may be waiting."""
+    """text on stdout, now: whoever reads it (`| head`) may be waiting. Notes that wait come first."""
+    show_notes()
     print(text, flush=True)
 
 
 def warn(line: str) -> None:
-    """One line on stderr, which may be closed."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        print(one_line(line), file=sys.stderr)
+    """One line on stderr, with the next output; where there is none, in the line of the error."""
+    note(line)
 
 
 # ---- flags

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import UserError, arguments, command, need, one_line, path_flag
+from cli import UserError, arguments, command, need, one_line, path_flag, text_flag
 from records.diff import diff_text
 from records.export import export
 from records.files import STEP, number_flag, say, warn
@@ -215,7 +215,9 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument(
         "--step", type=STEP, metavar="N", help="read the loss at this step (default: the last)"
     )
-    parser.add_argument("--loss", default="val_loss", metavar="KEY", help="which number of an event line")
+    parser.add_argument(
+        "--loss", type=text_flag, default="val_loss", metavar="KEY", help="which number of an event line"
+    )
     parser.add_argument("--sort", choices=COLUMNS, help="by this column; --reverse for the largest first")
     parser.add_argument("--reverse", action="store_true")
     parser.add_argument(

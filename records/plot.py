@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from cli import arguments, command, need, one_line, path_flag
+from cli import arguments, command, need, one_line, path_flag, text_flag
 from records.files import (
     LOSS,
     MARK,
@@ -353,7 +353,9 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--log", action="store_true", help="of loss: a logarithmic axis of steps or time")
     parser.add_argument("--from", dest="begin", type=at, help="first step or second that is drawn")
     parser.add_argument("--to", dest="end", type=at, help="last one")
-    parser.add_argument("--loss", default="val_loss", metavar="KEY", help="which loss of an event line")
+    parser.add_argument(
+        "--loss", type=text_flag, default="val_loss", metavar="KEY", help="which loss of an event line"
+    )
     parser.add_argument("--target", type=LOSS, help="a line at this loss")
     parser.add_argument("--each", action="store_true", help="every run, not their mean")
     parser.add_argument(
@@ -361,7 +363,9 @@ def flags() -> argparse.ArgumentParser:
     )
     parser.add_argument("--words", action="store_true", help="behind names of hypotheses what they are")
     parser.add_argument("--keys", type=words_flag, help="of scalars: which, with commas (default: all)")
-    parser.add_argument("--title", default="", help="default: the question that the picture answers")
+    parser.add_argument(
+        "--title", type=text_flag, default="", help="default: the question that the picture answers"
+    )
     return parser
 
 

@@ -26,7 +26,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import UserError, arguments, command, need, one_line, os_reason, path_flag
+from cli import UserError, arguments, command, need, one_line, os_reason, path_flag, text_flag
 from records.compare import Style, groups_table, number
 from records.files import (
     LOSS,
@@ -311,7 +311,7 @@ def flags() -> argparse.ArgumentParser:
         metavar="RULES",
         help="rules marked `look` that a person has judged, with commas",
     )
-    parser.add_argument("--by", default="", help="who, and why")
+    parser.add_argument("--by", type=text_flag, default="", help="who, and why")
     parser.add_argument(
         "--out", type=path_flag, metavar="FILE", help="of history: picture, .png, .svg or .pdf"
     )

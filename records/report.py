@@ -17,7 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cli import UserError, arguments, command, need, one_line, path_flag
+from cli import UserError, arguments, command, need, one_line, path_flag, text_flag
 from records.compare import PAIRS_NOTE, groups_note, groups_table, pairs_table
 from records.diff import configuration_text, facts_text, source_text
 from records.files import LOSS, MARK, STEP, check_output, extra, file_kind, say, warn, write_text
@@ -216,7 +216,7 @@ def flags() -> argparse.ArgumentParser:
         "--step", type=STEP, metavar="N", help="compare at this step (default: the last planned)"
     )
     parser.add_argument("--checkpoint", type=path_flag, metavar="FILE", help="show samples from it")
-    parser.add_argument("--title", default="Report of runs")
+    parser.add_argument("--title", type=text_flag, default="Report of runs")
     return parser
 
 

@@ -1,5 +1,6 @@
 """How every command ends, tried on a small one: exit codes, one line on stderr, closed and full streams."""
 
+import argparse
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ if "slow_import" in sys.argv:
     time.sleep(60)
 if "missing" in sys.argv:
     import no_such_package
+import cli
 from cli import UserError, arguments, command, need
 
 def main(argv):
@@ -43,6 +45,13 @@ def main(argv):
         arguments("What it does.").parse_args(["--help"])
     if what == "flag":
         arguments("What it does.").parse_args(["--hel"])
+    if what == "no value":
+        parser = arguments("What it does.")
+        parser.add_argument("--tokens", type=int)
+        parser.parse_intermixed_args(["--tokens=--"])
+    if what in ("noted", "noted, refused"):
+        cli.note("a.txt: skipped\\n(empty)")
+        need(what == "noted", "b: nothing there")
     if what == "surrogate":
         print("caf\\udce9 \u6771")
     if what == "opens":
@@ -85,6 +94,8 @@ def run(folder: Path, *argv, **options) -> subprocess.CompletedProcess:
         ("package", ["no_such_package is not installed", "requirements.txt"]),
         ("missing", ["no_such_package is not installed", "requirements.txt"]),
         ("flag", ["--hel", "--help lists the flags"]),
+        ("no value", ["--tokens=--: -- is no value"]),
+        ("noted, refused", ["error: b: nothing there (a.txt: skipped (empty))"]),
     ],
 )
 def test_what_a_user_can_put_right_is_one_line_and_2(folder, what, words):
@@ -149,6 +160,17 @@ def test_closed_streams_swallow_what_is_printed_and_nothing_else(folder, closed)
 def test_what_a_terminal_cannot_show_becomes_a_question_mark(folder):
     done = run(folder, "surrogate", env={"PYTHONIOENCODING": "ascii"})
     assert (done.returncode, done.stdout) == (0, "caf? ?\n")
+
+
+def test_notes_are_said_where_nothing_is_refused(folder):
+    done = run(folder, "noted")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "a.txt: skipped (empty)\n")
+
+
+def test_text_of_a_flag_is_utf8():
+    assert cli.text_flag("caf\u00e9") == "caf\u00e9"
+    with pytest.raises(argparse.ArgumentTypeError, match="is not UTF-8"):
+        cli.text_flag("caf\udce9")
 
 
 def test_words_of_a_message_stay_on_one_line():

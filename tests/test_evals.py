@@ -693,6 +693,15 @@ def test_what_a_user_gets_wrong_is_one_line(tmp_path, ranks, monkeypatch, name, 
     assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words), caught.value
 
 
+def test_weights_whose_keys_are_no_names_are_refused(tmp_path, ranks):
+    path = checkpoint(tmp_path, ranks)
+    content = torch.load(path, weights_only=True)
+    content["model"][7] = content["model"].pop("embed")
+    torch.save(content, path)
+    with pytest.raises(UserError, match="have keys that are no names"):
+        model.load(path)
+
+
 def test_weights_so_large_that_losses_are_not_finite_are_named():
     it = trained(softcap=0.0)
     it.model.lm_head.fill_(3e38)

@@ -237,6 +237,14 @@ def test_what_somebody_keeps_in_the_folders_stays(hub, tmp_path):
 # The disk
 
 
+def test_where_no_hub_is_in_reach_nothing_is_left(hub, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert_fails(tmp_path / "out", 1, "HF_HUB_OFFLINE is set")
+    assert os.listdir(tmp_path / "out") == []
+
+
 def test_too_little_room_is_said_before_anything_is_fetched(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(fineweb.shutil, "disk_usage", lambda path: SimpleNamespace(free=SIZE))
     assert_fails(tmp_path, 2, str(tmp_path), "GB free", "--out")

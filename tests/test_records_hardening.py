@@ -11,7 +11,7 @@ from conftest import CLEAN_ENV, ROOT, assert_user_error, run_command
 from test_records_record import folder as record_folder  # noqa: F401, a fixture
 from test_records_record import package, write_run
 
-from cli import UserError
+from cli import UserError, show_notes
 from records import (
     ablate,
     compare,
@@ -156,7 +156,22 @@ def test_links_to_folders_are_not_followed(log, tmp_path, capsys):
     (tmp_path / "sub").mkdir()
     os.symlink(tmp_path, tmp_path / "sub" / "up")
     assert [run.name for run in reader.read_paths([tmp_path], files.warn)] == ["run"]
+    show_notes()
     assert "a link to a folder" in capsys.readouterr().err
+
+
+def test_notes_are_a_part_of_the_line_that_refuses(tmp_path):
+    write(tmp_path / "a" / "0.txt", ["3.1"], step=0)
+    (tmp_path / "a" / "1.txt").write_text("")
+    words = [sys.executable, "-m", "records.compare", "power", tmp_path / "a", "--effect", "0.1"]
+    assert_user_error(run_command(words), "its losses have no deviation", "1.txt: skipped (empty)")
+
+
+@pytest.mark.parametrize("module", ["compare", "plot", "logs"])
+def test_a_loss_whose_name_is_no_text(module, log):
+    words = [word.format(log) for word in MODULES[module]] + ["--loss", "\udcff"]
+    with pytest.raises(UserError, match="is not UTF-8 text"):
+        MAINS[module].main(words)
 
 
 @pytest.mark.parametrize("name", ["x.png", "x.svg", "x.pdf"])

@@ -34,6 +34,19 @@ def test_a_signal_two_seconds_after_the_first_ends_the_run_at_once(monkeypatch):
         signals.on_signal(signal.SIGINT, None)
 
 
+# ----- Memory
+
+
+def test_a_full_memory_is_said_and_is_no_bug(monkeypatch, capfd):
+    def allocate(*_) -> None:
+        torch.empty(2**60)
+
+    monkeypatch.setattr(tg, "train", allocate)
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py", "--preset", "cpu"])
+    assert tg.main() == 1
+    assert capfd.readouterr().err.startswith("train_gpt.py: failed: this machine's memory is full")
+
+
 # ----- Which checkpoints are deleted
 
 

@@ -577,6 +577,12 @@ FREE_TEXTS = {"data_dir", "log_dir", *(f"{part}_chunk" for part in ("smear", "sk
 FREE_TEXTS |= {"windows", "paired_heads", "value_embeds", "skips", "backout"}  # refused above
 
 
+@pytest.mark.parametrize("name", ["num_steps", "device", "log_dir", "preset"])
+def test_two_dashes_are_no_value(name):
+    with pytest.raises(tg.UserError, match=f"--{name}=--: -- is no value"):
+        tg.parse_config(["--preset=cpu", f"--{name}=--"])
+
+
 @pytest.mark.parametrize("field", SCALARS, ids=lambda f: f.name)
 def test_every_field_has_bounds_that_help_shows_and_that_hold(field):
     low, high, choices = (field.metadata[name] for name in ("low", "high", "choices"))
