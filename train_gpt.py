@@ -3615,7 +3615,7 @@ def check_checkpoint(content: dict, cfg: Config) -> None:
     remove = "remove it to go on without"
     for name, kind in CHECKPOINT_TYPES.items():
         value = content.get(name)
-        right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        right = name in content and isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
         right = right and (kind is not str or name == "config" or one_line(value) == value)
         need(right, f"{path}: holds no {name} of the right kind; {remove}")
     check_same_config(content, cfg)
