@@ -4130,6 +4130,8 @@ class Cpu:
 
 def check_memory(cfg: Config) -> None:
     """UserError for a model that this machine cannot hold, with nothing but a state of 4 bytes a weight."""
+    if "SC_PHYS_PAGES" not in os.sysconf_names:
+        return
     pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)  # ulimit -v
     memory = pages * page if limit == resource.RLIM_INFINITY else min(pages * page, limit)

@@ -65,6 +65,8 @@ def load(path: Path) -> tuple[dict, int, int]:
         if zipfile.ZipFile(path).testzip():  # torch writes checksums and never reads them
             raise zipfile.BadZipFile
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not isinstance(content, dict):
+            raise TypeError
         tensors, config = content["model"], json.loads(content["config"])
         known = (tensors.items(), int(config["vocab_size"]), int(content["step"]))
     except Exception as error:  # half a file, or a made-up one, can fail in many ways
