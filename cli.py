@@ -96,13 +96,15 @@ def os_reason(error: OSError) -> str:
 
 # ----- Notes: what a user should know, beside what was asked for
 
-NOTES: list[
-    str
-] = []  # that wait for the first output; where a command is refused they are a part of its line
+COMMANDS: list[str] = []  # the one that this process runs
+NOTES: list[str] = []  # wait for the first output; where a command is refused they are a part of its line
 
 
 def note(line: str) -> None:
+    """It waits only in a command's process; elsewhere it is said at once."""
     NOTES.append(one_line(line))
+    if not COMMANDS:
+        show_notes()
 
 
 def show_notes() -> None:
@@ -125,6 +127,7 @@ def command(main: Callable[[list[str]], int | None], interrupted: str = "interru
     """
     open_standard_streams()
     on_stop_signals(raise_interrupt)
+    COMMANDS.append(sys.argv[0])
     try:
         code = main(sys.argv[1:]) or 0
         show_notes()

@@ -3645,7 +3645,7 @@ def check_checkpoint(content: dict, cfg: Config) -> None:
     remove = "remove it to go on without"
     for name, kind in CHECKPOINT_TYPES.items():
         value = content.get(name)
-        right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        right = name in content and isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
         right = right and (kind is not str or name == "config" or one_line(value) == value)
         need(right, f"{path}: holds no {name} of the right kind; {remove}")
     check_same_config(content, cfg)
@@ -4170,6 +4170,8 @@ class Cpu:
 
     def total_memory(self) -> int:
         """Bytes of the machine, or of its container; processes share them."""
+        if "SC_PHYS_PAGES" not in os.sysconf_names:
+            return sys.maxsize
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         limit, _ = resource.getrlimit(resource.RLIMIT_AS)  # ulimit -v
         total = total if limit == resource.RLIM_INFINITY else min(total, limit)

@@ -168,7 +168,8 @@ def encode(tokenizer: tiktoken.Encoding, text: str) -> np.ndarray:
     """
     text = whole_characters(text)
     parts, start = [], 0
-    long_run = rf"[{WHITE_SPACE}]{{{LONG_RUN_CHARS},}}(?=[^{WHITE_SPACE}])"
+    # From the first of a run, and never back: a text that ends in one would take the square of its length.
+    long_run = rf"(?<![{WHITE_SPACE}])[{WHITE_SPACE}]{{{LONG_RUN_CHARS},}}+(?=[^{WHITE_SPACE}])"
     for run in re.finditer(long_run, text) if len(text) > LONG_RUN_CHARS else ():
         parts += [text[start : run.start()], run[0][:-1]]
         start = run.end() - 1

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -140,6 +141,7 @@ def load(
         model = tg.GPT(cfg, kind)
     model.add_buffers()
     load_weights(model, state, path)
+    check_window(model, step, path)
     trained = Trained(model.requires_grad_(False).to(device), step, path, None)
     model.update_rotary()
     # A checkpoint is written before its step's change.
@@ -153,8 +155,8 @@ def load_weights(model: tg.GPT, state: dict[str, Tensor], path: Path) -> None:
     expected = model.state_dict()
     named = all(isinstance(name, str) for name in state)
     need(named, f"{path}: its weights have keys that are no names; use an older checkpoint")
-    shapes = {name: t.shape for name, t in expected.items()}
-    found = {name: t.shape for name, t in state.items() if isinstance(t, Tensor)}
+    shapes = {name: (t.shape, t.is_floating_point()) for name, t in expected.items()}
+    found = {name: (t.shape, t.is_floating_point()) for name, t in state.items() if is_plain(t)}
     different = [name for name in sorted({*shapes, *found}) if shapes.get(name) != found.get(name)]
     names = ", ".join(different[:5])
     need(not different, f"{path}: its weights are not those of its configuration ({names})")
@@ -162,6 +164,21 @@ def load_weights(model: tg.GPT, state: dict[str, Tensor], path: Path) -> None:
         finite = not t.is_floating_point() or bool(t.isfinite().all())
         need(finite, f"{path}: {name} holds values that are not finite; use an older checkpoint")
     model.load_state_dict({name: t.to(expected[name].dtype) for name, t in state.items()}, assign=True)
+
+
+def is_plain(value: object) -> bool:
+    """A tensor whose values are there: not sparse, and not on the device meta, which has none."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+
+
+def check_window(model: tg.GPT, step: int, path: Path) -> None:
+    """UserError for a long window that no run has there: a checkpoint's is its step's, an export's the
+    next's.
+    """
+    schedule = tg.Schedule(model.cfg)
+    known = {schedule.windows(n)[1] for n in (max(step - 1, 0), step)}
+    window = int(model.long_window)
+    need(window in known, f"{path}: its long window is {window}, which no run has at step {step}")
 
 
 def newest(path: Path) -> Path:
@@ -189,6 +206,8 @@ Content = tuple[str, int, dict[str, Tensor]]  # configuration, step, state of th
 
 def read_checkpoint(path: Path) -> Content:
     try:
+        if zipfile.ZipFile(path).testzip():  # torch writes checksums and never reads them
+            raise zipfile.BadZipFile
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         text, step, state, version = (content.get(name) for name in ("config", "step", "model", "format"))
     except Exception as error:  # noqa: BLE001, half a file can fail in many ways

@@ -14,6 +14,7 @@ eigenvalues l_1 >= .. >= l_D.
 
 import json
 import math
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +62,11 @@ def load(path: Path) -> tuple[dict, int, int]:
         f"{path}: no whole checkpoint of train_gpt.py (there is no file of that name)",
     )
     try:
+        if zipfile.ZipFile(path).testzip():  # torch writes checksums and never reads them
+            raise zipfile.BadZipFile
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not isinstance(content, dict):
+            raise TypeError
         tensors, config = content["model"], json.loads(content["config"])
         known = (tensors.items(), int(config["vocab_size"]), int(content["step"]))
     except Exception as error:  # half a file, or a made-up one, can fail in many ways
@@ -77,7 +82,8 @@ def tables_of(path: Path, beginning: str) -> list[tuple[str, int, object]]:
     tensors, vocab_size, step = load(path)
     found = []
     for name, tensor in tensors.items():
-        is_table = isinstance(tensor, torch.Tensor) and tensor.dim() == 2 and tensor.is_floating_point()
+        is_plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and not tensor.is_meta
+        is_table = is_plain and tensor.dim() == 2 and tensor.is_floating_point()
         if not str(name).startswith(beginning) or not is_table:
             continue
         rows = tensor.T if name == "lm_head" else tensor

@@ -679,6 +679,7 @@ CHANGES = {
     "a config nested too deep": setting(config="[" * 100_000),
     "a config that is a list": setting(config="[1, 2]"),
     "no weights": without("model"),
+    "no average": without("average"),
     "a step that is a word": setting(step="six"),
     "a step that is a truth value": setting(step=True),
     "no step yet": setting(step=0),

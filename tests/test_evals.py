@@ -19,6 +19,7 @@ from cli import UserError
 from data.bpe import save_vocab, train_bpe, write_token_bytes
 from data.shards import write_shard
 from evals import export, hellaswag, kv_cache, loss, model, plan, sample
+from records import embeddings
 
 TEXT = (
     "The war was over before the autumn came. Naïve 東京 readers — all of them — expected “another” winter. "
@@ -693,13 +694,54 @@ def test_what_a_user_gets_wrong_is_one_line(tmp_path, ranks, monkeypatch, name, 
     assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words), caught.value
 
 
-def test_weights_whose_keys_are_no_names_are_refused(tmp_path, ranks):
+def sparse(weights: dict) -> None:
+    weights["embed"] = weights["embed"].to_sparse()
+
+
+def without_values(weights: dict) -> None:
+    weights["embed"] = weights["embed"].to("meta")
+
+
+def whole_numbers(weights: dict) -> None:
+    weights["embed"] = weights["embed"].long()
+
+
+def a_number_for_a_name(weights: dict) -> None:
+    weights[7] = weights.pop("embed")
+
+
+def no_window(weights: dict) -> None:
+    weights["long_window"] = torch.zeros_like(weights["long_window"])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (sparse, "not those of its configuration .embed"),
+        (without_values, "not those of its configuration .embed"),
+        (whole_numbers, "not those of its configuration .embed"),
+        (a_number_for_a_name, "have keys that are no names"),
+        (no_window, "its long window is 0, which no run has at step 8"),
+    ],
+)
+def test_weights_of_another_kind_are_refused(spoil, words, tmp_path, ranks):
     path = checkpoint(tmp_path, ranks)
     content = torch.load(path, weights_only=True)
-    content["model"][7] = content["model"].pop("embed")
+    spoil(content["model"])
     torch.save(content, path)
-    with pytest.raises(UserError, match="have keys that are no names"):
+    with pytest.raises(UserError, match=words):
         model.load(path)
+
+
+@pytest.mark.parametrize("main", [loss.main, embeddings.main])
+def test_a_bit_that_has_turned_in_a_checkpoint_is_noticed(main, tmp_path, ranks):
+    path = checkpoint(tmp_path, ranks)
+    data = bytearray(path.read_bytes())
+    weights = torch.load(path, weights_only=True)["model"]["embed"]
+    data[data.index(weights.numpy().tobytes()[:64]) + 5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="whole checkpoint"):
+        main([str(path)])
 
 
 def test_weights_so_large_that_losses_are_not_finite_are_named():

@@ -216,7 +216,8 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
     torch.save({"model": Evil(trap), "config": "{}", "step": 1}, tmp_path / "a.pt")
     (tmp_path / "b.pt").write_bytes(pickle.dumps(Evil(trap)))
     (tmp_path / "c.pt").write_bytes(b"PK\x03\x04 half a file")
-    for name in ("a.pt", "b.pt", "c.pt", "none.pt"):
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
+    for name in ("a.pt", "b.pt", "c.pt", "tensor.pt", "none.pt"):
         with pytest.raises(UserError, match=f"{name}: no whole checkpoint"):
             embeddings.main([str(tmp_path / name)])
     assert not trap.exists()

@@ -248,6 +248,13 @@ def test_long_white_space_is_split_as_the_tokenizer_would(text, least):
         assert bpe.encode(tokenizer, text).tolist() == tokenizer.encode_ordinary(text)
 
 
+@pytest.mark.parametrize("text", [" " * 10**6, "a" + "\n" * 10**6, "\t" * 10**6 + "end"])
+def test_long_white_space_takes_no_square_of_its_length(text):
+    """10^12 steps would not end within this test's life."""
+    ranks = {bytes([b]): b for b in range(256)}
+    assert len(bpe.encode(bpe.encoding(ranks, 256), text)) == len(text)
+
+
 def test_a_million_spaces(tmp_path, vocab):
     texts = [*documents(30), "table" + " " * 1_000_000 + "end", "\n" * 1_000_000 + "x"]
     make(tmp_path / "out", write_json(tmp_path / "a.jsonl", texts), vocab=vocab)

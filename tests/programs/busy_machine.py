@@ -19,7 +19,7 @@ from pathlib import Path
 from cli import arguments, command, need
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS, FIRST = 24, 4  # of a run; the first ones are not counted
+STEPS, FIRST = 16, 4  # of a run; the first ones are not counted
 
 
 def main(argv: list[str]) -> None:
