@@ -1601,7 +1601,7 @@ def read_token_bytes(folder: Path, cfg: Config) -> np.ndarray | None:
     need(path.is_file(), f"{path}: not a file that can be read; {again}")
     try:
         counts = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError, EOFError, MemoryError) as error:
+    except Exception as error:  # noqa: BLE001, a damaged header can fail in many ways
         raise UserError(f"{path}: not an array of NumPy ({type(error).__name__}); {again}") from None
     fits = counts.shape == (cfg.vocab_size,) and counts.dtype == np.uint16
     need(fits, f"{path}: {counts.dtype} {counts.shape}, not uint16 ({cfg.vocab_size},); {again}")
