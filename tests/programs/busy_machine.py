@@ -4,7 +4,7 @@
 
 Trains the preset cpu for some steps alone, and beside a process that keeps one core busy, in turns; prints
 milliseconds a step: medians of the rounds. --spin: values of GOMP_SPINCOUNT, which libgomp reads; default:
-what train_gpt.py sets itself; libgomp: what libgomp does where nothing is set.
+as train_gpt.py is; libgomp: what libgomp does where nothing is set.
 """
 
 import contextlib
@@ -36,8 +36,12 @@ def main(argv: list[str]) -> None:
         for busy in (False, True):
             for spin in args.spin:
                 with busy_process() if busy else contextlib.nullcontext():
-                    times.setdefault((spin, busy), []).append(milliseconds(spin, flags))
-    print(f"{'spin':>10} {'alone':>10} {'one core busy':>15} {'times':>7}   ms a step, {args.rounds} rounds")
+                    ms = milliseconds(spin, flags)
+                times.setdefault((spin, busy), []).append(ms)
+                print(f"spin {spin}, {'one core busy' if busy else 'alone'}: {ms:.0f} ms a step", flush=True)
+    print(
+        f"\n{'spin':>10} {'alone':>10} {'one core busy':>15} {'times':>7}   ms a step, {args.rounds} rounds"
+    )
     for spin in args.spin:
         alone, beside = (statistics.median(times[spin, busy]) for busy in (False, True))
         print(f"{spin:>10} {alone:10.0f} {beside:15.0f} {beside / alone:7.2f}")
