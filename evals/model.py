@@ -259,9 +259,10 @@ def read_config(text: str, path: Path) -> tg.Config:
         values = {name: value for name, value in values.items() if name in known}
         for f in fields(tg.Config):
             if f.name in values and f.name != "stages":
-                right = isinstance(values[f.name], (int, float) if f.type is float else f.type)
+                right = has_type(values[f.name], f.type)
                 need(right, f"{path}: its configuration cannot be read ({f.name} {values[f.name]!r})")
-        values["stages"] = tuple(read_stage(row) for row in values["stages"])
+        values["stages"] = tuple(read_stage(row, path) for row in values["stages"])
+        need(values["stages"], f"{path}: its configuration has no stages")
         cfg = tg.Config(**values)
         tg.check_config(cfg)
     except tg.UserError as error:
@@ -271,10 +272,23 @@ def read_config(text: str, path: Path) -> tg.Config:
     return cfg
 
 
-def read_stage(row: dict) -> tg.Stage:
+def has_type(value: object, kind: type) -> bool:
+    """As a value of JSON: true is no number, and a number may stand for a fraction."""
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def read_stage(row: dict, path: Path) -> tg.Stage:
+    """UserError or TypeError for what no stage can be."""
     predict = tuple((float(start), float(end)) for start, end in row["predict"])
     short, long = row["windows"]
-    return tg.Stage(**row | {"windows": (int(short), int(long)), "predict": predict})
+    whole = all(
+        has_type(n, int) and 0 < n <= 2**40 for n in (short, long, row["batch_tokens"], row["max_doc_len"])
+    )
+    shares = all(has_type(row[name], float) and 0 <= row[name] <= 1e9 for name in ("until", "lr_mul"))
+    need(whole and shares, f"{path}: its configuration cannot be read (a stage's numbers)")
+    return tg.Stage(**row | {"windows": (short, long), "predict": predict})
 
 
 def read_vocabulary(given: str | Path | None, model: Path, cfg: tg.Config) -> dict[bytes, int] | None:

@@ -220,6 +220,11 @@ def test_loading_runs_no_code_of_the_file(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def spoil_stage(content: dict, **changes) -> dict:
+    stages = json.loads(content["config"])["stages"]
+    return spoil(content, stages=[stages[0] | changes, *stages[1:]])
+
+
 def spoil(content: dict, **config) -> dict:
     return content | {"config": json.dumps(json.loads(content["config"]) | config)}
 
@@ -229,6 +234,11 @@ def spoil(content: dict, **config) -> dict:
     [
         (lambda c: spoil(c, new_field=1), "another version of train_gpt.py .*new_field"),
         (lambda c: spoil(c, vocab_size="many"), "configuration cannot be read"),
+        (lambda c: spoil(c, bigram_signs=True), "configuration cannot be read .bigram_signs True"),
+        (lambda c: spoil(c, stages=[]), "configuration has no stages"),
+        (lambda c: spoil_stage(c, until="soon"), "configuration cannot be read .a stage's numbers"),
+        (lambda c: spoil_stage(c, max_doc_len=-1), "configuration cannot be read .a stage's numbers"),
+        (lambda c: spoil_stage(c, windows=[16, True]), "configuration cannot be read .a stage's numbers"),
         (
             lambda c: c | {"model": c["model"] | {"mlp": c["model"]["mlp"] * math.nan}},
             "mlp holds .* not finite",
