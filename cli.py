@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import errno
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -86,6 +87,16 @@ def shown(name: object) -> str:
     """A name or value as part of a message: on one line, and the middle left out where it is very long."""
     text = one_line(str(name), limit=10_000)
     return text if len(text) <= 300 else f"{text[:140]}...{text[-140:]}"
+
+
+def shell_word(text: str) -> str:
+    """text as a shell reads it; what a terminal would obey is written as $'...' with escapes."""
+    if one_line(text, limit=len(text)) == text:
+        return shlex.quote(text)
+    escaped = (
+        chr(b) if chr(b).isalnum() and b < 128 or b in b"/._- " else f"\\x{b:02x}" for b in os.fsencode(text)
+    )
+    return f"$'{''.join(escaped)}'"
 
 
 def os_reason(error: OSError) -> str:

@@ -10,7 +10,6 @@ import contextlib
 import itertools
 import json
 import os
-import shlex
 import time
 import zlib
 from collections import deque
@@ -20,7 +19,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from cli import UserError, arguments, command, need, one_line, os_reason, path_flag, shown, text_flag
+from cli import (
+    UserError,
+    arguments,
+    command,
+    need,
+    os_reason,
+    path_flag,
+    shell_word,
+    shown,
+    text_flag,
+)
 from data.shards import (
     INTERRUPTED,
     ROOT,
@@ -630,16 +639,6 @@ def is_enough(flags: dict) -> bool:
     except train_gpt.UserError:
         return False
     return True
-
-
-def shell_word(text: str) -> str:
-    """text as a shell reads it; what a terminal would obey is written as $'...' with escapes."""
-    if one_line(text, limit=len(text)) == text:
-        return shlex.quote(text)
-    escaped = (
-        chr(b) if chr(b).isalnum() and b < 128 or b in b"/._- " else f"\\x{b:02x}" for b in os.fsencode(text)
-    )
-    return f"$'{''.join(escaped)}'"
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import UserError, arguments, command, need, one_line, os_reason, path_flag, show_notes
+from cli import UserError, arguments, command, need, one_line, os_reason, path_flag, shell_word, show_notes
 from records.compare import PAIRS_NOTE, Style, groups_note, groups_table, pairs_table
 from records.files import (
     LOSS,
@@ -396,7 +396,7 @@ def main(argv: list[str]) -> None:
     if args.dry_run:
         for job in jobs:
             file = edited_path(job) if job.edited else "train_gpt.py"
-            say(shlex.join([*launch, str(file), *job.flags]))
+            say(" ".join(map(shell_word, [*launch, str(file), *job.flags])))
         return
     # What is missing is said now, not after the last run.
     for module in (

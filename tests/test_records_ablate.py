@@ -162,6 +162,14 @@ def test_a_missing_switch_is_one_clear_line(monkeypatch, tmp_path, capsys):
     )
 
 
+def test_a_dry_run_prints_no_character_that_a_terminal_obeys(capsys, tmp_path):
+    launch = "'a\x1b[31m' -m x"
+    ablate.main(
+        ["000-H0", "--on", "cpu", "--dry_run", "--out", str(tmp_path), "--seeds", "1", "--launch", launch]
+    )
+    assert capsys.readouterr().out.startswith(r"$'a\x1b\x5b31m' -m x train_gpt.py --preset=cpu ")
+
+
 # ---- hypotheses that are edits of train_gpt.py
 
 

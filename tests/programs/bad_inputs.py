@@ -28,8 +28,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cli import arguments, command, need
-from data.text import shell_word
+from cli import arguments, command, need, shell_word
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "hf_planted" + 24 * "x"
