@@ -43,6 +43,7 @@ from torch import Tensor
 import train_gpt as tg
 from cli import arguments, command, need
 from data.shards import write_shard
+from tests.programs.same_losses import EVERY_FEATURE
 
 ROOT = Path(__file__).resolve().parents[2]
 # Seconds.
@@ -625,7 +626,7 @@ def stage_rows(add: Callable, trainer: tg.Trainer) -> None:
     for length, windows in step_kinds(trainer):
         ms = milliseconds(partial(graphs.run, (length, windows), None), 5)
         sequences = [tuple(t.cpu() for t in pair) for pair in trainer.machine.inputs[length]]
-        flops, tokens = sum(tg.step_flops(cfg, sequences, windows).values()), length * cfg.micro_batches
+        flops, tokens = sum(tg.step_flops(cfg, sequences, windows).values()), length * len(sequences)
         add(
             f"{tokens} tokens, windows {windows}",
             step_ms=ms + update,
@@ -727,24 +728,8 @@ def small_model(add: Callable) -> None:
     curves = {}
     for device in ("cpu", "cuda"):
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-            cfg = replace(
-                tg.PRESETS["cpu"],
-                windows="sslssl",
-                paired_heads="p...p.",
-                value_embeds=".01.23",
-                skips=".a..a.",
-                backout="...b..",
-                spectral=0.0,
-                bigram_momentum=0.75,
-                device=device,
-                dtype="float32",
-                compile=False,
-                warmup=False,
-                graphs=False,
-                num_steps=20,
-                save_every=0,
-                log_dir=folder,
-            )
+            flags = [*EVERY_FEATURE, "--device", device, "--dtype", "float32", "--log_dir", folder]
+            cfg, _ = tg.parse_config([*flags, "--bigram_momentum", "0.75", "--no-warmup", "--no-graphs"])
             trainer = tg.Trainer(cfg, {})
             kernels = replace(trainer.model.kernels, muon_dtype=torch.float32, lazy_bigrams=False)
             trainer.optimizer.kernels = kernels
