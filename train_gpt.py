@@ -527,9 +527,9 @@ def check_steps(cfg: Config) -> None:
     share, steps = cfg.extension_share, f"--num_steps {cfg.num_steps}"
     need(cfg.scheduled_steps >= 1, f"--extension_share {share}: leaves no scheduled step of {steps}")
     low, high = cfg.momentum_min, cfg.momentum_max
+    need(low <= high, f"--momentum_min {low}: must not be above --momentum_max {high}")
     whole = not cfg.join or cfg.micro_batches % cfg.join == 0
     need(whole, f"--join {cfg.join}: must divide --micro_batches {cfg.micro_batches}")
-    need(low <= high, f"--momentum_min {low}: must not be above --momentum_max {high}")
     whole = cfg.val_tokens % cfg.val_seq_len == 0
     need(whole, f"--val_tokens {cfg.val_tokens}: must be a multiple of --val_seq_len {cfg.val_seq_len}")
     for stage in cfg.stages:
@@ -828,7 +828,7 @@ class GPT(nn.Module):
             self.update_rotary()
         self.long_window.fill_(window)
 
-    def layer_weights(self) -> list["LayerWeights"]:
+    def layer_weights(self) -> list[LayerWeights]:
         """Of each layer."""
         weights = [LayerWeights() for _ in self.layers]
         for w in weights:
@@ -882,7 +882,7 @@ class GPT(nn.Module):
         extras: list[Tensor],
         values: dict[str, Tensor],
         is_first: Tensor,
-        positions: dict[tuple[str, bool], "Positions"],
+        positions: dict[tuple[str, bool], Positions],
     ) -> Tensor:
         """Token embeddings x (T, D) -> what the head reads, (T, D). values, extras: looked up, (T, D)."""
         x = x0 = self.smear(x, is_first, self.smear_scale, self.smear_gate, self.chunks["smear_chunk"])
@@ -2009,7 +2009,7 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, scal
     return torch.einsum("hqk,khd->qhd", weights.to(v.dtype), v)
 
 
-# BLOCK_M queries, BLOCK_N keys, warps, stages, from a compute capability on; Hopper's are flex_attention's.
+# BLOCK_M queries, BLOCK_N keys, warps, stages, from a compute capability on; Hopper's were the fastest of 36.
 ATTENTION_FORWARD = {80: (128, 64, 8, 2), 90: (64, 64, 4, 3), 120: (128, 64, 8, 2)}
 ATTENTION_DQ = {80: (64, 64, 4, 2), 90: (64, 64, 4, 2), 120: (64, 64, 4, 2)}
 ATTENTION_DKV = {80: (64, 64, 8, 2), 90: (32, 64, 4, 3), 120: (64, 64, 8, 2)}
@@ -2698,8 +2698,6 @@ def fake_logit_gradient(z: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 X_SCALE, HEAD_SCALE = 2**-2, 2**-8  # near the records' 100 / 448 and 1.6 / 448; powers of two round nothing
-
-
 FP8_MAX = 448.0  # the largest of float8_e4m3fn
 
 
@@ -2841,6 +2839,9 @@ def look_up(table: Tensor, rows: Tensor, order: "RowOrder | None", sparse: bool 
     return F.embedding(rows, table, sparse=sparse)
 
 
+ROWS_AT_ONCE = 32  # sorted rows that a program adds up
+
+
 @dataclass(frozen=True)
 class RowOrder:
     """Rows that are looked up, sorted, so that the gradients of a row stand together."""
@@ -2857,7 +2858,12 @@ class RowOrder:
         return RowOrder(ordered, place, torch.searchsorted(ordered, last, right=True, out_int32=True))
 
 
-ROWS_AT_ONCE = 32  # sorted rows that a program adds up
+@triton.jit
+def add_to_row(grad, row, values, D, lane):
+    """grad[row] += values (BLOCK_D,), of which D count; rounded once."""
+    to = grad + row.to(tl.int64) * D + lane
+    total = tl.load(to, mask=lane < D, other=0).to(tl.float32) + values
+    tl.store(to, total.to(grad.dtype.element_ty), mask=lane < D)
 
 
 @triton.jit
@@ -2878,9 +2884,7 @@ def add_rows_kernel(grad, dy, rows, place, partial, T, D, CHUNK: tl.constexpr, B
             if shared:
                 tl.store(partial + lane, acc, mask=inside)
             else:
-                to = grad + row.to(tl.int64) * D + lane
-                total = tl.load(to, mask=inside, other=0).to(tl.float32) + acc
-                tl.store(to, total.to(grad.dtype.element_ty), mask=inside)
+                add_to_row(grad, row, acc, D, lane)
             acc = tl.zeros([BLOCK_D], tl.float32)
             row = next_row
             shared = False
@@ -2891,9 +2895,7 @@ def add_rows_kernel(grad, dy, rows, place, partial, T, D, CHUNK: tl.constexpr, B
     elif row == tl.load(rows + end, mask=end < T, other=-1):
         tl.store(partial + D + lane, acc, mask=inside)
     else:
-        to = grad + row.to(tl.int64) * D + lane
-        total = tl.load(to, mask=inside, other=0).to(tl.float32) + acc
-        tl.store(to, total.to(grad.dtype.element_ty), mask=inside)
+        add_to_row(grad, row, acc, D, lane)
 
 
 @triton.jit
@@ -2911,9 +2913,7 @@ def finish_rows_kernel(grad, rows, run_ends, partial, T, D, CHUNK: tl.constexpr,
     acc = tl.load(partial + (2 * chunk + 1) * D + lane, mask=inside, other=0)
     for later in range(chunk + 1, tl.cdiv(run_end, CHUNK)):
         acc += tl.load(partial + 2 * later * D + lane, mask=inside, other=0)
-    to = grad + row.to(tl.int64) * D + lane
-    total = tl.load(to, mask=inside, other=0).to(tl.float32) + acc
-    tl.store(to, total.to(grad.dtype.element_ty), mask=inside)
+    add_to_row(grad, row, acc, D, lane)
 
 
 def add_rows_(grad: Tensor, dy: Tensor, order: RowOrder) -> None:
@@ -3617,16 +3617,28 @@ def step_of(path: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def read_checkpoint(path: Path, thoroughly: bool = True, quiet: bool = False) -> dict | None:
-    """The content of a checkpoint, none of whose code is run, and its path as "file".
+def load_whole(path: Path, thoroughly: bool = True) -> Any:
+    """What torch.save wrote, none of whose code is run. Errors of many kinds if it is not whole.
 
-    None, and a word on stderr unless quiet, if it is not whole; thoroughly: with its checksums, which torch
-    writes but never reads.
+    thoroughly: with its checksums, which torch writes but never reads.
+    """
+    if thoroughly and zipfile.ZipFile(path).testzip():
+        raise zipfile.BadZipFile
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def is_plain(value: object) -> bool:
+    """A tensor whose values are there: not sparse, and not on the device meta, which has none."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+
+
+def read_checkpoint(path: Path, thoroughly: bool = True, quiet: bool = False) -> dict | None:
+    """The content of a checkpoint, see load_whole, and its path as "file".
+
+    None, and a word on stderr unless quiet, if it is not whole.
     """
     try:
-        if thoroughly and zipfile.ZipFile(path).testzip():
-            raise zipfile.BadZipFile
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = load_whole(path, thoroughly)
         if not isinstance(content, dict) or not {"format", "config"} & content.keys():
             raise ValueError
         return content | {"file": path}
@@ -3693,8 +3705,7 @@ def check_tensors(content: dict, model: GPT, optimizer: Optimizer) -> None:
         tensors |= {f"{name} {key}": t for key, t in state.items()}
     found = {}
     for name, t in tensors.items():
-        plain = isinstance(t, Tensor) and t.layout == torch.strided and t.device.type == "cpu"
-        found[name] = (tuple(t.shape), t.dtype) if plain else "not a tensor"
+        found[name] = (tuple(t.shape), t.dtype) if is_plain(t) else "not a tensor"
     different = [str(name) for name in expected | found if expected.get(name) != found.get(name)]
     names = ", ".join(different[:5])
     need(not different, f"{path}: not the tensors of this model and optimizer ({names}); {remove}")
@@ -3802,7 +3813,7 @@ def joined_by_memory(cfg: Config, machine: "Gpu | Cpu", world_size: int) -> int:
     """
     if cfg.device == "cpu":
         return 1
-    needed = least_memory(replace(cfg, join=1), machine.dtype, world_size)
+    needed = least_memory(cfg, machine.dtype, world_size)
     fixed = needed["parameters and gradients"] + needed["the optimizer"]
     a_micro_batch = most_tokens(cfg) * 28 * cfg.model_dim * machine.dtype.itemsize * len(cfg.windows)
     share, joined = cfg.micro_batches // world_size, 1
@@ -3942,6 +3953,18 @@ class Gpu:
         return torch.cuda.max_memory_allocated()
 
 
+@dataclass(frozen=True)
+class Trial:
+    """An operator's fast version, and what it must show before it is taken."""
+
+    fast: Callable
+    arguments: list
+    leaves: int = 0  # of the arguments, by which gradients are compared, too
+    tolerance: float = 0.02
+    shows: Callable[[Callable], Callable] = lambda operator: operator  # the operator -> what is compared
+    needs: dict[str, bool] = field(default_factory=dict)  # fields of Kernels that go with it
+
+
 def use_triton(cfg: Config, device: torch.device, kernels: Kernels) -> Kernels:
     """Each Triton version that gives the plain one's result on a small input is taken."""
     rng = torch.Generator().manual_seed(0)
@@ -3956,26 +3979,31 @@ def use_triton(cfg: Config, device: torch.device, kernels: Kernels) -> Kernels:
     x, head = random(T, D), random(D, cfg.vocab_rows) * 6 / D**0.5
     frequent = torch.randint(99, (T,), generator=rng) ** 2 // 99  # some rows often
     targets = (x.to(device) @ head.to(device)).topk(2).indices.cpu()  # likely ones: the others weigh, too
+    head_inputs = [x, head, targets, weights, cap, True, cfg.fp8_head]
     trials = {
-        "attention": (triton_attention, [*random(3, T, 2, cfg.head_dim), first_key, T, torch.tensor(0.1)], 3),
-        "mlp": (triton_mlp, [random(T, D), *up_and_down, cfg.activation], 3),
-        "head_chunk": (triton_head_chunk, [x, head, targets, weights, cap, True, cfg.fp8_head], 0),
-        "symmetric_product": (triton_symmetric_product, [random(2, 2 * D, D).mT], 0),
-        "transpose_": (triton_transpose_, [random(D, T), random(T, D), True], 0),
-        "look_up": (triton_look_up, [random(99, D), frequent, random(T, D)], 0),
+        "attention": Trial(
+            triton_attention,
+            [*random(3, T, 2, cfg.head_dim), first_key, T, torch.tensor(0.1)],
+            leaves=3,
+            needs={"reads_window": False},
+        ),
+        "mlp": Trial(triton_mlp, [random(T, D), *up_and_down, cfg.activation], leaves=3),
+        "head_chunk": Trial(triton_head_chunk, head_inputs, tolerance=0.1 if cfg.fp8_head else 0.02),
+        "symmetric_product": Trial(triton_symmetric_product, [random(2, 2 * D, D).mT]),
+        "transpose_": Trial(triton_transpose_, [random(D, T), random(T, D), True]),
+        "look_up": Trial(
+            triton_look_up,
+            [random(99, D), frequent, random(T, D)],
+            shows=table_gradient,
+            needs={"sorted_lookups": True},
+        ),
     }
     notes, chosen = [], {}
-    for name, (fast, arguments, leaves) in trials.items():
-        tolerance = 0.1 if name == "head_chunk" and cfg.fp8_head else 0.02
-        plain, tried = getattr(kernels, name), fast
-        if name == "look_up":
-            plain, tried = table_gradient(plain), table_gradient(fast)
-        wrong = differs_from_plain(plain, tried, arguments, leaves, device, tolerance)
+    for name, trial in trials.items():
+        plain, fast = trial.shows(getattr(kernels, name)), trial.shows(trial.fast)
+        wrong = differs_from_plain(plain, fast, trial.arguments, trial.leaves, device, trial.tolerance)
         if not wrong:
-            chosen[name] = fast
-            chosen |= {"attention": {"reads_window": False}, "look_up": {"sorted_lookups": True}}.get(
-                name, {}
-            )
+            chosen |= {name: trial.fast, **trial.needs}
         notes.append(f"{name} plain ({wrong})" if wrong else f"{name} by kernel")
     return replace(kernels, note=", ".join(notes), **chosen)
 

@@ -96,10 +96,7 @@ class KVCache:
     def feed_chunk(self, tokens: Tensor) -> Tensor:
         model, cfg = self.model, self.model.cfg
         # Smear and bigrams look back.
-        stream, num_prev = (
-            torch.cat((self.last_token, tokens)),
-            len(self.last_token),
-        )
+        stream, num_prev = torch.cat((self.last_token, tokens)), len(self.last_token)
         docs = tg.Documents.find(stream, cfg.bos_id)
         chunk = Chunk(self, tokens, is_first=docs.is_first[num_prev:])
         x = F.embedding(stream, model.embed)

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -156,7 +155,7 @@ def load_weights(model: tg.GPT, state: dict[str, Tensor], path: Path) -> None:
     named = all(isinstance(name, str) for name in state)
     need(named, f"{path}: its weights have keys that are no names; use an older checkpoint")
     shapes = {name: (t.shape, t.is_floating_point()) for name, t in expected.items()}
-    found = {name: (t.shape, t.is_floating_point()) for name, t in state.items() if is_plain(t)}
+    found = {name: (t.shape, t.is_floating_point()) for name, t in state.items() if tg.is_plain(t)}
     different = [name for name in sorted({*shapes, *found}) if shapes.get(name) != found.get(name)]
     names = ", ".join(different[:5])
     need(not different, f"{path}: its weights are not those of its configuration ({names})")
@@ -164,11 +163,6 @@ def load_weights(model: tg.GPT, state: dict[str, Tensor], path: Path) -> None:
         finite = not t.is_floating_point() or bool(t.isfinite().all())
         need(finite, f"{path}: {name} holds values that are not finite; use an older checkpoint")
     model.load_state_dict({name: t.to(expected[name].dtype) for name, t in state.items()}, assign=True)
-
-
-def is_plain(value: object) -> bool:
-    """A tensor whose values are there: not sparse, and not on the device meta, which has none."""
-    return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
 
 
 def check_window(model: tg.GPT, step: int, path: Path) -> None:
@@ -206,9 +200,7 @@ Content = tuple[str, int, dict[str, Tensor]]  # configuration, step, state of th
 
 def read_checkpoint(path: Path) -> Content:
     try:
-        if zipfile.ZipFile(path).testzip():  # torch writes checksums and never reads them
-            raise zipfile.BadZipFile
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = tg.load_whole(path)
         text, step, state, version = (content.get(name) for name in ("config", "step", "model", "format"))
     except Exception as error:  # noqa: BLE001, half a file can fail in many ways
         kind = type(error).__name__

@@ -44,7 +44,6 @@ GPUS = {
 
 
 REACHED = 0.43  # of bf16's peak, by the gradients of `short` on one H100: records/gpu
-MODEL_PARTS = tuple(f"TFLOP {part}" for part in ("projections", "MLP", "head", "attention"))
 NODE = 8  # GPUs
 NODE_LINK = 50  # GB/s of a GPU to those in other nodes: 400 Gb/s InfiniBand
 
@@ -130,7 +129,7 @@ def planned_memory(cfg: tg.Config, world_size: int) -> dict[str, int]:
     In training or in a validation, whichever holds more.
     """
     optimizer = on_paper(cfg, world_size)
-    tokens = max(stage.batch_tokens for stage in cfg.stages) // cfg.micro_batches
+    tokens = tg.most_tokens(cfg)
     head = optimizer.params["lm_head"]
     D, V = head.shape
     weights = sum(p.nbytes for p in optimizer.params.values())
@@ -186,22 +185,38 @@ def polar_express_flops(matrices: Tensor) -> int:
     return len(tg.POLAR_EXPRESS) * len(matrices) * (4 * short**2 * long + 2 * short**3)
 
 
+@dataclass(frozen=True)
+class StageWork:
+    """Of a GPU's mean step between two steps of a run."""
+
+    stage: tg.Stage
+    tokens: int  # of a micro-batch
+    flops: dict[str, int]  # of the model, by part
+    cost: UpdateCost
+
+
+def stage_work(cfg: tg.Config, world_size: int, begin: int, end: int) -> StageWork:
+    """Documents are as long as the stage allows."""
+    schedule, here = tg.Schedule(cfg), cfg.micro_batches // world_size
+    stage = schedule.stage(begin)
+    tied = cfg.untie_share > 0 and (begin + end) / 2 < schedule.untie_step
+    tokens = torch.full((stage.batch_tokens // cfg.micro_batches,), -1)
+    tokens[:: stage.max_doc_len] = cfg.bos_id
+    flops = tg.step_flops(cfg, here * [(tokens, tokens)], stage.windows)
+    return StageWork(stage, len(tokens), flops, update_cost(cfg, world_size, tied, len(tokens)))
+
+
 def planned_stage(
     cfg: tg.Config, gpu: str, world_size: int, begin: int, end: int
 ) -> dict[str, int | float | str]:
     """A column of the table: FLOPs, bytes and least time of a GPU's mean step, then seconds of the whole
     stage.
 
-    Documents are as long as the stage allows. At the floor products, memory and link overlap.
+    At the floor products, memory and link overlap.
     """
-    spec, schedule, here = GPUS[gpu], tg.Schedule(cfg), cfg.micro_batches // world_size
-    stage = schedule.stage(begin)
-    tied = cfg.untie_share > 0 and (begin + end) / 2 < schedule.untie_step
-    tokens = torch.full((stage.batch_tokens // cfg.micro_batches,), -1)
-    tokens[:: stage.max_doc_len] = cfg.bos_id
-    flops = tg.step_flops(cfg, here * [(tokens, tokens)], stage.windows)
-    cost = update_cost(cfg, world_size, tied, len(tokens))
-    activations = here * len(tokens) * kept_values(cfg) * 2  # bfloat16
+    spec, work = GPUS[gpu], stage_work(cfg, world_size, begin, end)
+    stage, flops, cost = work.stage, work.flops, work.cost
+    activations = cfg.micro_batches // world_size * work.tokens * kept_values(cfg) * 2  # bfloat16
     moved = 2 * activations + cost.moved
     rest = ((moved / spec.bandwidth / 1e12, "memory"), (cost.sent / spec.link / 1e9, "link"))
     model, never_fp8 = sum(flops.values()), flops["attention"] + cost.flops
@@ -227,20 +242,15 @@ def planned_stage(
 
 def run_seconds(cfg: tg.Config, gpu: str, count: int) -> tuple[float, float]:
     """Of training on so many GPUs: with all communication hidden behind work, and with none."""
-    spec, schedule = GPUS[gpu], tg.Schedule(cfg)
+    spec = GPUS[gpu]
     link = spec.link if count <= NODE else NODE_LINK
     hidden = exposed = 0.0
-    for begin, end in pairwise([0, *schedule.ends]):
+    for begin, end in pairwise([0, *tg.Schedule(cfg).ends]):
         if begin == end:
             continue
-        column = planned_stage(cfg, gpu, count, begin, end)
-        model = sum(value for name, value in column.items() if name in MODEL_PARTS)  # TFLOP of a GPU
-        stage = schedule.stage(begin)
-        tied = cfg.untie_share > 0 and (begin + end) / 2 < schedule.untie_step
-        cost = update_cost(cfg, count, tied, stage.batch_tokens // cfg.micro_batches)
-        work = (
-            model / (REACHED * spec.bf16) + cost.moved / spec.bandwidth / 1e12 + cost.flops / spec.bf16 / 1e12
-        )
+        planned = stage_work(cfg, count, begin, end)
+        cost, model = planned.cost, sum(planned.flops.values())
+        work = (model / REACHED + cost.flops) / spec.bf16 / 1e12 + cost.moved / spec.bandwidth / 1e12
         sending = cost.sent / link / 1e9
         hidden += (end - begin) * max(work, sending)
         exposed += (end - begin) * (work + sending)

@@ -14,7 +14,6 @@ eigenvalues l_1 >= .. >= l_D.
 
 import json
 import math
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,15 +55,15 @@ def spectrum(rows, top: int = 64) -> Spectrum:
 
 def load(path: Path) -> tuple[dict, int, int]:
     """A checkpoint's tensors, size of the vocabulary and step. UserError if it is none; runs no code."""
-    torch = extra("torch")
+    extra("torch")
+    import train_gpt as tg
+
     need(
         file_kind(path) == "file",
         f"{path}: no whole checkpoint of train_gpt.py (there is no file of that name)",
     )
     try:
-        if zipfile.ZipFile(path).testzip():  # torch writes checksums and never reads them
-            raise zipfile.BadZipFile
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = tg.load_whole(path)
         if not isinstance(content, dict):
             raise TypeError
         tensors, config = content["model"], json.loads(content["config"])
@@ -78,12 +77,12 @@ def load(path: Path) -> tuple[dict, int, int]:
 
 def tables_of(path: Path, beginning: str) -> list[tuple[str, int, object]]:
     """(name, step, rows of the vocabulary, float32) of the tables whose name begins so. lm_head is turned."""
-    torch = extra("torch")
     tensors, vocab_size, step = load(path)
+    import train_gpt as tg
+
     found = []
     for name, tensor in tensors.items():
-        is_plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and not tensor.is_meta
-        is_table = is_plain and tensor.dim() == 2 and tensor.is_floating_point()
+        is_table = tg.is_plain(tensor) and tensor.dim() == 2 and tensor.is_floating_point()
         if not str(name).startswith(beginning) or not is_table:
             continue
         rows = tensor.T if name == "lm_head" else tensor

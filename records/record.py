@@ -171,7 +171,7 @@ def draw_history(records: list[tuple[Group, Group | None]], track: str, target: 
     for n, (one, _) in enumerate(records):
         axes.scatter([n] * one.times.n, one.times.values, s=18)
         first = cards.index(cards[n])
-        words = f"{one.times.mean:.1f} s" + (f"\n{cards[n]}" if first == n else "")
+        words = f"{one.times.mean:.1f} s" + (f"\n{cards[n]}" if cards[n] and first == n else "")
         words += f"\n{means[first] / one.times.mean:.1f} times as fast" if first < n else ""
         axes.annotate(words, (n, one.times.mean), (8, 8), textcoords="offset points")
     time_axis(axes.yaxis)

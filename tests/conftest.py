@@ -15,7 +15,7 @@ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):  # as a cl
     os.environ.pop(name, None)
 CLEAN_ENV = os.environ | {"OMP_NUM_THREADS": "1"}  # before anything is imported that changes it
 
-# Ignored in a shell's background job, and by children.
+# A shell's background job ignores SIGINT, and so would the commands that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 import torch  # noqa: E402
 

@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cli import arguments, command, need, shell_word
+from records.tables import table
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "hf_planted" + 24 * "x"
@@ -253,20 +254,13 @@ class Tally:
     failed: int = 0
 
 
-def table(tallies: dict[tuple[str, str], Tally]) -> str:
+def tally_table(tallies: dict[tuple[str, str], Tally]) -> str:
     head = ["command", "kind of input", "tried", "refused", "harmless", "failed"]
     rows = []
     for (name, kind), tally in sorted(tallies.items()):
         rows.append([name, kind, tally.tried, tally.refused, tally.harmless, tally.failed])
     rows.append(["all", "", *(sum(row[column] for row in rows) for column in range(2, 6))])
-    rows = [head, *([str(cell) for cell in row] for row in rows)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    lines = []
-    for row in rows:
-        left = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
-        right = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
-        lines.append("  ".join(left + right))
-    return "\n".join(lines)
+    return table(head, [[str(cell) for cell in row] for row in rows], left=(0, 1))
 
 
 def command_line(case: Case, folder: Path) -> str:
@@ -309,7 +303,7 @@ def try_all(cases: list[Case], mains: dict[str, Callable[[], object]], place: Pa
         tally.refused += outcome.code != 0
         tally.harmless += outcome.code == 0
         shutil.rmtree(folder)
-    print(table(tallies))
+    print(tally_table(tallies))
     slowest = ", ".join(f"{name} {count:.0f}" for name, count in seconds.most_common(5))
     print(f"{sum(seconds.values()):.0f} seconds, most of them: {slowest}")
     return failures
