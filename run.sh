@@ -108,11 +108,9 @@ esac
 install "$here/requirements.txt"
 "$python" -P -m data.prepare "$@" # -P: a folder `data` of the current folder is another
 processes=$(count_processes "$@")
-if [ "$processes" -eq 1 ]; then
-    case " $* " in
-        *" --preset "* | *" --log_dir "*) ;;
-        *) echo "run.sh: when the run is over, try: ./run.sh sample \"The king\"" >&2 ;;
-    esac
+if [ "$processes" -eq 1 ] && [ -t 1 ]; then # somebody watches: what came of it is said at the end
+    exec "$python" -P -m records.outcome "$@"
+elif [ "$processes" -eq 1 ]; then
     exec "$python" "$here/train_gpt.py" "$@"
 fi
 exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$processes" "$here/train_gpt.py" "$@"

@@ -31,6 +31,9 @@ import signal
 if __name__ == "__main__":
     for number, exit_code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         signal.signal(number, lambda *_, code=exit_code: os._exit(code))
+    # Threads that wait for another sleep soon: spinning, they keep it from the core that it needs.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "300")
 
 import argparse
 import contextlib
@@ -42,6 +45,7 @@ import math
 import platform
 import re
 import resource
+import shutil
 import sys
 import time
 import uuid
@@ -1619,6 +1623,13 @@ class Schedule:
         self.ends = [round(stage.until * cfg.scheduled_steps) for stage in cfg.stages[:-1]]
         self.ends.append(cfg.num_steps)  # the first step after each stage
 
+    @property
+    def tokens(self) -> int:
+        """Of the whole run."""
+        begins = (0, *self.ends)
+        spans = zip(self.cfg.stages, begins, self.ends, strict=False)
+        return sum((end - begin) * stage.batch_tokens for stage, begin, end in spans)
+
     def stage_index(self, step: int) -> int:
         for i, end in enumerate(self.ends):
             if step < end:
@@ -2015,7 +2026,6 @@ ATTENTION_DQ = {80: (64, 64, 4, 2), 90: (64, 64, 4, 2), 120: (64, 64, 4, 2)}
 ATTENTION_DKV = {80: (64, 64, 8, 2), 90: (32, 64, 4, 3), 120: (64, 64, 8, 2)}
 
 
-@torch.compiler.assume_constant_result
 def compute_capability() -> int:
     """What kernels are compiled for, 90 on an H100; Triton's interpreter passes for one."""
     return 90 if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().arch
@@ -3174,11 +3184,11 @@ def one_line(text: str, limit: int = 1000) -> str:
     return shown if len(shown) <= limit else f"{shown[: limit - 3]}..."
 
 
-def say(line: str) -> None:
+def say(line: str, end: str = "\n") -> None:
     """A line for whoever watches. When nobody can (`| head`, a full disk), the run goes on without."""
     try:
         encoding = sys.stdout.encoding or "utf-8"
-        print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+        print(line.encode(encoding, "backslashreplace").decode(encoding), end=end, flush=True)
     except (OSError, ValueError):
         silence = os.open(os.devnull, os.O_WRONLY)
         with contextlib.suppress(OSError, ValueError):
@@ -3274,6 +3284,28 @@ class Clock:
         return self.total + running
 
 
+class LiveLine:
+    """Where a terminal shows the run: its state, in one line that is written over."""
+
+    CLEAR = "\r\x1b[K"
+
+    def __init__(self) -> None:
+        alone = "TORCHELASTIC_RUN_ID" not in os.environ and read_environment("WORLD_SIZE", 1) == 1
+        self.shown = alone and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+        self.drawn = False
+
+    def show(self, text: str) -> None:
+        if self.shown:
+            columns = shutil.get_terminal_size().columns
+            say(f"{self.CLEAR}{text[: columns - 1]}", end="")
+            self.drawn = True
+
+    def clear(self) -> None:
+        if self.drawn:
+            say(self.CLEAR, end="")
+        self.drawn = False
+
+
 class Log:
     """One file a run: the source, the configuration, then one line of key:value pairs an event."""
 
@@ -3285,6 +3317,7 @@ class Log:
         self.path = Path(cfg.log_dir) / f"{self.run_id}.txt"
         self.file, self.appending = None, False
         self.waiting: list[str] = []  # lines, until the run begins
+        self.live = LiveLine()
         self.writes = env.rank == 0
         if not self.writes:
             return
@@ -3334,6 +3367,7 @@ class Log:
         if self.file is not None:
             self.begin()
         if echo and self.writes:
+            self.live.clear()
             say(line)
 
     def header(self, cfg: Config, overrides: dict, facts: dict[str, object]) -> None:
@@ -3355,6 +3389,7 @@ class Log:
 
     def close(self) -> None:
         """Lets the lock go."""
+        self.live.clear()
         file, self.file = self.file, None
         if file is not None:
             with contextlib.suppress(OSError):
@@ -3401,6 +3436,7 @@ class Progress:
         self.pending_losses: list[PendingLoss] = []
         self.average: float | None = None  # of the training loss, over about ten steps
         self.stop_requested = False
+        self.tokens_of_run = Schedule(cfg).tokens
         self.remember_norms()
 
     def add(self, step: int, copied: tuple[Tensor, Callable[[], None]], tokens_seen: int, flops: int) -> None:
@@ -3419,18 +3455,26 @@ class Progress:
             rate = pending.tokens_seen / seconds
             mfu = pending.flops / seconds / self.ceiling
             pairs = f" train_loss:{loss:.4f} tokens_per_second:{rate:.0f} mfu:{mfu:.3f}"
-            self.write_event(pending.step, "", pairs)
+            self.write_event(pending.step, "", pairs, echo=not self.log.live.shown)
             if self.average and loss > 1.3 * self.average:
                 rise = f"train_loss {loss:.4f} at step {pending.step}, {self.average:.4f} before"
                 self.log.write(f"spike: {rise}; {self.suspect()}")
             self.average = 0.9 * (self.average or loss) + 0.1 * loss
+            self.show(pending.step, self.tokens_of_run - pending.tokens_seen, rate, mfu)
 
-    def write_event(self, step: int, before: str, after: str) -> None:
+    def show(self, step: int, tokens_left: int, rate: float, mfu: float) -> None:
+        """On a terminal, in place of a line a step. rate: tokens a second; mfu: of the matrix ceiling."""
+        minutes, seconds = divmod(round(tokens_left / max(rate, 1e-9)), 60)
+        left = f"{minutes}:{seconds:02} left"
+        speed = f"{rate:,.0f} tokens/s, {mfu:.0%} of the ceiling"
+        self.log.live.show(f"step {step}/{self.cfg.num_steps}   loss {self.average:.3f}   {left}   {speed}")
+
+    def write_event(self, step: int, before: str, after: str, echo: bool = True) -> None:
         """The form that every tool of this field reads; more key:value pairs only behind it."""
         milliseconds = 1e3 * self.clock.seconds()
         average = milliseconds / max(step, 1)
         at = f"step:{step}/{self.cfg.num_steps}"
-        self.log.write(f"{at} {before}train_time:{milliseconds:.0f}ms step_avg:{average:.2f}ms{after}")
+        self.log.write(f"{at} {before}train_time:{milliseconds:.0f}ms step_avg:{average:.2f}ms{after}", echo)
 
     def write_summary(self, tokens_seen: int, flops: int, peak_memory: int) -> None:
         """What people plot afterwards (seeds 003, 004): learned scalars by layer, and what the run took."""
@@ -3567,8 +3611,10 @@ class Checkpoints:
         try:
             save_checkpoint(path, content)
             self.log.write(f"checkpoint: {path}")
-        except (OSError, RuntimeError) as error:  # a full disk, most often, behind a RuntimeError of torch
-            reason = first_line(error.__context__ or error)
+        except (OSError, RuntimeError) as error:
+            while error.__context__:  # a full disk, most often, behind RuntimeErrors of torch
+                error = error.__context__
+            reason = first_line(error)
             self.log.write(f"checkpoint: NOT saved at step {step}, the last good one stays ({reason})")
 
     def write_changes(self, saved: dict) -> None:
@@ -3867,7 +3913,7 @@ def matrix_ceiling(
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     synchronize()
     times = [time.perf_counter()]
-    while len(times) < 4 or times[-1] - times[0] < 0.5:
+    while len(times) < 4 or times[-1] - times[0] < 0.25:
         a @ b
         synchronize()
         times.append(time.perf_counter())
@@ -3967,6 +4013,7 @@ class Trial:
 
 def use_triton(cfg: Config, device: torch.device, kernels: Kernels) -> Kernels:
     """Each Triton version that gives the plain one's result on a small input is taken."""
+    torch.compiler.assume_constant_result(compute_capability)  # here: the compiler takes seconds to import
     rng = torch.Generator().manual_seed(0)
     D, T = cfg.model_dim, 384
 
@@ -4101,7 +4148,9 @@ def warm_up(trainer: Trainer) -> None:
     live = [*model.parameters(), *states]
     kept = [t.detach().to("cpu", copy=True) for t in live]
     inputs = run_dummy_steps(trainer)
+    trainer.log.live.show(f"compiling {len(inputs) + 1} of {len(inputs) + 2}: validation ...")
     run_dummy_validation(trainer)
+    trainer.log.live.show(f"compiling {len(inputs) + 2} of {len(inputs) + 2}: the optimizers ...")
     for is_tied in dict.fromkeys((tied, False)):
         optimizer.tied = is_tied
         run_dummy_update(trainer)
@@ -4133,6 +4182,7 @@ def run_dummy_steps(trainer: Trainer) -> dict[StepKind, list[tuple[Tensor, Tenso
         passes = cfg.micro_batches // trainer.env.world_size // trainer.joined
         sequences = [dummy_sequence(cfg, length)] * passes
         inputs[kind] = trainer.machine.copy_batches(sequences)
+        trainer.log.live.show(f"compiling {len(inputs)} of {len(kinds) + 2}: a step on {length} tokens ...")
         trainer.accumulate_gradients(inputs[kind][:1], windows)
     return inputs
 
@@ -4238,7 +4288,8 @@ class Cpu:
 
     def validating(self) -> contextlib.AbstractContextManager:
         """Uncompiled: another length would compile for longer than all validation takes."""
-        return torch.compiler.set_stance("force_eager")
+        compiled = self.compile_failure is None
+        return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
 
     def peak_memory(self) -> int:
         """Bytes."""

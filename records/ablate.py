@@ -1,13 +1,14 @@
 """Run hypotheses against each other: each with N seeds, interleaved, and the table at the end.
 
     python -m records.ablate --list [NAME...]
-    python -m records.ablate NAME NAME... --out DIR [--on cpu] [--seeds 5] [-- FLAGS of train_gpt.py]
+    python -m records.ablate NAME NAME... --out DIR [--on cpu] [--seeds 5] [--jobs 2] [-- FLAGS]
 
-A NAME is one of records/hypotheses.py, or the beginning of several: 003 is all of seed 003, 003-no its
-removals. The first is the baseline. A round runs every hypothesis once, with one seed; each round begins
-with another, so that a drift of the machine hits all alike. The same command goes on after an interruption:
-finished runs stay, the one that was cut is run again. More seeds or names may be added in the same DIR. A
-run that diverges is kept as such and not repeated.
+FLAGS are train_gpt.py's. A NAME is one of records/hypotheses.py, or the beginning of several: 003 is all of
+seed 003, 003-no its removals. The first is the baseline. A round runs every hypothesis once, with one seed;
+each round begins with another, so that a drift of the machine hits all alike. --jobs 2 runs two at once, each
+with half of the cores to itself: then losses may be compared, times may not. The same command goes on after
+an interruption: finished runs stay, the one that was cut is run again. More seeds or names may be added in
+the same DIR. A run that diverges is kept as such and not repeated.
 
 DIR/NAME/seedK.txt are the logs; DIR/table.txt, .md, .csv, pairs.txt and numbers.txt what compare.py makes
 of them.
@@ -18,12 +19,14 @@ import fcntl
 import hashlib
 import json
 import os
+import queue
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +50,35 @@ from records.tables import FORMATS, table
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = {"short": 3.28, "one-gpu": 3.28, "medium": 2.92}
+
+
+class Trainings:
+    """The processes that train now. Once it is over, no other begins."""
+
+    def __init__(self) -> None:
+        self.processes: set[subprocess.Popen] = set()
+        self.over = False
+
+    def add(self, process: subprocess.Popen) -> None:
+        self.processes.add(process)
+        if self.over:
+            process.terminate()
+
+    def end(self) -> None:
+        self.over = True
+        for process in list(self.processes):
+            process.terminate()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where runs are made: with what command, on which cores, under which lock."""
+
+    launch: list[str]
+    file: Path
+    handle: int  # of the folder's lock
+    trainings: Trainings
+    cores: set[int]  # empty: all
 
 
 @dataclass(frozen=True)
@@ -166,17 +198,19 @@ def keep(job: Job, path: Path) -> None:
     shutil.rmtree(job.folder)
 
 
-def die_with_parent():
-    """What a child calls first: on Linux, SIGTERM when its parent is gone, however it went."""
+def begin_child(cores: set[int]):
+    """What a child calls first: on Linux, SIGTERM when its parent is gone, however it went; its cores."""
     import ctypes
 
     prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
-    def ask_for_signal() -> None:
+    def prepare() -> None:
         if prctl is not None:
             prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+        if cores:
+            os.sched_setaffinity(0, cores)
 
-    return ask_for_signal
+    return prepare
 
 
 def edited_path(job: Job) -> Path:
@@ -194,9 +228,18 @@ def write_edited(job: Job, file: Path) -> Path:
     return path
 
 
-def train(job: Job, launch: list[str], file: Path, handle: int, bar) -> int:
+def core_shares(jobs: int) -> list[set[int]]:
+    """The cores of this process, split among `jobs` runs; empty sets where a system pins no process."""
+    if jobs == 1 or not hasattr(os, "sched_setaffinity"):
+        return [set() for _ in range(jobs)]
+    cores = sorted(os.sched_getaffinity(0))
+    need(jobs <= len(cores), f"--jobs {jobs}: there are {len(cores)} cores, and each run wants one to itself")
+    return [set(cores[i::jobs]) for i in range(jobs)]
+
+
+def train(job: Job, file: Path, place: Place, bar) -> int:
     """Runs the job's training and moves the bar with its steps -> exit code. Its stderr goes to `errors`."""
-    command_line = [*launch, str(file), *job.flags, f"--log_dir={job.folder}"]
+    command_line = [*place.launch, str(file), *job.flags, f"--log_dir={job.folder}"]
     step = 0
     with (job.folder / "errors").open("w") as stderr:
         try:
@@ -206,11 +249,13 @@ def train(job: Job, launch: list[str], file: Path, handle: int, bar) -> int:
                 stderr=stderr,
                 text=True,
                 errors="replace",
-                pass_fds=[handle],
-                preexec_fn=die_with_parent(),
+                pass_fds=[place.handle],
+                preexec_fn=begin_child(place.cores),
+                env=os.environ | ({"OMP_NUM_THREADS": str(len(place.cores))} if place.cores else {}),
             )
         except OSError as error:
-            raise UserError(f"--launch {launch[0]}: cannot be started ({os_reason(error)})") from None
+            raise UserError(f"--launch {place.launch[0]}: cannot be started ({os_reason(error)})") from None
+        place.trainings.add(process)
         try:
             for line in process.stdout:
                 word = line[5:].partition("/")[0]
@@ -222,13 +267,15 @@ def train(job: Job, launch: list[str], file: Path, handle: int, bar) -> int:
             process.terminate()
             process.wait()
             raise
+        finally:
+            place.trainings.processes.discard(process)
 
 
-def run(job: Job, launch: list[str], file: Path, handle: int, bar) -> None:
+def run(job: Job, place: Place, bar) -> None:
     """Trains, and puts the log in its place. UserError if the run ended in a way that the next would, too."""
     shutil.rmtree(job.folder, ignore_errors=True)
     job.folder.mkdir(parents=True)
-    code = train(job, launch, write_edited(job, file) if job.edited else file, handle, bar)
+    code = train(job, write_edited(job, place.file) if job.edited else place.file, place, bar)
     path = whole_log(job)
     if path and code in (0, 1):
         keep(job, path)
@@ -250,35 +297,54 @@ def describe(job: Job) -> str:
     return one_line(f"{job.name} seed {job.seed}: no result, {why}")
 
 
-def run_all(jobs: list[Job], launch: list[str], file: Path, out: Path) -> None:
+def run_all(jobs: list[Job], launch: list[str], file: Path, out: Path, at_once: int = 1) -> None:
     """What is left of the plan; one lock for the folder."""
     handle = lock(out)
     try:
         check_plan(jobs, out, file)
-        run_missing(jobs, launch, file, handle)
+        run_missing(jobs, launch, file, handle, at_once)
     finally:
         os.close(handle)
 
 
-def run_missing(jobs: list[Job], launch: list[str], file: Path, handle: int) -> None:
+def run_missing(jobs: list[Job], launch: list[str], file: Path, handle: int, at_once: int) -> None:
     tqdm = extra("tqdm").tqdm
-    tqdm.monitor_interval = 0  # no thread: children are forked
+    tqdm.monitor_interval = 0  # it needs no thread of its own
     for job in jobs:
         path = None if job.log.exists() else whole_log(job)
         if path:
             keep(job, path)
     left = [job for job in jobs if not job.log.exists()]
     say(f"{len(jobs)} runs, {len(jobs) - len(left)} of them done")
+    free: queue.SimpleQueue[set[int]] = queue.SimpleQueue()
+    for cores in core_shares(at_once):
+        free.put(cores)
+    trainings = Trainings()
     with tqdm(total=sum(job.steps for job in left), unit="step", disable=None) as bar:
-        for job in left:
+
+        def run_one(job: Job) -> None:
+            if trainings.over:
+                return
+            cores = free.get()
             bar.set_description(f"{job.name} seed {job.seed}")
             try:
-                run(job, launch, file, handle, bar)
-            except KeyboardInterrupt:
-                warn(f"interrupted in {job.name}, seed {job.seed}: the same command goes on")
-                raise
+                run(job, Place(launch, file, handle, trainings, cores), bar)
+            finally:
+                free.put(cores)
             with tqdm.external_write_mode():
                 say(describe(job))
+
+        pool = ThreadPoolExecutor(at_once)
+        try:
+            for done in as_completed([pool.submit(run_one, job) for job in left]):
+                done.result()
+        except BaseException as error:
+            trainings.end()
+            if isinstance(error, KeyboardInterrupt):
+                warn("interrupted: the same command goes on")
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def compare(jobs: list[Job], out: Path, target: float | None) -> str:
@@ -362,6 +428,12 @@ def flags() -> argparse.ArgumentParser:
         metavar="COMMAND",
         help="starts train_gpt.py, e.g. 'torchrun --standalone --nproc_per_node=8' (default: this Python)",
     )
+    parser.add_argument(
+        "--jobs",
+        type=number_flag(1, 1000, whole=True),
+        default=1,
+        help="runs at once, each on cores of its own: their losses can be compared, not their times",
+    )
     parser.add_argument("--dry_run", action="store_true", help="print the commands in their order and end")
     parser.add_argument("--table", action="store_true", help="only make the table of the runs that are done")
     parser.add_argument("--format", choices=FORMATS, default="text", help="of --list")
@@ -392,6 +464,7 @@ def main(argv: list[str]) -> None:
         return
     need(args.names and args.out, "give names and --out DIR, or --list")
     launch, out = launch_words(args.launch), args.out.absolute()
+    core_shares(args.jobs)
     jobs = plan(args.names, args.on, args.seeds, out, args.num_steps, more)
     if args.dry_run:
         for job in jobs:
@@ -407,7 +480,7 @@ def main(argv: list[str]) -> None:
         extra(module)
     if not args.table:
         make_folder(out)
-        run_all(jobs, launch, ROOT / "train_gpt.py", out)
+        run_all(jobs, launch, ROOT / "train_gpt.py", out, args.jobs)
     need(file_kind(out) == "folder", f"--out {args.out}: not there")
     say(compare(jobs, out, args.target if args.target is not None else TARGETS.get(args.on)))
 

@@ -6,11 +6,11 @@ rounding, casts to FP8 lose the carry of the mantissa; without an error. Here op
 computed, and rounded to nearest even.
 
 Kernels are interpreted if TRITON_INTERPRET=1 is set before they are defined, so what is interpreted needs a
-process of its own; `interpreted` starts one. A file of tests can be both sides of it:
+process of its own; `interpreted` starts one. A file of tests can have both kinds, and
+test_interpreter.py runs the second:
 
     if not interpreter.ACTIVE:
-        def test_kernels_in_the_interpreter():
-            interpreter.interpreted(Path(__file__))
+        ...tests that compile
     else:
         ...tests that call the kernels on CPU tensors; an autotuned one through its .fn
 """

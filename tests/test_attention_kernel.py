@@ -1,7 +1,5 @@
 """Attention's kernels: values and gradients in the interpreter, against float64; what they compile to."""
 
-from pathlib import Path
-
 import interpreter
 import pytest
 import torch
@@ -23,9 +21,6 @@ def visible(first_key: torch.Tensor) -> torch.Tensor:
 
 if not interpreter.ACTIVE:
     import aot
-
-    def test_kernels_in_the_interpreter():
-        interpreter.interpreted(Path(__file__))
 
     def compiled(cc: int, *shapes: tuple[int, int, int]) -> list[aot.Result]:
         """Forward, dq, dk and dv for each (T, H, d), as the model launches them: v is a slice."""
@@ -66,7 +61,7 @@ if not interpreter.ACTIVE:
             assert kernel.counts["atom"] == 0, "the result depends on the order of programs"
         assert launches[0].grid == (49152 // 64, SHAPES[shapes][0][1])
 
-    @pytest.mark.parametrize("cc", [80, 89, 120])
+    @pytest.mark.parametrize("cc", [80, pytest.param(89, marks=pytest.mark.slow), 120])
     def test_kernels_fit_older_and_smaller_gpus(cc):
         for kernel in compiled(cc, (12288, 6, 128)):
             assert kernel.fits and kernel.spill_st == kernel.spill_ld == kernel.counts["atom"] == 0, aot.row(

@@ -1,7 +1,5 @@
 """The fused head: loss and gradients in the interpreter, against float64; what it compiles to."""
 
-from pathlib import Path
-
 import interpreter
 import pytest
 import torch
@@ -55,10 +53,7 @@ def with_grads(operator, x: torch.Tensor, head: torch.Tensor, *rest) -> tuple[to
 if not interpreter.ACTIVE:
     import aot
 
-    def test_kernel_in_the_interpreter():
-        interpreter.interpreted(Path(__file__))
-
-    @pytest.mark.parametrize("cc", [80, 89, 90, 120])
+    @pytest.mark.parametrize("cc", [80, pytest.param(89, marks=pytest.mark.slow), 90, 120])
     @pytest.mark.parametrize(
         "n, cap, with_grad, registers", [(3, CAP, True, 48), (1, CAP, False, 40), (2, OFF, True, 60)]
     )
@@ -73,7 +68,7 @@ if not interpreter.ACTIVE:
         assert kernel.counts["atom"] == 0, "the result depends on the order of programs"
         assert kernel.counts["ldg128"] > 0, "loads of less than 16 bytes"
 
-    @pytest.mark.parametrize("cc", [89, 90, 120])
+    @pytest.mark.parametrize("cc", [89, 90, pytest.param(120, marks=pytest.mark.slow)])
     @pytest.mark.parametrize("n, cap", [(1, CAP), (3, CAP), (2, OFF)])
     def test_compiled_gradient_kernels_stay_within_their_budget(cc, n, cap):
         z, scale = torch.empty(64, 50304, dtype=torch.bfloat16), torch.ones(())
@@ -99,8 +94,10 @@ else:
         [(1, 4096, CAP), (2, 4096 + 272, CAP), (2, 208, OFF), (1, 208, (80.0, 5.0, 30.0)), (3, 208, CAP)],
     )
     def test_loss_and_gradients_are_the_reference(monkeypatch, piece, tolerance, cap, n, V):
-        monkeypatch.setitem(tg.HEAD_CHUNK, "cpu", 16)  # the last of the two has rows with a weight of zero
-        x, head, targets, weights = inputs(32, V, n)
+        monkeypatch.setitem(
+            tg.HEAD_CHUNK, "cpu", 16
+        )  # two where V is small; the last has rows with a weight of zero
+        x, head, targets, weights = inputs(32 if V < 4096 else 16, V, n)
         got = with_grads(lambda *args: tg.head_loss(*args, PIECES[piece]), x, head, targets, weights, cap)
         plain = with_grads(tg.reference_head_loss, x.float(), head.float(), targets, weights, cap)
         for name, a, b in zip(("loss", "dx", "dhead"), got, plain, strict=True):
@@ -109,7 +106,7 @@ else:
 
     @pytest.mark.parametrize("cap", [CAP, OFF])
     def test_error_against_float64_is_that_of_plain_bfloat16(cap):
-        x, head, targets, weights = chunk_inputs(48, 4368, 3, D=256)
+        x, head, targets, weights = chunk_inputs(24, 4368, 3, D=256)
         exact = tg.head_chunk(x.double(), head.double(), targets, weights.double(), cap, True)
         plain = tg.head_chunk(x, head, targets, weights, cap, True)
         fused = head_chunk_bf16(x, head, targets, weights, cap, True)
@@ -177,6 +174,7 @@ else:
         torch.library.opcheck(tg.cross_entropy_, (x @ head, targets, weights, list(CAP), True))
         gradient_inputs = (x @ head, torch.ones(16), targets, weights, list(CAP), torch.tensor(1e-5))
         torch.library.opcheck(tg.logit_gradient, gradient_inputs)
+        torch.compiler.assume_constant_result(tg.compute_capability)  # as use_triton does
         whole = torch.compile(tg.triton_head_chunk, fullgraph=True, dynamic=False, backend="aot_eager")
         args = x, head, targets, weights, CAP, True
         for a, b in zip(whole(*args), tg.triton_head_chunk(*args), strict=True):

@@ -2,8 +2,6 @@
 checked, and what the kernels compile to.
 """
 
-from pathlib import Path
-
 import interpreter
 import pytest
 import torch
@@ -12,9 +10,6 @@ import train_gpt as tg
 
 if not interpreter.ACTIVE:
     import aot
-
-    def test_kernels_in_the_interpreter():
-        interpreter.interpreted(Path(__file__))
 
     @pytest.mark.parametrize("cc", [80, 90, 120])
     # Bigrams of short, a table of medium.

@@ -6,6 +6,7 @@ import itertools
 import os
 import pickle
 import re
+import shlex
 import socket
 import sys
 import traceback
@@ -34,7 +35,7 @@ class World:
 
     def __init__(self):
         self.context, self.processes = get_context("forkserver"), []
-        self.context.set_forkserver_preload(["torch._dynamo", "numpy", "pytest"])
+        self.context.set_forkserver_preload(["train_gpt", "pytest"])
 
     def run(self, size: int, function, *args) -> list:
         """What function(*args) returns on each of `size` ranks, as torchrun would have started them."""
@@ -453,7 +454,7 @@ def test_loss_curves_of_1_2_4_and_8_processes_agree_closer_than_one_changed_micr
     curves = {}
     for size in (1, 2, 4, 8):
         results = world.run(size, train, run_config)
-        if size in (2, 8):
+        if size == 2:
             assert results == world.run(size, train, run_config), f"two runs on {size} ranks differ"
         assert all(digests == results[0][1] for _, digests in results), f"replicas of {size} ranks differ"
         assert all(losses == results[0][0] for losses, _ in results)
@@ -482,31 +483,11 @@ def test_a_run_announces_every_row_that_its_tokens_touch(world, run_config, size
 
 # How they start
 
-SMALL = [
-    "--preset",
-    "cpu",
-    "--no-compile",
-    "--dtype",
-    "float32",
-    "--model_dim",
-    32,
-    "--head_dim",
-    16,
-    "--val_seq_len",
-    4096,
-    "--val_tokens",
-    8192,
-    "--windows",
-    "sl",
-    "--paired_heads",
-    "p.",
-    "--value_embeds",
-    "0.",
-    "--skips",
-    "..",
-    "--backout",
-    "..",
-]
+SMALL = shlex.split("""
+    --preset cpu --no-compile --dtype float32 --model_dim 32 --head_dim 16 --val_seq_len 4096
+    --windows sl --paired_heads p. --value_embeds 0. --skips .. --backout .. --spectral 0 --batch_mul 0.25
+    --val_tokens 8192
+""")
 
 
 def torchrun(processes: int, *flags, **options):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import os
 import re
 import signal
 import subprocess
@@ -30,6 +31,11 @@ mode = (here / "mode").read_text().split(":") if (here / "mode").exists() else [
 mode = mode[0] if mode[1] == name else ""
 with open(here / "starts", "a") as file:
     file.write(f"{name} {os.getpid()}\\n")
+if (here / "together").exists():  # each waits until so many have begun
+    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+    (here / "together" / name).write_text(f"{cores} {os.environ['OMP_NUM_THREADS']}")
+    while len(os.listdir(here / "together")) < 2:
+        time.sleep(0.02)
 if mode == "refuse":
     print("train_gpt.py: error: --data_dir x: nothing there", file=sys.stderr); sys.exit(2)
 place = pathlib.Path(flags["log_dir"]); place.mkdir(exist_ok=True)
@@ -66,14 +72,50 @@ def jobs(
     ]
 
 
-def run(folder: Path, **changes) -> None:
+def run(folder: Path, at_once: int = 1, **changes) -> None:
     (folder / "out").mkdir(exist_ok=True)
     ablate.run_all(
         jobs(folder, **changes),
         [sys.executable, str(folder / "fake.py")],
         folder / "train_gpt.py",
         folder / "out",
+        at_once,
     )
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system pins no processes")
+def test_several_at_once_have_cores_of_their_own(fake):
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one core")
+    (fake / "together").mkdir()
+    run(fake, at_once=2, seeds=1)
+    found = [path.read_text().split() for path in (fake / "together").iterdir()]
+    pinned = [set(cores.split(",")) for cores, _ in found]
+    assert not pinned[0] & pinned[1] and [int(threads) for _, threads in found] == list(map(len, pinned))
+    assert len(list((fake / "out").glob("*/seed0.txt"))) == 2
+
+
+def test_the_first_failure_of_several_ends_the_others_and_a_later_call_goes_on(fake):
+    """Well before the minute that the other one would hang."""
+    (fake / "mode").write_text("refuse:0.5-0")
+    (fake / "fake.py").write_text(FAKE.replace('mode == "hang"', 'name == "base-0"'))
+    begun = time.monotonic()
+    with pytest.raises(UserError, match="0.5, seed 0, ended with code 2"):
+        run(fake, at_once=2, seeds=1)
+    assert time.monotonic() - begun < 50 and not list((fake / "out").glob("*/seed0.txt"))
+    (fake / "fake.py").write_text(FAKE)
+    (fake / "mode").unlink()
+    run(fake, at_once=2, seeds=1)
+    assert len(list((fake / "out").glob("*/seed0.txt"))) == 2
+
+
+def test_cores_are_split_and_never_shared(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2, 5, 9}, raising=False)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda *_: None, raising=False)
+    assert ablate.core_shares(1) == [set()]
+    assert ablate.core_shares(2) == [{0, 2, 9}, {1, 5}]
+    with pytest.raises(UserError, match="--jobs 6: there are 5 cores"):
+        ablate.core_shares(6)
 
 
 def starts(folder: Path) -> Counter:

@@ -2,9 +2,10 @@
 
     python -m tests.programs.busy_machine [--spin default 0 1000 10000] [--rounds 3] [FLAGS of train_gpt.py]
 
-Trains the preset cpu for some steps alone, and beside a process that keeps one core busy, in turns; prints
-milliseconds a step: medians of the rounds. --spin: values of GOMP_SPINCOUNT, which libgomp reads; default:
-as train_gpt.py is; libgomp: what libgomp does where nothing is set.
+Trains the preset cpu for some steps alone, then beside a process that keeps one core busy, with each value of
+--spin in turns; prints milliseconds a step: medians of steps, then of the rounds. --spin: values of
+GOMP_SPINCOUNT, which libgomp reads; default: as train_gpt.py is; libgomp: what libgomp does where nothing is
+set.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from pathlib import Path
 from cli import arguments, command, need
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS, FIRST = 16, 4  # of a run; the first ones are not counted
+FIRST, STEPS = 4, 12  # steps that are not counted, and steps that are, alone and beside
 
 
 def main(argv: list[str]) -> None:
@@ -31,19 +32,18 @@ def main(argv: list[str]) -> None:
         known = spin in ("libgomp", "default") or re.fullmatch(r"\d{1,12}", spin, re.ASCII)
         need(known, f"--spin {spin}: give default, libgomp, or a number")
     need(args.rounds > 0, f"--rounds {args.rounds}: must be positive")
-    times: dict[tuple[str, bool], list[float]] = {}
+    times: dict[str, list[tuple[float, float]]] = {spin: [] for spin in args.spin}
     for _ in range(args.rounds):
-        for busy in (False, True):
-            for spin in args.spin:
-                with busy_process() if busy else contextlib.nullcontext():
-                    ms = milliseconds(spin, flags)
-                times.setdefault((spin, busy), []).append(ms)
-                print(f"spin {spin}, {'one core busy' if busy else 'alone'}: {ms:.0f} ms a step", flush=True)
+        for spin in args.spin:
+            times[spin].append(milliseconds(spin, flags))
+            print(
+                f"spin {spin}: {{:.0f}} ms a step alone, {{:.0f}} beside".format(*times[spin][-1]), flush=True
+            )
     print(
         f"\n{'spin':>10} {'alone':>10} {'one core busy':>15} {'times':>7}   ms a step, {args.rounds} rounds"
     )
     for spin in args.spin:
-        alone, beside = (statistics.median(times[spin, busy]) for busy in (False, True))
+        alone, beside = map(statistics.median, zip(*times[spin], strict=True))
         print(f"{spin:>10} {alone:10.0f} {beside:15.0f} {beside / alone:7.2f}")
 
 
@@ -57,8 +57,8 @@ def busy_process():
         process.wait()
 
 
-def milliseconds(spin: str, flags: list[str]) -> float:
-    """Of a step."""
+def milliseconds(spin: str, flags: list[str]) -> tuple[float, float]:
+    """Of a step, (alone, beside a busy process), in one run that is ended then."""
     unset = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS"}
     env = {name: value for name, value in os.environ.items() if name not in unset}
     if spin == "libgomp":
@@ -67,13 +67,29 @@ def milliseconds(spin: str, flags: list[str]) -> float:
     elif spin != "default":
         env["GOMP_SPINCOUNT"] = spin
     with tempfile.TemporaryDirectory() as folder:
-        run = [sys.executable, str(ROOT / "train_gpt.py"), "--preset", "cpu", "--num_steps", str(STEPS)]
-        run += ["--val_every", "0", "--save_every", "0", "--val_tokens", "32768", "--log_dir", folder, *flags]
-        done = subprocess.run(run, cwd=ROOT, env=env, capture_output=True, text=True)
-    times = dict(re.findall(rf"step:(\d+)/{STEPS} train_time:(\d+)ms", done.stdout))
-    last = (done.stderr.strip().splitlines() or ["no step"])[-1]
-    need(str(STEPS) in times, f"train_gpt.py: {last}")
-    return (int(times[str(STEPS)]) - int(times[str(FIRST)])) / (STEPS - FIRST)
+        run = [sys.executable, str(ROOT / "train_gpt.py"), "--preset", "cpu", "--save_every", "0"]
+        run += ["--val_every", "0", "--val_tokens", "32768", "--log_dir", folder, *flags]
+        clock, errors = [], Path(folder, "stderr")
+        with (
+            errors.open("w") as stderr,
+            subprocess.Popen(
+                run, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=stderr, text=True
+            ) as training,
+            contextlib.ExitStack() as others,
+        ):
+            others.callback(training.kill)  # also if this program is ended
+            for line in training.stdout:
+                if match := re.match(r"step:\d+/\d+ train_time:(\d+)ms .*train_loss", line):
+                    clock.append(int(match[1]))
+                if len(clock) == FIRST + STEPS and "train_loss" in line:
+                    others.enter_context(busy_process())
+                if len(clock) == 2 * (FIRST + STEPS):
+                    training.kill()
+                    break
+        last = (errors.read_text().strip().splitlines() or ["it ended"])[-1]
+        need(len(clock) == 2 * (FIRST + STEPS), f"train_gpt.py, after {len(clock)} steps: {last}")
+    steps = [after - before for before, after in zip(clock[:-1], clock[1:], strict=True)]
+    return statistics.median(steps[FIRST - 1 : FIRST + STEPS - 1]), statistics.median(steps[-STEPS:])
 
 
 if __name__ == "__main__":

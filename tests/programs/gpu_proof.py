@@ -322,6 +322,7 @@ def operators(add: Callable, quick: bool) -> None:
 
 def compiled(operator: Callable) -> Callable:
     torch._dynamo.config.recompile_limit = 64
+    torch.compiler.assume_constant_result(tg.compute_capability)  # as use_triton does
     return torch.compile(operator, dynamic=False)
 
 
