@@ -121,7 +121,7 @@ else:
 
     @pytest.mark.parametrize("dtype, tolerance", [(BF16, 5e-3), (F32, 1e-6)])
     @pytest.mark.parametrize("T, D", [(140, 72), (128, 64), (1, 8)])  # parts of blocks, whole blocks, little
-    @pytest.mark.parametrize("capability", [80, 90, 120])
+    @pytest.mark.parametrize("capability", [80, 90, pytest.param(120, marks=pytest.mark.slow)])
     def test_mlp_and_its_gradients_are_the_reference(monkeypatch, dtype, tolerance, T, D, capability):
         monkeypatch.setattr(tg, "compute_capability", lambda: capability)
         inputs = mlp_inputs(T, D)
@@ -177,7 +177,7 @@ else:
 
     @pytest.mark.parametrize("dtype, tolerance", [(BF16, 5e-3), (F32, 1e-6)])
     @pytest.mark.parametrize("shape", SHAPES)
-    @pytest.mark.parametrize("capability", [80, 90])
+    @pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
     def test_symmetric_product_is_the_reference_for_any_strides(
         monkeypatch, dtype, tolerance, shape, capability
     ):
