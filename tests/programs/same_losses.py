@@ -1,6 +1,6 @@
 """Whether two versions of train_gpt.py give the same losses, to the last digit that the log prints.
 
-    python -m tests.programs.same_losses OLD.py NEW.py [--quick]
+    python -m tests.programs.same_losses OLD.py NEW.py [--quick] [--only CASE...]
 
 Each file trains on the embedded corpus: 60 steps of the preset cpu, and 24 steps of a small model with every
 feature on, with one and with two processes, with a dense and with a lazy bigram table. All `step:` lines are
@@ -53,10 +53,11 @@ def main() -> int:
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
     parser.add_argument("--quick", action="store_true", help="without the preset cpu, which compiles")
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
     args = parser.parse_args()
     failed = False
     for name, (processes, flags) in CASES.items():
-        if args.quick and name == "preset cpu":
+        if name not in args.only or args.quick and name == "preset cpu":
             continue
         old, new = losses(args.old, processes, flags), losses(args.new, processes, flags)
         different = [pair for pair in zip(old, new, strict=False) if pair[0] != pair[1]]
