@@ -3678,10 +3678,10 @@ def is_plain(value: object) -> bool:
     return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
 
 
-def read_checkpoint(path: Path, thoroughly: bool = True, quiet: bool = False) -> dict | None:
+def read_checkpoint(path: Path, passed_over: list[str], thoroughly: bool = True) -> dict | None:
     """The content of a checkpoint, see load_whole, and its path as "file".
 
-    None, and a word on stderr unless quiet, if it is not whole.
+    None, and a line more in passed_over, if it is not whole.
     """
     try:
         content = load_whole(path, thoroughly)
@@ -3689,8 +3689,7 @@ def read_checkpoint(path: Path, thoroughly: bool = True, quiet: bool = False) ->
             raise ValueError
         return content | {"file": path}
     except Exception as error:  # noqa: BLE001, half a file can fail in many ways
-        if not quiet:
-            complain(f"resume: {path} is not whole ({type(error).__name__}), looking for an older one", 0)
+        passed_over.append(f"resume: {path} is not whole ({type(error).__name__}), looking for an older one")
         return None
 
 
@@ -3778,9 +3777,12 @@ def check_place(content: dict, schedule: Schedule, loader: Loader) -> None:
 
 def find_checkpoint(cfg: Config, env: DistEnv) -> dict | None:
     """The newest whole checkpoint under log_dir, the same for all ranks, or None."""
-    content, _ = newest_checkpoint(cfg)
+    passed_over: list[str] = []
+    content, _ = newest_checkpoint(cfg, passed_over)
     if content is not None:
-        check_checkpoint(content, cfg)
+        check_checkpoint(content, cfg)  # if it is refused, that is the only line
+    for line in passed_over:
+        complain(line, 0)
     found = torch.tensor(content["step"] + 1 if content else 0, device=env.device)
     wait = env.all_reduce(found.clone())
     together = int(wait()) == env.world_size * int(found)
@@ -3789,20 +3791,23 @@ def find_checkpoint(cfg: Config, env: DistEnv) -> dict | None:
     return content
 
 
-def newest_checkpoint(cfg: Config) -> tuple[dict | None, Path | None]:
+def newest_checkpoint(cfg: Config, passed_over: list[str]) -> tuple[dict | None, Path | None]:
     """The newest whole one under log_dir, with its path; (None, None): there is none."""
     try:
         paths = [path for path in Path(cfg.log_dir).glob("*.step*.pt") if step_of(path) >= 0]
     except OSError as error:
         raise UserError(f"--log_dir {cfg.log_dir}: cannot be read ({error.strerror})") from None
-    return newest_of(paths)
+    return newest_of(paths, passed_over)
 
 
-def newest_of(paths: list[Path], quiet: bool = False) -> tuple[dict | None, Path | None]:
-    """The newest whole one, by what they say: runs by the time of their newest, a run's files by steps."""
+def newest_of(paths: list[Path], passed_over: list[str]) -> tuple[dict | None, Path | None]:
+    """The newest whole one, by what they say: runs by the time of their newest, a run's files by steps.
+
+    passed_over: gets a line for each that is not whole.
+    """
     by_run: dict[str, list[dict]] = {}
     for path in paths:
-        content = read_checkpoint(path, thoroughly=False, quiet=quiet)
+        content = read_checkpoint(path, passed_over, thoroughly=False)
         if content is not None:
             by_run.setdefault(str(content.get("run_id")), []).append(content)
     for contents in by_run.values():
@@ -3810,7 +3815,7 @@ def newest_of(paths: list[Path], quiet: bool = False) -> tuple[dict | None, Path
     runs = sorted(by_run.values(), key=lambda run: stated_number(run[0], "saved_at"), reverse=True)
     for contents in runs:
         for content in contents:
-            whole = read_checkpoint(content["file"], quiet=quiet)
+            whole = read_checkpoint(content["file"], passed_over)
             if whole is not None:
                 return whole, whole["file"]
     return None, None

@@ -190,7 +190,7 @@ def newest(path: Path) -> Path:
     need(checkpoints or exports, f"{path}: no checkpoint in this folder; {advice}")
     if not checkpoints:
         return exports[-1]
-    _, newest_file = tg.newest_of(checkpoints, quiet=True)
+    _, newest_file = tg.newest_of(checkpoints, [])
     need(newest_file, f"{path}: none of its {len(checkpoints)} checkpoints is whole; {advice}")
     return newest_file
 

@@ -433,9 +433,9 @@ def save_at(run: tg.Trainer, step: int) -> Path:
     return Path(run.cfg.log_dir) / f"{run.log.run_id}.step{step:06d}.pt"
 
 
-def step_found(cfg: tg.Config) -> int | None:
-    """The step of what --resume would go on from."""
-    content, _ = tg.newest_checkpoint(cfg)
+def step_found(cfg: tg.Config, passed_over: list[str] | None = None) -> int | None:
+    """The step of what --resume would go on from; passed_over gets what it says of the others."""
+    content, _ = tg.newest_checkpoint(cfg, [] if passed_over is None else passed_over)
     return content and content["step"]
 
 
@@ -496,17 +496,24 @@ def test_a_damaged_newest_file_is_skipped_with_a_word(damage, tiny_data, tmp_pat
     newest.write_bytes(DAMAGE[damage](newest.read_bytes()))
     capsys.readouterr()
     assert step_found(run.cfg) == 4
-    assert re.search(rf"resume: {newest} is not whole \(\w+\)", capsys.readouterr().err)
+    with pytest.raises(tg.UserError, match="muon_lr was"):  # the older one is refused: that line is enough
+        RecordedRun(replace(run.cfg, resume=True, muon_lr=0.01))
+    assert capsys.readouterr().err == ""
     older.write_bytes(b"")
     resumed = RecordedRun(replace(run.cfg, resume=True))  # no whole one: from the start, with a word
-    assert resumed.steps_done == 0 and f"resume: no checkpoint in {tmp_path}" in capsys.readouterr().out
+    output = capsys.readouterr()
+    assert resumed.steps_done == 0 and f"resume: no checkpoint in {tmp_path}" in output.out
+    for path in (newest, older):
+        assert re.search(rf"resume: {path} is not whole \(\w+\)", output.err)
 
 
-def test_a_file_that_is_no_checkpoint_of_ours_is_skipped(tiny_data, tmp_path, capsys):
+def test_a_file_that_is_no_checkpoint_of_ours_is_skipped(tiny_data, tmp_path):
     run = a_run(tiny_data, tmp_path)
     save_at(run, 4)
     torch.save({"weights": torch.ones(3)}, tmp_path / "other.step000009.pt")
-    assert step_found(run.cfg) == 4 and "other.step000009.pt" in capsys.readouterr().err
+    passed_over = []
+    assert step_found(run.cfg, passed_over) == 4
+    assert len(passed_over) == 1 and "other.step000009.pt" in passed_over[0]
 
 
 def test_after_going_back_the_new_ones_are_kept_and_not_the_damaged(tiny_data, tmp_path):
@@ -558,11 +565,12 @@ class Trap:
         return os.mkdir, (str(self.path),)
 
 
-def test_a_checkpoint_with_code_in_it_is_not_run(tiny_data, tmp_path, capsys):
+def test_a_checkpoint_with_code_in_it_is_not_run(tiny_data, tmp_path):
     run = a_run(tiny_data, tmp_path)
     path = save_at(run, 4)
     torch.save(torch.load(path) | {"trap": Trap(tmp_path / "sprung")}, path)
-    assert step_found(run.cfg) is None and "UnpicklingError" in capsys.readouterr().err
+    passed_over = []
+    assert step_found(run.cfg, passed_over) is None and "UnpicklingError" in passed_over[0]
     assert not (tmp_path / "sprung").exists()
     torch.load(path, weights_only=False)
     assert (tmp_path / "sprung").exists(), "the trap itself does not work"
