@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ def main(argv: list[str]) -> None:
         return print_scaling(cfg, gpu)
     shared = cfg.micro_batches % count == 0
     need(shared, f"{order}: {count} GPUs cannot share --micro_batches {cfg.micro_batches}")
-    print_plan(cfg, count, gpu)
+    print_plan(joined_on(gpu, cfg, count), count, gpu)
 
 
 def read_order(order: str) -> tuple[int, str]:
@@ -73,6 +74,12 @@ def read_order(order: str) -> tuple[int, str]:
     known = match and match[2] in GPUS and int(match[1] or 1) > 0
     need(known, f"{order}: write 8xH100, say; the GPUs are {', '.join(GPUS)}")
     return int(match[1] or 1), match[2]
+
+
+def joined_on(gpu: str, cfg: tg.Config, world_size: int) -> tg.Config:
+    """With as many micro-batches a pass as the run would take on such a card; --join decides before that."""
+    card = SimpleNamespace(dtype=torch.bfloat16, total_memory=lambda: int(GPUS[gpu].memory * 0.98 * 2**30))
+    return replace(cfg, join=cfg.join or tg.joined_by_memory(cfg, card, world_size))
 
 
 def on_paper(cfg: tg.Config, world_size: int) -> tg.Optimizer:
@@ -129,7 +136,7 @@ def planned_memory(cfg: tg.Config, world_size: int) -> dict[str, int]:
     In training or in a validation, whichever holds more.
     """
     optimizer = on_paper(cfg, world_size)
-    tokens = tg.most_tokens(cfg)
+    tokens = max(1, cfg.join) * tg.most_tokens(cfg)
     head = optimizer.params["lm_head"]
     D, V = head.shape
     weights = sum(p.nbytes for p in optimizer.params.values())
@@ -292,7 +299,8 @@ def print_plan(cfg: tg.Config, count: int, gpu: str) -> None:
     peak = sum(memory.values())
     fits = "fits" if peak <= spec.memory * 1e9 else "DOES NOT FIT"
     parts = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in memory.items())
-    print(f"peak memory {peak / 1e9:.1f} GB, {fits}: {parts}")
+    passes = f"{cfg.join} of {cfg.micro_batches // count} micro-batches a pass"
+    print(f"peak memory {peak / 1e9:.1f} GB with {passes}, {fits}: {parts}")
     forms = {int: ",", float: ",.2f", str: ""}
     for label, value in columns[0].items():
         print(f"{label:20}", *(f"{column[label]:>16{forms[type(value)]}}" for column in columns))

@@ -313,7 +313,7 @@ def test_the_table_has_a_column_a_stage_and_counts_all_parameters(capsys):
         assert (
             numbers[0] == sum(numbers[1:]) == sum(p.numel() for p in tg.GPT(tg.PRESETS["short"]).parameters())
         )
-    assert peak[:4] == ["peak", "memory", peak[2], "GB,"] and "fits:" in peak
+    assert peak[:4] == ["peak", "memory", peak[2], "GB"] and "fits:" in peak
     rows = {tuple(line[:-4]): line[-4:] for line in table}
     assert rows[("steps",)] == ["502", "503", "502", "40"]
     assert table[-1][:4] == ["1,547", "steps,", f"{tokens_needed(tg.PRESETS['short']):,}", "tokens:"]
