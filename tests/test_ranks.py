@@ -531,6 +531,7 @@ def test_a_number_of_processes_that_does_not_divide_the_micro_batches_is_one_lin
     assert not (tmp_path / "logs").exists()
 
 
+@pytest.mark.slow
 def test_torchrun_shows_that_line_among_its_own(tmp_path):
     result = torchrun(2, "--preset", "cpu", "--micro_batches", 1, "--log_dir", tmp_path / "logs")
     lines = [line for line in result.stderr.splitlines() if "train_gpt.py: error:" in line]
