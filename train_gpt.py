@@ -1625,10 +1625,13 @@ class Schedule:
 
     @property
     def tokens(self) -> int:
-        """Of the whole run."""
-        begins = (0, *self.ends)
-        spans = zip(self.cfg.stages, begins, self.ends, strict=False)
-        return sum((end - begin) * stage.batch_tokens for stage, begin, end in spans)
+        """That the run trains on."""
+        total = begin = 0
+        for stage, end in zip(self.cfg.stages, self.ends, strict=True):
+            end = min(end, self.cfg.num_steps)
+            total += max(end - begin, 0) * stage.batch_tokens
+            begin = max(begin, end)
+        return total
 
     def stage_index(self, step: int) -> int:
         for i, end in enumerate(self.ends):
@@ -3289,8 +3292,8 @@ class LiveLine:
 
     CLEAR = "\r\x1b[K"
 
-    def __init__(self) -> None:
-        alone = "TORCHELASTIC_RUN_ID" not in os.environ and read_environment("WORLD_SIZE", 1) == 1
+    def __init__(self, env: DistEnv):
+        alone = "TORCHELASTIC_RUN_ID" not in os.environ and env.world_size == 1
         self.shown = alone and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
         self.drawn = False
 
@@ -3317,7 +3320,7 @@ class Log:
         self.path = Path(cfg.log_dir) / f"{self.run_id}.txt"
         self.file, self.appending = None, False
         self.waiting: list[str] = []  # lines, until the run begins
-        self.live = LiveLine()
+        self.live = LiveLine(env)
         self.writes = env.rank == 0
         if not self.writes:
             return
@@ -3460,11 +3463,12 @@ class Progress:
                 rise = f"train_loss {loss:.4f} at step {pending.step}, {self.average:.4f} before"
                 self.log.write(f"spike: {rise}; {self.suspect()}")
             self.average = 0.9 * (self.average or loss) + 0.1 * loss
-            self.show(pending.step, self.tokens_of_run - pending.tokens_seen, rate, mfu)
+            if self.log.live.shown:
+                self.show(pending.step, self.tokens_of_run - pending.tokens_seen, rate, mfu)
 
     def show(self, step: int, tokens_left: int, rate: float, mfu: float) -> None:
         """On a terminal, in place of a line a step. rate: tokens a second; mfu: of the matrix ceiling."""
-        minutes, seconds = divmod(round(tokens_left / max(rate, 1e-9)), 60)
+        minutes, seconds = divmod(round(tokens_left / rate), 60)
         left = f"{minutes}:{seconds:02} left"
         speed = f"{rate:,.0f} tokens/s, {mfu:.0%} of the ceiling"
         self.log.live.show(f"step {step}/{self.cfg.num_steps}   loss {self.average:.3f}   {left}   {speed}")

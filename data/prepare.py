@@ -33,12 +33,7 @@ def tokens_needed(cfg: "Config") -> int:  # noqa: F821 (train_gpt's; it is impor
     """Tokens that the run trains on; documents cut at the limit leave a rest unread, so shards hold more."""
     from train_gpt import Schedule
 
-    total = begin = 0
-    for stage, end in zip(cfg.stages, Schedule(cfg).ends, strict=True):
-        end = min(end, cfg.num_steps)
-        total += max(end - begin, 0) * stage.batch_tokens
-        begin = max(begin, end)
-    return total
+    return Schedule(cfg).tokens
 
 
 def shards_needed(tokens: int) -> int:

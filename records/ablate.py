@@ -26,6 +26,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,8 @@ from records.tables import FORMATS, table
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = {"short": 3.28, "one-gpu": 3.28, "medium": 2.92}
+
+Shares = Sequence[set[int]]  # cores, of each of the runs that are made at once; empty: all
 
 
 class Trainings:
@@ -297,17 +300,17 @@ def describe(job: Job) -> str:
     return one_line(f"{job.name} seed {job.seed}: no result, {why}")
 
 
-def run_all(jobs: list[Job], launch: list[str], file: Path, out: Path, at_once: int = 1) -> None:
-    """What is left of the plan; one lock for the folder."""
+def run_all(jobs: list[Job], launch: list[str], file: Path, out: Path, shares: Shares = (set(),)) -> None:
+    """What is left of the plan, as many runs at once as there are shares; one lock for the folder."""
     handle = lock(out)
     try:
         check_plan(jobs, out, file)
-        run_missing(jobs, launch, file, handle, at_once)
+        run_missing(jobs, launch, file, handle, shares)
     finally:
         os.close(handle)
 
 
-def run_missing(jobs: list[Job], launch: list[str], file: Path, handle: int, at_once: int) -> None:
+def run_missing(jobs: list[Job], launch: list[str], file: Path, handle: int, shares: Shares) -> None:
     tqdm = extra("tqdm").tqdm
     tqdm.monitor_interval = 0  # it needs no thread of its own
     for job in jobs:
@@ -317,7 +320,7 @@ def run_missing(jobs: list[Job], launch: list[str], file: Path, handle: int, at_
     left = [job for job in jobs if not job.log.exists()]
     say(f"{len(jobs)} runs, {len(jobs) - len(left)} of them done")
     free: queue.SimpleQueue[set[int]] = queue.SimpleQueue()
-    for cores in core_shares(at_once):
+    for cores in shares:
         free.put(cores)
     trainings = Trainings()
     with tqdm(total=sum(job.steps for job in left), unit="step", disable=None) as bar:
@@ -334,7 +337,7 @@ def run_missing(jobs: list[Job], launch: list[str], file: Path, handle: int, at_
             with tqdm.external_write_mode():
                 say(describe(job))
 
-        pool = ThreadPoolExecutor(at_once)
+        pool = ThreadPoolExecutor(len(shares))
         try:
             for done in as_completed([pool.submit(run_one, job) for job in left]):
                 done.result()
@@ -464,7 +467,7 @@ def main(argv: list[str]) -> None:
         return
     need(args.names and args.out, "give names and --out DIR, or --list")
     launch, out = launch_words(args.launch), args.out.absolute()
-    core_shares(args.jobs)
+    shares = core_shares(args.jobs)
     jobs = plan(args.names, args.on, args.seeds, out, args.num_steps, more)
     if args.dry_run:
         for job in jobs:
@@ -480,7 +483,7 @@ def main(argv: list[str]) -> None:
         extra(module)
     if not args.table:
         make_folder(out)
-        run_all(jobs, launch, ROOT / "train_gpt.py", out, args.jobs)
+        run_all(jobs, launch, ROOT / "train_gpt.py", out, shares)
     need(file_kind(out) == "folder", f"--out {args.out}: not there")
     say(compare(jobs, out, args.target if args.target is not None else TARGETS.get(args.on)))
 

@@ -9,19 +9,19 @@ target and last record; where the log is; how to sample from it.
 import argparse
 import math
 import os
-import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from statistics import fmean
 
 from cli import command, one_line
 from records.files import say
+from records.groups import group_of
 from records.reader import Run, read_paths, result
-from records.rules import ROOT, TRACKS
+from records.record import card_of, records_in
+from records.rules import FREE_FLAGS, ROOT, TRACKS
 
 
 def main(argv: list[str]) -> int:
@@ -75,7 +75,7 @@ def beside_track(run: Run, loss: float) -> str:
     track = TRACKS.get(name)
     if track is None:
         return ""
-    changed = sorted(set(run.overrides or {}) - {"seed", "log_dir", "join"})
+    changed = sorted(set(run.overrides or {}) - FREE_FLAGS)
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         return f" (the track {name} is run without --{', --'.join(changed[:3])}{more})"
@@ -84,17 +84,16 @@ def beside_track(run: Run, loss: float) -> str:
 
 
 def last_record(track: str) -> str:
-    folders = sorted(path.parent for path in (ROOT / "records" / track).glob("[!.]*/train_gpt.py"))
+    folders = records_in(ROOT / "records" / track)
     if not folders:
         return ""
     runs = read_paths([folders[-1] / "this"])
-    results = [found for run in runs if (found := result(run)[0]) and math.isfinite(found.seconds)]
-    if not results:
+    record = group_of(folders[-1].name, runs, keep_copies=True, tell=lambda _: None)
+    if not record.times.n:
         return ""
-    loss, seconds = fmean(found.loss for found in results), fmean(found.seconds for found in results)
-    title = re.sub(r"^\d{4}-\d\d-\d\d_", "", folders[-1].name)
-    hardware = (runs[0].hardware or "").partition(";")[0]
-    return f"\nlast record: {loss:.4f} after {seconds:.1f} s, {title}, on {one_line(hardware, 60)}"
+    loss, seconds = record.losses.mean, record.times.mean
+    title, card = record.name.partition("_")[2], one_line(card_of(record), 60)
+    return f"\nlast record: {loss:.4f} after {seconds:.1f} s, {title}, on {card}"
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -109,6 +110,15 @@ def run_command(
         text=True,
         timeout=timeout,
     )
+
+
+def group_environments(size: int) -> list[dict[str, str]]:
+    """What a launcher gives each of `size` processes of one machine; the port is free now."""
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    group = [common | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(size)]
+    return [{name: str(value) for name, value in one.items()} for one in group]
 
 
 def assert_user_error(result: subprocess.CompletedProcess, *words: str) -> None:

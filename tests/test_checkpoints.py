@@ -6,7 +6,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import sys
 import threading
 import time
@@ -17,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, made_up_text, run_command, tiny
+from conftest import ROOT, group_environments, made_up_text, run_command, tiny
 
 import train_gpt as tg
 from data.shards import write_shard
@@ -327,17 +326,9 @@ FORKS.set_forkserver_preload(["train_gpt", "pytest"])
 
 def start(folder: Path, *given: dict) -> list:
     """A group of processes, one for each dict, as torchrun would start them; the folder gets their output."""
-    with socket.create_server(("localhost", 0)) as free:
-        port = free.getsockname()[1]
-    group = {
-        "WORLD_SIZE": len(given),
-        "LOCAL_WORLD_SIZE": len(given),
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": port,
-    }
     processes = []
-    for rank, configuration in enumerate(given):
-        environment = {name: str(value) for name, value in (group | {"RANK": rank}).items()}
+    for rank, environment in enumerate(group_environments(len(given))):
+        configuration = given[rank]
         arguments = configuration, environment, f"{folder}/process{rank}"
         processes.append(FORKS.Process(target=program, args=arguments, daemon=True))
         processes[-1].start()

@@ -2,13 +2,12 @@
 
 import difflib
 import re
-import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from conftest import ROOT, run_command
+from conftest import ROOT, group_environments, run_command
 
 SOURCE = (ROOT / "train_gpt.py").read_text()
 
@@ -42,13 +41,9 @@ def train(file: Path, processes: int, num_steps: int, log_dir: Path, data: Path)
     """The `step:` lines of a run that goes on from what is in log_dir, without what depends on the time."""
     command = [sys.executable, file, *FLAGS.split(), "--resume"]
     command += ["--num_steps", num_steps, "--data_dir", data, "--log_dir", log_dir]
-    with socket.create_server(("localhost", 0)) as free:
-        port = free.getsockname()[1]
-    group = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_PORT": port}
-    group = {name: str(value) for name, value in group.items()} | {"MASTER_ADDR": "localhost"}
-    ranks = [group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    group = group_environments(processes)
     with ThreadPoolExecutor() as pool:  # as torchrun starts them
-        done = list(pool.map(lambda rank: run_command(command, cwd=file.parent, **rank), ranks))
+        done = list(pool.map(lambda environment: run_command(command, cwd=file.parent, **environment), group))
     assert all(each.returncode == 0 for each in done), [each.stderr[-3000:] for each in done]
     lines = re.findall(r"^step:.*", done[0].stdout, re.MULTILINE)
     return [re.sub(r" (train_time|step_avg|tokens_per_second|mfu|val_bpb):\S+", "", line) for line in lines]

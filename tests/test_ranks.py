@@ -7,7 +7,6 @@ import os
 import pickle
 import re
 import shlex
-import socket
 import sys
 import traceback
 import zlib
@@ -19,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, TINY_STAGES, assert_user_error, run_command, tiny
+from conftest import ROOT, TINY_STAGES, assert_user_error, group_environments, run_command, tiny
 
 import train_gpt as tg
 
@@ -44,18 +43,11 @@ class World:
             self.processes = [self.context.Process(target=work, args=(pipe,), daemon=True) for pipe in theirs]
             for process in self.processes:
                 process.start()
-        with socket.create_server(("localhost", 0)) as free:
-            port = free.getsockname()[1]
-        # LOCAL_WORLD_SIZE as on a very crowded machine: one thread each, however many cores there are
-        common = {
-            "WORLD_SIZE": size,
-            "LOCAL_WORLD_SIZE": 10**6,
-            "MASTER_ADDR": "localhost",
-            "MASTER_PORT": port,
-        }
+        # As on a very crowded machine: one thread each, however many cores there are.
+        crowded = {"LOCAL_WORLD_SIZE": str(10**6)}
         waiting, results = dict(zip(self.pipes[:size], range(size), strict=True)), [None] * size
-        for pipe, rank in waiting.items():
-            pipe.send((common | {"RANK": rank, "LOCAL_RANK": rank}, function, args))
+        for pipe, environment in zip(waiting, group_environments(size), strict=True):
+            pipe.send((environment | crowded, function, args))
         try:
             while waiting:
                 ready = connection.wait(waiting, timeout=240)  # seconds; a slow machine is no hang

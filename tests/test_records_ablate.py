@@ -79,7 +79,7 @@ def run(folder: Path, at_once: int = 1, **changes) -> None:
         [sys.executable, str(folder / "fake.py")],
         folder / "train_gpt.py",
         folder / "out",
-        at_once,
+        ablate.core_shares(at_once),
     )
 
 

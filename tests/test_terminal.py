@@ -10,6 +10,7 @@ import time
 
 import pytest
 from conftest import CLEAN_ENV, ROOT
+from test_robustness import ONE_PROCESS
 from test_run import SMALL, the_log
 
 import train_gpt as tg
@@ -103,7 +104,7 @@ def test_nothing_is_drawn_where_no_terminal_is(monkeypatch, capfd):
             patch.setenv("TERM", "xterm")
             patch.setenv(name, value)
             patch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal, raising=False)
-            live = tg.LiveLine()
+            live = tg.LiveLine(ONE_PROCESS)
             live.show("step 1")
             live.clear()
             assert not live.shown and capfd.readouterr().out == ""

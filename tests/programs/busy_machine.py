@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 from cli import arguments, command, need
@@ -35,10 +36,9 @@ def main(argv: list[str]) -> None:
     times: dict[str, list[tuple[float, float]]] = {spin: [] for spin in args.spin}
     for _ in range(args.rounds):
         for spin in args.spin:
-            times[spin].append(milliseconds(spin, flags))
-            print(
-                f"spin {spin}: {{:.0f}} ms a step alone, {{:.0f}} beside".format(*times[spin][-1]), flush=True
-            )
+            alone, beside = milliseconds(spin, flags)
+            times[spin].append((alone, beside))
+            print(f"spin {spin}: {alone:.0f} ms a step alone, {beside:.0f} beside", flush=True)
     print(
         f"\n{'spin':>10} {'alone':>10} {'one core busy':>15} {'times':>7}   ms a step, {args.rounds} rounds"
     )
@@ -77,18 +77,19 @@ def milliseconds(spin: str, flags: list[str]) -> tuple[float, float]:
             ) as training,
             contextlib.ExitStack() as others,
         ):
-            others.callback(training.kill)  # also if this program is ended
+            others.callback(training.kill)  # whatever ends this
             for line in training.stdout:
-                if match := re.match(r"step:\d+/\d+ train_time:(\d+)ms .*train_loss", line):
-                    clock.append(int(match[1]))
-                if len(clock) == FIRST + STEPS and "train_loss" in line:
+                match = re.match(r"step:\d+/\d+ train_time:(\d+)ms .*train_loss", line)
+                if not match:
+                    continue
+                clock.append(int(match[1]))
+                if len(clock) == FIRST + STEPS:
                     others.enter_context(busy_process())
-                if len(clock) == 2 * (FIRST + STEPS):
-                    training.kill()
+                elif len(clock) == 2 * (FIRST + STEPS):
                     break
         last = (errors.read_text().strip().splitlines() or ["it ended"])[-1]
         need(len(clock) == 2 * (FIRST + STEPS), f"train_gpt.py, after {len(clock)} steps: {last}")
-    steps = [after - before for before, after in zip(clock[:-1], clock[1:], strict=True)]
+    steps = [after - before for before, after in pairwise(clock)]
     return statistics.median(steps[FIRST - 1 : FIRST + STEPS - 1]), statistics.median(steps[-STEPS:])
 
 

@@ -14,15 +14,14 @@ import re
 import subprocess
 from pathlib import Path
 
-from cli import arguments, command, need, one_line, shown
+from cli import UserError, arguments, command, need, one_line, shown
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = [
     f"tests/test_{name}.py" for name in ("attention_kernel", "head_kernel", "lookup_kernel", "matrix_kernels")
 ]
 FACTS = """
-import json, platform, sys
-sys.path.insert(0, "")
+import json, platform
 import torch, triton
 import train_gpt
 print(json.dumps([platform.python_version(), torch.__version__, triton.__version__]))
@@ -60,7 +59,7 @@ def row(python: str, null: bool) -> list[str]:
     try:
         done = run(python, "-c", FACTS)
     except OSError as error:
-        need(False, f"{shown(python)}: cannot be started ({error.strerror})")
+        raise UserError(f"{shown(python)}: cannot be started ({error.strerror})") from None
     lines = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()
     need(done.returncode == 0, f"{shown(python)}: {one_line(lines[-1], 200)}")
     versions = json.loads(done.stdout.splitlines()[-1])
@@ -94,12 +93,9 @@ def tested(python: str, *files: str) -> str:
 
 def on_null_device(python: str) -> str:
     done = run(python, "tests/null_device.py", "--presets", "short", "--ranks", "1")
-    lines = (done.stdout + done.stderr).strip().splitlines()
-    return (
-        "passes"
-        if done.returncode == 0 and "skipped" not in done.stdout
-        else f"fails: {one_line(lines[-1], 200)}"
-    )
+    if done.returncode == 0 and "skipped" not in done.stdout:
+        return "passes"
+    return f"fails: {one_line((done.stdout + done.stderr).strip().splitlines()[-1], 200)}"
 
 
 if __name__ == "__main__":
