@@ -1,5 +1,7 @@
 """Attention's kernels: values and gradients in the interpreter, against float64; what they compile to."""
 
+from itertools import product
+
 import interpreter
 import pytest
 import torch
@@ -103,9 +105,17 @@ else:
         assert a.shape == b.shape, (a.shape, b.shape)
         return float((a.double() - b).norm() / b.norm())
 
-    @pytest.mark.parametrize("capability", [80, 90])
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-    @pytest.mark.parametrize("case", CASES)
+    USUAL = "documents and a window"  # what is tried by default before Hopper, and in float32
+
+    def rare(case: str, *kind) -> list[pytest.MarkDecorator]:
+        return [] if case == USUAL or kind == (torch.bfloat16, 90) else [pytest.mark.slow]
+
+    KINDS = [
+        pytest.param(*kind, marks=rare(*kind))
+        for kind in product(CASES, (torch.bfloat16, torch.float32), (80, 90))
+    ]
+
+    @pytest.mark.parametrize("case, dtype, capability", KINDS)
     def test_values_and_gradients(monkeypatch, case, dtype, capability):
         """No further from the truth than plain PyTorch; by descriptors and, as before Hopper, by pointers."""
         T, H, d, window, starts = CASES[case]
@@ -142,7 +152,7 @@ else:
         ):
             assert all(torch.equal(a, b) for a, b in zip(run(*other), plain, strict=True))
 
-    @pytest.mark.parametrize("capability", [80, 90])
+    @pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
     def test_only_blocks_that_hold_a_visible_pair_are_multiplied(monkeypatch, capability):
         T, window = 640, 150
         first_key = intervals(T, window, (0, 260, 500))

@@ -246,7 +246,7 @@ def torch_with_ptxas(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("tool", ["aot", "inductor_stats"])
-@pytest.mark.parametrize("own", ["", "/somewhere/ptxas"])
+@pytest.mark.parametrize("own", ["", pytest.param("/somewhere/ptxas", marks=pytest.mark.slow)])
 def test_the_tools_ask_the_ptxas_that_torch_brings(torch_with_ptxas, tool, own):
     """From their import on, as Inductor does; but not where somebody has chosen another."""
     code = (

@@ -110,7 +110,7 @@ else:
             assert error(a, b) < tolerance, (name, error(a, b))
         assert [t.dtype for t in got] == [torch.float32, torch.bfloat16, torch.bfloat16]
 
-    @pytest.mark.parametrize("cap", [CAP, OFF])
+    @pytest.mark.parametrize("cap", [CAP, pytest.param(OFF, marks=pytest.mark.slow)])
     def test_error_against_float64_is_that_of_plain_bfloat16(cap):
         x, head, targets, weights = chunk_inputs(24, 4368, 3, D=256)
         exact = tg.head_chunk(x.double(), head.double(), targets, weights.double(), cap, True)
@@ -128,7 +128,7 @@ else:
         for a, b in zip(PIECES[piece](*args), tg.head_chunk(*args), strict=True):
             assert error(a, b) < tolerance
 
-    @pytest.mark.parametrize("cap", [CAP, OFF])
+    @pytest.mark.parametrize("cap", [CAP, pytest.param(OFF, marks=pytest.mark.slow)])
     def test_gradient_in_fp8_is_plain_and_transposed(cap):
         """Each value within E5M2's rounding of the plain gradient; rows and columns that no block fills."""
         rows, V = 80, 176

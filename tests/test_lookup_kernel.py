@@ -43,7 +43,7 @@ else:
     }
 
     @pytest.mark.parametrize("case", ROWS)
-    @pytest.mark.parametrize("D", [16, 24])
+    @pytest.mark.parametrize("D", [pytest.param(16, marks=pytest.mark.slow), 24])
     def test_rows_are_added_to_what_is_there(case, D):
         rng = torch.Generator().manual_seed(D)
         rows = torch.tensor(ROWS[case])[torch.randperm(len(ROWS[case]), generator=rng)]

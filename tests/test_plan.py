@@ -249,7 +249,7 @@ def bytes_sent(untie_share: float) -> dict:
     }
 
 
-@pytest.mark.parametrize("size, untie_share", [(2, 1.0), (4, 0.0)])
+@pytest.mark.parametrize("size, untie_share", [(2, 1.0), pytest.param(4, 0.0, marks=pytest.mark.slow)])
 def test_bytes_and_flops_of_a_rank_are_those_of_real_processes(world, size, untie_share):  # noqa: F811
     cfg = replace(CFG, untie_share=untie_share)
     planned, memory = stage(cfg, size), planning.planned_memory(cfg, size)

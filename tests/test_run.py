@@ -25,7 +25,7 @@ from tests.programs import step_time
 
 FILE = ROOT / "train_gpt.py"
 SMALL = shlex.split("""
-    --preset cpu --no-compile --no-warmup --model_dim 32 --head_dim 16 --val_seq_len 4096 --val_tokens 8192
+    --preset cpu --no-compile --no-warmup --model_dim 32 --head_dim 16 --val_seq_len 1024 --val_tokens 2048
     --windows ssl --paired_heads p.. --value_embeds .01 --skips a.a --backout .b. --spectral 0
     --batch_mul 0.25
 """)  # seconds, not minutes
@@ -48,38 +48,31 @@ def the_log(folder) -> tuple[str, str, list[str]]:
 
 
 def test_a_log_yields_the_source_and_the_source_the_same_losses(tmp_path, corpus_dir):
+    """And the form of the log, which holds no secrets."""
     source, losses = FILE.read_text(), []
     for name in ("original", "ripped"):
         folder = tmp_path / name
         folder.mkdir()
         (folder / "train_gpt.py").write_text(source)  # alone in a folder: it needs nothing of the project
         out = train_small(
-            folder, "--data_dir", corpus_dir, "--num_steps", 3, "--val_every", 2, file="train_gpt.py"
+            folder,
+            *("--data_dir", corpus_dir, "--num_steps", 3, "--val_every", 2, "--log_dir", "elsewhere"),
+            file="train_gpt.py",
+            HF_TOKEN="hf_secret",
         )
-        source, header, events = the_log(folder / "logs")
+        source, header, events = the_log(folder / "elsewhere")
         losses.append([re.findall(r"(?:val|train)_loss:(\S+)", line) for line in events])
         assert json.loads(re.search(r"overrides:(.*)", header)[1])["num_steps"] == 3
         assert json.loads(re.search(r"config:(.*)", header)[1])["model_dim"] == 32
         assert out.rstrip().splitlines()[-1] == events[-1]
+        assert "hf_secret" not in header + "\n".join(events)
     assert source == FILE.read_text()
     assert losses[0] == losses[1] and len(sum(losses[0], [])) == 3 + 3
+    check_form(header, events)
 
 
-def test_the_form_of_the_log_which_holds_no_secrets(tmp_path, corpus_dir):
-    train_small(
-        tmp_path,
-        "--data_dir",
-        corpus_dir,
-        "--num_steps",
-        3,
-        "--val_every",
-        2,
-        "--log_dir",
-        tmp_path / "elsewhere",
-        HF_TOKEN="hf_secret",
-    )
-    assert "hf_secret" not in next((tmp_path / "elsewhere").glob("*.txt")).read_text()
-    _, header, events = the_log(tmp_path / "elsewhere")
+def check_form(header: str, events: list[str]) -> None:
+    """Of a run of three steps with validations at 0, 2 and 3."""
     steps = [line for line in events if line.startswith("step:")]
     assert [re.match(r"step:(\d+)/3 (val_loss)?", line).groups() for line in steps] == [
         ("0", "val_loss"),
@@ -163,7 +156,7 @@ def test_micro_batches_add_up_to_the_whole_step(tiny_data, tmp_path):
             assert (summed - 64 * grad).norm() < 1e-4 * summed.norm(), name
 
 
-@pytest.mark.parametrize("join", [2, 4])
+@pytest.mark.parametrize("join", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_joined_micro_batches_give_the_losses_of_single_ones(tiny_data, tmp_path, join):
     """Through both stages: several next tokens, of which none is asked for over a joint; every feature on."""
     losses, ends = [], []
