@@ -63,7 +63,7 @@ if not interpreter.ACTIVE:
             assert kernel.counts["atom"] == 0, "the result depends on the order of programs"
         assert launches[0].grid == (49152 // 64, SHAPES[shapes][0][1])
 
-    @pytest.mark.parametrize("cc", [80, pytest.param(89, marks=pytest.mark.slow), 120])
+    @pytest.mark.parametrize("cc", [*(pytest.param(cc, marks=pytest.mark.slow) for cc in (80, 89)), 120])
     def test_kernels_fit_older_and_smaller_gpus(cc):
         for kernel in compiled(cc, (12288, 6, 128)):
             assert kernel.fits and kernel.spill_st == kernel.spill_ld == kernel.counts["atom"] == 0, aot.row(

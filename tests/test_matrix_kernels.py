@@ -11,6 +11,7 @@ import torch
 import train_gpt as tg
 
 BF16, F32 = torch.bfloat16, torch.float32
+ELSEWHERE = [pytest.param(cc, marks=pytest.mark.slow) for cc in (80, 120)]  # the default tests try Hopper
 
 
 def random(*shape: int, dtype: torch.dtype = F32, seed: int = 0) -> torch.Tensor:
@@ -49,7 +50,7 @@ if not interpreter.ACTIVE:
             return torch.empty(2 * layers, D, 4 * D, dtype=BF16)
         return torch.empty(4 * layers, D, D, dtype=BF16)
 
-    @pytest.mark.parametrize("preset", ["short", "medium", "one-gpu"])
+    @pytest.mark.parametrize("preset", ["short", pytest.param("medium", marks=pytest.mark.slow), "one-gpu"])
     @pytest.mark.parametrize("backward, registers", [(False, 155), (True, 172)])
     def test_mlp_on_hopper(preset, backward, registers):
         """registers: of a thread, by Triton 3.9; one program fills a multiprocessor, so only spills would
@@ -62,7 +63,7 @@ if not interpreter.ACTIVE:
         assert kernel.counts["wgmma"] and kernel.counts["tma_ld"] and kernel.counts["tma_st"], aot.row(kernel)
         assert kernel.counts["mma"] == 0 and kernel.grid == (132,), aot.row(kernel)
 
-    @pytest.mark.parametrize("preset", ["short", "medium"])
+    @pytest.mark.parametrize("preset", ["short", pytest.param("medium", marks=pytest.mark.slow)])
     @pytest.mark.parametrize("name", ["mlp", "qkvo", "gram"])
     def test_symmetric_product_on_hopper(preset, name):
         x = bank(preset, "qkvo" if name == "gram" else name)
@@ -70,7 +71,7 @@ if not interpreter.ACTIVE:
         assert kernel.regs <= 115 and kernel.smem <= 128 * 1024 and kernel.ctas_per_sm == 2, aot.row(kernel)
         assert kernel.counts["wgmma"] and kernel.counts["mma"] == 0, aot.row(kernel)
 
-    @pytest.mark.parametrize("cc", [89, *(pytest.param(cc, marks=pytest.mark.slow) for cc in (80, 120))])
+    @pytest.mark.parametrize("cc", [89, *ELSEWHERE])
     def test_matrix_kernels_fit_elsewhere(cc):
         """No spills, tensor cores, shared memory as there is: 163 KB on sm_80, 99 KB on sm_89 and sm_120."""
         for backward in (False, True):
@@ -81,7 +82,7 @@ if not interpreter.ACTIVE:
         for x, *scales in ((bank("one-gpu", "mlp"),), (bank("one-gpu", "qkvo"), -2.5, 0.5)):
             assert compiled(cc, tg.triton_symmetric_product, x, *scales).counts["mma"]
 
-    @pytest.mark.parametrize("cc", [80, pytest.param(89, marks=pytest.mark.slow), 90, 120])
+    @pytest.mark.parametrize("cc", [90, *ELSEWHERE])
     @pytest.mark.parametrize("dtype", [BF16, F32])
     def test_transposes_move_16_bytes_at_a_time(cc, dtype):
         table, head = torch.empty(50304, 768, dtype=dtype), torch.empty(768, 50304, dtype=dtype)
@@ -121,7 +122,7 @@ else:
 
     @pytest.mark.parametrize("dtype, tolerance", [(BF16, 5e-3), (F32, 1e-6)])
     @pytest.mark.parametrize("T, D", [(140, 72), (128, 64), (1, 8)])  # parts of blocks, whole blocks, little
-    @pytest.mark.parametrize("capability", [80, 90, pytest.param(120, marks=pytest.mark.slow)])
+    @pytest.mark.parametrize("capability", [90, *ELSEWHERE])
     def test_mlp_and_its_gradients_are_the_reference(monkeypatch, dtype, tolerance, T, D, capability):
         monkeypatch.setattr(tg, "compute_capability", lambda: capability)
         inputs = mlp_inputs(T, D)
