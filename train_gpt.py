@@ -181,6 +181,8 @@ class Config:
         1664, "tokens: rotary stretches with the long window up to there; 0: never", 0, 2**20
     )
     softmax_scale: float = flag(0.1, "of attention's scores, before YaRN", 1e-6, 100)
+    exclusive: bool = flag(False, "attention gives up a learned share of its part along a token's own value")
+    mudd_layers: int = flag(0, "last layers that take in all earlier outputs, as the stream says", 0, 1000)
     final_long_window: int = flag(2560, "of the last validation, tokens; only the mask widens", 1, 2**20)
     activation: str = flag("relu2", "of the MLP", choices="relu2 gelu")
     softcap: float = flag(23.0, "logits end in (0, softcap); 0: no cap", 0, 1e4)
@@ -202,6 +204,7 @@ class Config:
     final_lr: float = flag(0.1, "times muon_lr and adam_lr, at the end", 0, 10)
     untie_share: float = flag(2 / 3, "of the schedule: embed and lm_head are one until then; 1: always", 0, 1)
     max_predict: int = flag(3, "next tokens that a stage may ask for; 1: no multi-token prediction", 1, 16)
+    ema_rate: float = flag(0.0, "a step's share in the mean of weights that is validated; 0: no mean", 0, 0.5)
     # NorMuon
     matrix_optimizer: str = flag("normuon", "adamw: Adam for matrices too", choices="normuon adamw")
     muon_lr: float = flag(0.023, "learning rate of matrices, times the stage's lr_mul", 0, 10)
@@ -501,6 +504,8 @@ def check_config(cfg: Config) -> None:
     topology(cfg)
     for name in GATE_CHUNKS:
         read_chunk(cfg, name)
+    layers = len(cfg.windows)
+    need(cfg.mudd_layers <= layers, f"--mudd_layers {cfg.mudd_layers}: there are {layers}")
     check_sizes(cfg)
     check_steps(cfg)
 
@@ -664,6 +669,7 @@ def layer_table(cfg: Config) -> list[ParamSpec]:
     attending = tuple(i for i in every if layers[i].attends)
     valued = tuple(i for i in every if layers[i].value_embed is not None)
     skipping = tuple(i for i in every if layers[i].skip_from is not None)
+    mudd = tuple(i for i in every if i >= len(every) - cfg.mudd_layers)
 
     def width(name: str, own: int = 0) -> int:
         """Dimensions that a gate reads; 0: there is no gate."""
@@ -687,6 +693,8 @@ def layer_table(cfg: Config) -> list[ParamSpec]:
         ParamSpec("ve_gate", (H, ve_width), layers=valued, wd=1.0, **gate),
         ParamSpec("smear_gate", (1, width("smear_chunk")), lr=0.01, **gate),
         ParamSpec("skip_gate", (1, width("skip_chunk")), layers=skipping, lr=cfg.skip_gate_lr, **gate),
+        ParamSpec("mudd_up", (MUDD_WIDTH, D), layers=mudd, **(gate | dict(init=normal(0.5 * std)))),
+        ParamSpec("mudd_down", (len(layers), MUDD_WIDTH), layers=mudd, **gate),  # a row a source, some unused
     ]
 
 
@@ -696,6 +704,7 @@ def scalar_table(cfg: Config) -> list[ParamSpec]:
     every = tuple(range(len(layers)))
     attending = tuple(i for i in every if layers[i].attends)
     skipping = tuple(i for i in every if layers[i].skip_from is not None)
+    lone = tuple(i for i in attending if cfg.exclusive and not layers[i].paired)  # as in the record
     scalar = dict(lr=cfg.scalar_lr, fp32=True)
     x0 = dict(init=constant(0), lr=cfg.x0_lr, fp32=True, betas=(cfg.x0_beta1, 0.95))
     smears, backouts = int(bool(cfg.smear_chunk)), cfg.backout.count("b")
@@ -704,6 +713,7 @@ def scalar_table(cfg: Config) -> list[ParamSpec]:
         ParamSpec("skip_scale", (), layers=skipping, init=constant(-1.5), **scalar),
         ParamSpec("qkv_scale", (), layers=attending, init=constant(0.5), **scalar),
         ParamSpec("o_scale", (), layers=attending, init=constant(1.0), **scalar),
+        ParamSpec("exclusive_scale", (cfg.num_heads,), layers=lone, init=constant(0), **scalar),
         ParamSpec("resid_scale", (), layers=every, init=constant(cfg.resid_scale), **scalar),
         ParamSpec("x0_scale", (), layers=every, **x0),
         ParamSpec("input_scale", (cfg.extra_inputs,), layers=every, **x0),
@@ -773,6 +783,7 @@ class GPT(nn.Module):
         self.smear, self.norm, self.mix, self.skip = map(piece, (smear, norm, mix, skip))
         self.project_qkv, self.gate_value = piece(project_qkv), piece(gate_value)
         self.attend, self.project_output = piece(attend), piece(project_output)
+        self.exclude, self.mudd = piece(exclude), piece(mudd)
         self.mlp_block, self.head_chunk = piece(mlp_block), compiled(self.kernels.head_chunk)
 
     def add_parameter(self, spec: ParamSpec) -> None:
@@ -896,13 +907,16 @@ class GPT(nn.Module):
                 x = self.skip(
                     x, outputs[layer.skip_from], x0, w.skip_scale, w.skip_gate, self.chunks["skip_chunk"]
                 )
+            if w.mudd_up is not None:
+                x = self.mudd(x, [x0, *outputs], w.mudd_up, w.mudd_down)
             x = self.mix([x, x0, *extras], mix_scales(w))
             if layer.attends:
                 value, where = values.get(layer.value_embed), positions[layer.window, layer.paired]
                 x = self.attention(x, w, value, where)
             up, down = w.mlp.unbind(0)
             x = self.mlp_block(x, up, down, self.cfg.activation, self.kernels.mlp)
-            outputs.append(x if layer.skip_sender or layer.backout else None)
+            kept = layer.skip_sender or layer.backout or self.cfg.mudd_layers
+            outputs.append(x if kept else None)
         for layer, output in zip(self.layers, outputs, strict=True):
             if layer.backout:  # what only the middle needed goes out
                 x = x - self.backout_scale[0] * output
@@ -960,6 +974,8 @@ class GPT(nn.Module):
             value = value.unflatten(1, v.shape[1:])
             v = v + self.gate_value(n, value, w.ve_gate, self.chunks["ve_chunk"], cfg.ve_own_dims)
         y = self.attend(q, k, v, positions, self.kernels.attention)
+        if w.exclusive_scale is not None:
+            y = self.exclude(y, v, w.exclusive_scale)
         return self.project_output(x, y, n, w.qkvo, w.o_scale, w.attn_gate, self.chunks["attn_chunk"])
 
 
@@ -1034,6 +1050,16 @@ def prepare_qkv(q: Tensor, k: Tensor, v: Tensor, positions: Positions) -> tuple[
     return rotary(q, cos, sin), rotary(k, cos, sin), v
 
 
+def exclude(y: Tensor, v: Tensor, scale: Tensor) -> Tensor:
+    """Heads' outputs y (T, H, d) less a share, scale (H,), of their part along the token's own value v.
+
+    Exclusive self attention, 2603.09078: what a token says of itself is in the stream anyway.
+    """
+    v = norm(v.float())
+    along = (y.float() * v).mean(dim=-1, keepdim=True)  # v's mean square is 1
+    return y - (scale[:, None] * along * v).to(y.dtype)
+
+
 def project_output(
     x: Tensor, y: Tensor, n: Tensor, qkvo: Tensor, scale: Tensor, w: Tensor | None, chunk: slice | None
 ) -> Tensor:
@@ -1041,6 +1067,21 @@ def project_output(
     if w is not None:
         y = y * gate(n[:, chunk], w).to(y.dtype)[..., None]
     return x + F.linear(y.flatten(1), scale * qkvo[3])
+
+
+MUDD_WIDTH = 32  # of the hidden layer that weighs earlier outputs
+
+
+def mudd(x: Tensor, sources: list[Tensor], up: Tensor, down: Tensor) -> Tensor:
+    """x (T, D) plus earlier streams (T, D), each weighed by what the stream says at that token.
+
+    Multiway dynamic dense connections, 2502.12170, into the residual stream alone. up (MUDD_WIDTH, D),
+    down (at least a row a source, MUDD_WIDTH).
+    """
+    weights = F.linear(F.gelu(F.linear(norm(x).float(), up)), down[: len(sources)])  # (T, sources)
+    for weight, source in zip(weights.to(x.dtype).unbind(1), sources, strict=True):
+        x = x + weight[:, None] * source
+    return x
 
 
 def mlp_block(x: Tensor, up: Tensor, down: Tensor, activation: str, mlp: Callable) -> Tensor:
@@ -1152,6 +1193,8 @@ class Optimizer:
         state = {"momentum_buffer": momentum_buffer, "second_moment": second_moment}
         if p.dtype == torch.bfloat16:
             state["mantissa_lo"] = self.kernels.new_mantissa(p)
+        if self.cfg.ema_rate:
+            state["mean"] = p.float().clone()
         if name == "bigram_embed" and self.kernels.lazy_bigrams:
             state["last_step"] = torch.zeros(len(p), 1)  # in place of momentum, see lazy_adam_
             del state["momentum_buffer"]
@@ -1275,7 +1318,27 @@ class Optimizer:
                 lazy_adam_(adam_, p, mantissa_lo, grad, state, self.adam_steps, beta2=spec.betas[1])
             else:
                 adam_(p, mantissa_lo, grad, state["momentum_buffer"], state["second_moment"])
+        if cfg.ema_rate:  # of all steps: what moves on every other one counts twice
+            rate = cfg.ema_rate * (1 if spec.optimizer == "muon" else cfg.adam_every)
+            state["mean"].lerp_(fp32_weight(p, mantissa_lo), rate)
         return self.all_gather_async(name, rows) if spec.sharded else lambda: None
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it the parameters are their moving averages, if there are any. All ranks must enter it."""
+        names = self.params if self.cfg.ema_rate else ()
+        live = {name: self.params[name].detach().clone() for name in names}
+        for name in names:
+            if self.tied and name == "embed":
+                mean = self.whole_state("lm_head", "mean").T
+            else:
+                mean = self.whole_state(name, "mean")
+            self.params[name].data.copy_(mean.reshape(self.params[name].shape))
+        try:
+            yield
+        finally:
+            for name, value in live.items():
+                self.params[name].data.copy_(value)
 
     def all_gather_async(self, name: str, rows: Tensor) -> Callable[[], None]:
         """Every rank's shard into rows, and rows into the parameter, once the function has been called."""
@@ -1817,8 +1880,9 @@ class Trainer:
         self.clock.stop()
         windows = self.schedule.val_windows(step)
         total = torch.zeros((), dtype=torch.float64, device=self.env.device)
-        for n in range(self.env.rank, self.validation.count, self.env.world_size):
-            total += self.evaluate(*self.validation.sequence(n), windows)
+        with self.optimizer.averaged():
+            for n in range(self.env.rank, self.validation.count, self.env.world_size):
+                total += self.evaluate(*self.validation.sequence(n), windows)
         wait = self.env.all_reduce(total)
         loss = self.progress.require_finite(float(wait()) / self.validation.count, "validation", step)
         self.progress.remember_norms()
@@ -1856,19 +1920,22 @@ class Trainer:
         optimizer: dict[str, dict[str, Tensor]] = {}
         for name, state in self.optimizer.state.items():
             optimizer[name] = {key: self.optimizer.whole_state(name, key).to(keep) for key in state}
-        if self.env.rank == 0:
-            self.checkpoints.write(
-                step=self.steps_done,
-                model=self.model.state_dict(),
-                optimizer=optimizer,
-                tied=self.optimizer.tied,
-                loader=self.position,
-                clock=self.clock.total,
-                tokens_seen=self.tokens_seen,
-                flops=self.flops,
-                average=self.progress.average,
-                rng=torch.get_rng_state(),
-            )
+        live = {name: t.clone() for name, t in self.model.state_dict().items()} if self.cfg.ema_rate else {}
+        with self.optimizer.averaged():  # "model" is what a validation validates, "live" what goes on
+            if self.env.rank == 0:
+                self.checkpoints.write(
+                    step=self.steps_done,
+                    model=self.model.state_dict(),
+                    live=live,
+                    optimizer=optimizer,
+                    tied=self.optimizer.tied,
+                    loader=self.position,
+                    clock=self.clock.total,
+                    tokens_seen=self.tokens_seen,
+                    flops=self.flops,
+                    average=self.progress.average,
+                    rng=torch.get_rng_state(),
+                )
         self.saved_step = self.steps_done
         self.clock.start()
 
@@ -1876,7 +1943,7 @@ class Trainer:
         """The reverse, of what check_checkpoint let through."""
         check_tensors(saved, self.model, self.optimizer)
         check_place(saved, self.schedule, self.loader)
-        self.model.load_state_dict(saved["model"])
+        self.model.load_state_dict(saved.get("live") or saved["model"])
         self.model.update_rotary()
         for name, state in saved["optimizer"].items():
             for key, whole in state.items():
@@ -3745,10 +3812,14 @@ def check_tensors(content: dict, model: GPT, optimizer: Optimizer) -> None:
     """UserError if a checkpoint's tensors are not such as the model's and the optimizer's, or not finite."""
     path, remove = content["file"], "remove it to go on without"
     expected = {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
+    if model.cfg.ema_rate:
+        expected |= {f"live {name}": kind for name, kind in expected.items()}
     for name, state in optimizer.state.items():
         for key, shard in state.items():
             expected[f"{name} {key}"] = optimizer.whole_shape(name, key), shard.dtype
-    tensors = dict(content["model"])
+    live = content.get("live", {})  # a checkpoint may be older than it
+    need(isinstance(live, dict), f"{path}: holds no live of the right kind; {remove}")
+    tensors = content["model"] | {f"live {name}": t for name, t in live.items()}
     for name, state in content["optimizer"].items():
         need(isinstance(state, dict), f"{path}: no state of the optimizer for {name}; {remove}")
         tensors |= {f"{name} {key}": t for key, t in state.items()}
@@ -4270,7 +4341,9 @@ class Cpu:
         pass
 
     def matrix_ceiling(self) -> float:
-        return matrix_ceiling(self.device, self.dtype, 2048, self.synchronize)
+        emulated = self.dtype == torch.bfloat16 and not multiplies_bfloat16("cpu")
+        size = 256 if emulated else 2048  # else a product takes minutes
+        return matrix_ceiling(self.device, self.dtype, size, self.synchronize)
 
     def choose_kernels(self, env: DistEnv) -> Kernels:
         self.compile_failure = compile_failure(self.cfg, self.device)

@@ -111,6 +111,8 @@ class KVCache:
                 x = tg.skip(
                     x, outputs[layer.skip_from], x0, w.skip_scale, w.skip_gate, model.chunks["skip_chunk"]
                 )
+            if w.mudd_up is not None:
+                x = tg.mudd(x, [x0, *outputs], w.mudd_up, w.mudd_down)
             x = mix([x, *streams], w, matrices.mix_scales)
             if layer.attends:
                 n = tg.norm(x)
@@ -121,6 +123,8 @@ class KVCache:
                         n, value.view_as(v), w.ve_gate, model.chunks["ve_chunk"], cfg.ve_own_dims
                     )
                 y = chunk.attend(i, layer, q, k, v)
+                if w.exclusive_scale is not None:
+                    y = tg.exclude(y, v, w.exclusive_scale)
                 if w.attn_gate is not None:
                     y = y * tg.gate(n[:, model.chunks["attn_chunk"]], w.attn_gate).to(y.dtype)[..., None]
                 x = x + F.linear(y.flatten(1), matrices.o)

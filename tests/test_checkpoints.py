@@ -25,7 +25,8 @@ from data.shards import write_shard
 # head part with the update of step 9, so between the save points 8 and 10; the odd last step leaves a
 # gradient that nobody will use.
 STEPS, SAVE_POINTS, WINDOW_GROWS, UNTIED = 13, [2, 4, 6, 8, 10, 12, 13], 6, 10
-BASE = dict(num_steps=STEPS, val_every=4, micro_batches=2, final_long_window=96)
+LATER = dict(exclusive=True, mudd_layers=1, ema_rate=0.3)  # switches that no preset has on
+BASE = dict(num_steps=STEPS, val_every=4, micro_batches=2, final_long_window=96) | LATER
 DTYPES = ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)]
 
 
@@ -705,6 +706,8 @@ CHANGES = {
     ),
     "a state that would be spread": with_tensor("optimizer", "mlp momentum_buffer", lambda t: t[:1, :1, :1]),
     "a state that is not finite": with_tensor("optimizer", "mlp second_moment", lambda t: t.fill_(torch.inf)),
+    "live weights of another shape": with_tensor("live", "embed", lambda t: t[:-1]),
+    "no live weights": without("live"),
     "a window of another step": with_tensor("model", "long_window", lambda t: t.fill_(7)),
     "an optimizer of lists": setting(optimizer={"mlp": [1]}),
 }
@@ -842,7 +845,7 @@ def test_a_disk_that_is_really_full(tiny_data, tmp_path):
         pytest.skip("no mounting here")
     disk, out = tmp_path / "disk", tmp_path / "out"
     disk.mkdir()
-    given = dict(data_dir=str(tiny_data), log_dir=str(disk), save_every=2) | BASE
+    given = dict(data_dir=str(tiny_data), log_dir=str(disk), save_every=2) | BASE | dict(ema_rate=0.0)
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); from test_checkpoints import program; "
         f"program({given}, {{}}, {str(tmp_path / 'process')!r})"

@@ -113,6 +113,8 @@ FEATURES = {
     "a layer without attention": dict(windows="sl-ssl", value_embeds=".0..23"),
     "signs": dict(bigram_signs=64),
     "no cap": dict(softcap=0.0),
+    "exclusive attention": dict(exclusive=True),
+    "dynamic dense connections": dict(mudd_layers=2),
     "rotary all": dict(rotary_share=1.0),
     "no rotary": dict(rotary_share=0.0),
     "every layer paired and long": dict(windows="llllll", paired_heads="pppppp"),
@@ -406,6 +408,7 @@ def test_each_checkpoint_of_a_run_has_the_loss_of_its_log(tmp_path, ranks, monke
         save_every=2,
         val_every=2,
         final_long_window=96,
+        ema_rate=0.3,
     )
     tg.train(cfg, {})
     logged = [line for line in capsys.readouterr().out.splitlines() if " val_loss:" in line]

@@ -572,6 +572,9 @@ ATTENTION = "qkvo qkv_scale o_scale attn_gate"
         case(extra_inputs=2, new="input_embed_1", reshaped="input_scale"),
         case(key_offset=False),
         case(qk_norm=False),
+        case(exclusive=True, new="exclusive_scale"),
+        case(mudd_layers=1, new="mudd_up mudd_down"),
+        case(mudd_layers=6, new="mudd_up mudd_down"),
         case(rotary_share=0.0),
         case(rotary_share=1.0),
         case(rotary_base=64.0),
@@ -915,6 +918,8 @@ PLAIN = dict(
     attn_chunk="22:34",
     ve_chunk="34:40",
     ve_own_dims=6,
+    exclusive=True,
+    mudd_layers=3,
     softmax_scale=1.0,
 )
 SKIP_FROM, BACKOUT = {5: 0, 6: 2}, 4
@@ -956,12 +961,16 @@ def plain_loss(P, signs, tokens, targets, weights, windows, freqs, scale):
         bigram.append(P["bigram_embed"][hashed] * signs[(ids[t] ^ (ids[t - 1] if start[t] < t else 0)) % 24])
     bigram, extra = torch.stack(bigram), [n(P[f"input_embed_{k}"][tokens]) for k in range(2)]
 
-    outputs, attending, valued, skipping = [], 0, 0, 0
+    outputs, attending, valued, skipping, lone = [], 0, 0, 0, 0
     for i in range(8):
         if i in SKIP_FROM:  # first, so that resid_scale holds for what comes in too
             share = 2 * sigmoid(x0[:, 10:22] @ P["skip_gate"][skipping, 0])
             x = x + sigmoid(P["skip_scale"][skipping]) * share[:, None] * outputs[SKIP_FROM[i]]
             skipping += 1
+        if i >= 5:  # the last three layers take in x0 and all outputs
+            hidden = torch.nn.functional.gelu(n(x) @ P["mudd_up"][i - 5].T)
+            for source, row in zip([x0, *outputs], P["mudd_down"][i - 5], strict=False):
+                x = x + (hidden @ row)[:, None] * source
         x = P["resid_scale"][i] * x + P["x0_scale"][i] * x0 + P["bigram_scale"][i] * bigram
         x = x + P["input_scale"][i, 0] * extra[0] + P["input_scale"][i, 1] * extra[1]
         if PLAIN["windows"][i] != "-":
@@ -987,6 +996,10 @@ def plain_loss(P, signs, tokens, targets, weights, windows, freqs, scale):
             else:
                 for h in range(H):
                     y[:, h] = plain_attention(q[:, h], k[:, h], v[:, h], start, window, freqs, scale)
+            if PLAIN["paired_heads"][i] != "p":
+                unit = v / v.square().sum(-1, keepdim=True).sqrt()
+                y = y - P["exclusive_scale"][lone][:, None] * (y * unit).sum(-1, keepdim=True) * unit
+                lone += 1
             y = y * sigmoid(m[:, 22:34] @ P["attn_gate"][attending].T)[:, :, None]
             x = x + P["o_scale"][attending] * y.reshape(T, H * d) @ Wo.T  # a row of Wo an output
             attending += 1
@@ -1017,7 +1030,7 @@ def test_the_whole_model_is_what_the_description_says(long_window):
     loss.backward()
     for name, p in model.named_parameters():
         # q and k are normed, their share of this scale's gradient is 0, as the sum of large terms
-        close(p.grad, P[name].grad, 1e-3 if name == "qkv_scale" else 3e-5, name)
+        close(p.grad, P[name].grad, 1e-3 if name == "qkv_scale" else 1e-4, name)
 
 
 # ============================================================================================================

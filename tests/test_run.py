@@ -120,6 +120,31 @@ def test_warm_up_leaves_no_trace(tiny_data, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(finals[0][1], finals[1][1], strict=True))
 
 
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_what_is_validated_is_the_moving_average(tiny_data, tmp_path, dtype):
+    """By hand, over tied and untied steps; what trains on are the weights themselves."""
+    losses = []
+    for rate in (0.0, 0.25):
+        run = tiny_run(tiny_data, tmp_path, num_steps=6, ema_rate=rate, dtype=dtype)
+        live = {name: p for name, p in run.model.named_parameters() if name != "embed"}
+        states = run.optimizer.state
+        mean = {name: p.detach().double() for name, p in live.items()}
+        losses.append([])
+        for step in range(6):
+            losses[-1].append(float(run.train_step(step)[0]))
+            for name, p in live.items():
+                twice = 1 if run.optimizer.is_muon(name) else 2 * run.optimizer.adam_turn(step)
+                exact = tg.fp32_weight(p.detach(), states[name].get("mantissa_lo"))  # of all, or of matrices
+                mean[name] += twice * rate * (exact.view(p.shape).double() - mean[name])
+            with run.optimizer.averaged():
+                for name, p in live.items():
+                    expected = mean[name] if rate else p.double()
+                    torch.testing.assert_close(p.double(), expected, rtol=2**-7, atol=1e-5)
+                if run.optimizer.tied:
+                    assert torch.equal(run.model.embed, run.model.lm_head.T)
+    assert losses[0] == losses[1]
+
+
 def test_the_clock_stands_still_during_validation(tiny_data, tmp_path, monkeypatch):
     run = tiny_run(tiny_data, tmp_path, num_steps=2, val_every=1)
     evaluate = run.evaluate
