@@ -174,6 +174,7 @@ else:
         back = head8.float() * tg.HEAD_SCALE
         torch.testing.assert_close(back, head.float().clamp(-1.75, 1.75), rtol=2**-4, atol=0)
 
+    @pytest.mark.slow
     def test_operator_keeps_its_promises_to_the_compiler():
         """Fake tensors, what it changes in place, and a graph without breaks that gives the same."""
         x, head, targets, weights = chunk_inputs(16, 208, 2)

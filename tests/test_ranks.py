@@ -477,7 +477,7 @@ def test_two_processes_start_from_the_same_counts(world, run_config):
     assert np.abs(np.array(both[0][0]) - alone).max() < TOLERANCE, (alone, both[0][0])
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_a_run_announces_every_row_that_its_tokens_touch(world, run_config, size):
     """Else a gradient would stay behind: with all rows travelling the run is the same to the last bit."""
     assert world.run(size, train, run_config) == world.run(size, train, run_config, False, True)
