@@ -505,7 +505,7 @@ def check_config(cfg: Config) -> None:
     for name in GATE_CHUNKS:
         read_chunk(cfg, name)
     layers = len(cfg.windows)
-    need(cfg.mudd_layers <= layers, f"--mudd_layers {cfg.mudd_layers}: there are {layers}")
+    need(cfg.mudd_layers <= layers, f"--mudd_layers {cfg.mudd_layers}: there are {layers} layers")
     check_sizes(cfg)
     check_steps(cfg)
 
@@ -1324,8 +1324,11 @@ class Optimizer:
         return self.all_gather_async(name, rows) if spec.sharded else lambda: None
 
     @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Within it the parameters are their moving averages, if there are any. All ranks must enter it."""
+    def averaged(self) -> Iterator[dict[str, Tensor]]:
+        """Within it the parameters are their moving averages, if there are any. All ranks must enter it.
+
+        -> the weights that wait meanwhile, by name; none where there are no averages.
+        """
         names = self.params if self.cfg.ema_rate else ()
         live = {name: self.params[name].detach().clone() for name in names}
         for name in names:
@@ -1335,7 +1338,7 @@ class Optimizer:
                 mean = self.whole_state(name, "mean")
             self.params[name].data.copy_(mean.reshape(self.params[name].shape))
         try:
-            yield
+            yield live
         finally:
             for name, value in live.items():
                 self.params[name].data.copy_(value)
@@ -1920,8 +1923,7 @@ class Trainer:
         optimizer: dict[str, dict[str, Tensor]] = {}
         for name, state in self.optimizer.state.items():
             optimizer[name] = {key: self.optimizer.whole_state(name, key).to(keep) for key in state}
-        live = {name: t.clone() for name, t in self.model.state_dict().items()} if self.cfg.ema_rate else {}
-        with self.optimizer.averaged():  # "model" is what a validation validates, "live" what goes on
+        with self.optimizer.averaged() as live:  # "model" is what a validation measures, "live" what goes on
             if self.env.rank == 0:
                 self.checkpoints.write(
                     step=self.steps_done,
@@ -1943,7 +1945,7 @@ class Trainer:
         """The reverse, of what check_checkpoint let through."""
         check_tensors(saved, self.model, self.optimizer)
         check_place(saved, self.schedule, self.loader)
-        self.model.load_state_dict(saved.get("live") or saved["model"])
+        self.model.load_state_dict(saved["model"] | saved.get("live", {}))
         self.model.update_rotary()
         for name, state in saved["optimizer"].items():
             for key, whole in state.items():
@@ -3813,7 +3815,7 @@ def check_tensors(content: dict, model: GPT, optimizer: Optimizer) -> None:
     path, remove = content["file"], "remove it to go on without"
     expected = {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
     if model.cfg.ema_rate:
-        expected |= {f"live {name}": kind for name, kind in expected.items()}
+        expected |= {f"live {name}": expected[name] for name, _ in model.named_parameters()}
     for name, state in optimizer.state.items():
         for key, shard in state.items():
             expected[f"{name} {key}"] = optimizer.whole_shape(name, key), shard.dtype

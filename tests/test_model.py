@@ -1015,6 +1015,7 @@ def plain_loss(P, signs, tokens, targets, weights, windows, freqs, scale):
 def test_the_whole_model_is_what_the_description_says(long_window):
     """Loss and every parameter's gradient, everything on, before and after a change of the long window."""
     model = randomise(tg.GPT(tiny(**PLAIN)), std=0.3)
+    model.mudd_down.data.mul_(0.1)  # else three layers of them amplify float32's rounding
     model.set_long_window(long_window)
     freqs, scale = torch.tensor([1024 ** (-j / 3) for j in range(4)]).double(), 1.0
     if long_window == 64:  # from 48, the first stage's
@@ -1030,7 +1031,7 @@ def test_the_whole_model_is_what_the_description_says(long_window):
     loss.backward()
     for name, p in model.named_parameters():
         # q and k are normed, their share of this scale's gradient is 0, as the sum of large terms
-        close(p.grad, P[name].grad, 1e-3 if name == "qkv_scale" else 1e-4, name)
+        close(p.grad, P[name].grad, 1e-3 if name == "qkv_scale" else 3e-5, name)
 
 
 # ============================================================================================================
@@ -1348,14 +1349,15 @@ def test_the_cpu_tracks_baseline_is_a_plain_gpt2():
 # One graph of all layers, as a GPU compiles them
 
 
-def test_layers_compile_once_for_all_lengths_and_windows(monkeypatch):
-    """Without a kernel that asks for the window. Traced, not compiled: that is the null device's part."""
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_layers_compile_once_for_all_lengths_and_windows(monkeypatch, backend):
+    """Without a kernel that asks for the window: a graph to learn with, one to validate with."""
 
     def see_everything(q, k, v, first_key, window, scale):
         assert window is None
         return tg.reference_attention(q, k, v, first_key, scale)
 
-    monkeypatch.setattr(tg.torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(tg.torch, "compile", partial(torch.compile, backend=backend))
     cfg = tiny(windows="sl", paired_heads="p.", value_embeds=".0", skips="aa", backout="b.", extra_inputs=1)
     kernels = tg.plain_kernels(attention=see_everything, reads_window=False)
     plain = tg.GPT(cfg, kernels=kernels)

@@ -72,7 +72,7 @@ def assert_gain_moved(log_dir: Path) -> None:
     assert state["momentum_buffer"].any() and state["second_moment"].any()
 
 
-def test_a_gate_by_two_edits_trains_and_resumes_on_one_and_on_two_processes(tiny_data, tmp_path):
+def test_a_gate_by_two_edits_trains_on_two_processes_and_resumes_on_one(tiny_data, tmp_path):
     """Two processes train to the end; one goes on from their checkpoint in the middle, to the same end."""
     file = tmp_path / "train_gpt.py"
     file.write_text(with_gain())
