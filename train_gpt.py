@@ -17,7 +17,7 @@ Parts 1 to 6, read from top to bottom, are the whole system. The appendices are 
     A  Operators         how a formula is computed                  the plain version, then the kernel
     B  Ranks, batches    how processes share, how batches arrive    DistEnv, SparseGradient, Prefetcher
     C  Log, checkpoints  what a run says and leaves behind          Log, Progress, Checkpoints
-    D  Machine, GPU      dtype, warm-up, graphs, choice of kernels  Gpu, use_triton, CudaGraphs
+    D  Machine, GPU      dtype, warm-up, graphs, choice of kernels  Gpu, choose_versions, CudaGraphs
     E  CPU               attention in bands, and what a CPU needs   Cpu, banded_attention
 
 Ideas are credited where they live: "seed 000" to "seed 004" are the reports that this project grew from, and
@@ -73,7 +73,7 @@ try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # no Triton for this system, so no GPU either: kernels are read, never run
     triton = SimpleNamespace(jit=lambda f: f)
-    tl = SimpleNamespace(constexpr=None)
+    tl = SimpleNamespace(constexpr=lambda value: value)
     TensorDescriptor = None
 
 # Read before anything slow, so that the log holds what really ran.
@@ -246,6 +246,7 @@ class Config:
     compile: bool = flag(True, "torch.compile")
     fp8_head: bool = flag(True, "GPU: the head's products are FP8's while training")
     reference: bool = flag(False, "GPU: no kernels of this file, plain PyTorch in their place, as in float32")
+    operators: str = flag("", "GPU: versions to take, like mlp=plain,head_chunk=fp8; else the fastest")
     graphs: bool = flag(True, "GPU: replay each kind of step from CUDA graphs, captured in the warm-up")
     warmup: bool = flag(True, "compile and run each stage on dummy data before the clock starts")
     rank_timeout: float = flag(300.0, "seconds that a process waits for the others", 1, 86400)
@@ -506,6 +507,7 @@ def check_config(cfg: Config) -> None:
         read_chunk(cfg, name)
     layers = len(cfg.windows)
     need(cfg.mudd_layers <= layers, f"--mudd_layers {cfg.mudd_layers}: there are {layers} layers")
+    read_operators(cfg.operators)
     check_sizes(cfg)
     check_steps(cfg)
 
@@ -873,8 +875,7 @@ class GPT(nn.Module):
         """
         x = self.hidden(tokens, windows)
         cap = (self.cfg.softcap, self.cfg.softcap_shift, self.cfg.softcap_width)
-        head_chunk = partial(self.head_chunk, fp8=self.cfg.fp8_head)
-        return head_loss(x, self.lm_head, targets, loss_weights, cap, head_chunk, learn, joined)
+        return head_loss(x, self.lm_head, targets, loss_weights, cap, self.head_chunk, learn, joined)
 
     def hidden(self, tokens: Tensor, windows: tuple[int, int]) -> Tensor:
         """tokens (T,) -> what the head reads, (T, D)."""
@@ -969,12 +970,13 @@ class GPT(nn.Module):
         """x (T, D) plus what each token reads from those before it in its document, within the window."""
         cfg = self.cfg
         n = self.norm(x)
-        q, k, v = self.project_qkv(n, w.qkvo, w.qkv_scale, cfg.head_dim, cfg.qk_norm)  # (T, H, d) each
+        qkv = self.project_qkv(n, w.qkvo, w.qkv_scale, cfg.head_dim)  # (T, 3, H, d)
         if value is not None:
-            value = value.unflatten(1, v.shape[1:])
-            v = v + self.gate_value(n, value, w.ve_gate, self.chunks["ve_chunk"], cfg.ve_own_dims)
-        y = self.attend(q, k, v, positions, self.kernels.attention)
+            value = value.unflatten(1, qkv.shape[2:])
+            value = self.gate_value(n, value, w.ve_gate, self.chunks["ve_chunk"], cfg.ve_own_dims)
+        y = self.attend(qkv, value, positions, cfg.qk_norm, self.kernels.prepare_qkv, self.kernels.attention)
         if w.exclusive_scale is not None:
+            v = qkv[:, 2] if value is None else qkv[:, 2] + value
             y = self.exclude(y, v, w.exclusive_scale)
         return self.project_output(x, y, n, w.qkvo, w.o_scale, w.attn_gate, self.chunks["attn_chunk"])
 
@@ -1014,13 +1016,9 @@ def skip(x: Tensor, sent: Tensor, x0: Tensor, scale: Tensor, w: Tensor | None, c
     return x + share.to(x.dtype) * sent
 
 
-def project_qkv(
-    n: Tensor, qkvo: Tensor, scale: Tensor, head_dim: int, qk_norm: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """n (T, D) the normed stream, qkvo (4, D, D), of which each row is an output -> q, k, v (T, H, d)."""
-    qkv = F.linear(n, scale * qkvo[:3].flatten(0, 1))  # (T, 3 D)
-    q, k, v = qkv.view(len(n), 3, -1, head_dim).unbind(1)
-    return (norm(q), norm(k), v) if qk_norm else (q, k, v)
+def project_qkv(n: Tensor, qkvo: Tensor, scale: Tensor, head_dim: int) -> Tensor:
+    """n (T, D) the normed stream, qkvo (4, D, D), of which each row is an output -> q, k, v: (T, 3, H, d)."""
+    return F.linear(n, scale * qkvo[:3].flatten(0, 1)).view(len(n), 3, -1, head_dim)
 
 
 def gate_value(n: Tensor, value: Tensor, w: Tensor | None, chunk: slice | None, own_dims: int) -> Tensor:
@@ -1031,21 +1029,44 @@ def gate_value(n: Tensor, value: Tensor, w: Tensor | None, chunk: slice | None, 
     return (2 * gate(z, w)).to(value.dtype)[..., None] * value
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, positions: Positions, attention: Callable) -> Tensor:
-    """q, k, v (T, H, d) -> (T, H, d): the mean of the values that a token sees, by softmax(scale q . k)."""
-    q, k, v = prepare_qkv(q, k, v, positions)
-    y = attention(q, k, v, positions.first_key, positions.window, positions.softmax_scale)
-    return unpair(y) if positions.paired else y
+def attend(
+    qkv: Tensor,
+    value: Tensor | None,
+    positions: Positions,
+    qk_norm: bool,
+    prepare_qkv: Callable,
+    attention: Callable,
+) -> Tensor:
+    """qkv (T, 3, H, d) -> (T, H, d): the mean of the values that a token sees, by softmax(scale q . k)."""
+    p = positions
+    q, k, v = prepare_qkv(qkv, value, p.is_first, p.cos, p.sin, p.paired, p.key_offset, qk_norm)
+    y = attention(q, k, v, p.first_key, p.window, p.softmax_scale)
+    return unpair(y) if p.paired else y
 
 
-def prepare_qkv(q: Tensor, k: Tensor, v: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v (T, H, d) as attention takes them, paired (2T, H/2, d). Only the key offset looks elsewhere."""
-    cos, sin, is_first = positions.cos, positions.sin, positions.is_first
-    if positions.key_offset:  # one layer finds "what followed this?"
+def prepare_qkv(
+    qkv: Tensor,
+    value: Tensor | None,
+    is_first: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    paired: bool,
+    key_offset: bool,
+    qk_norm: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv (T, 3, H, d), and value (T, H, d), which is added to v -> q, k, v as attention takes them.
+
+    (T, H, d) each, paired (2T, H/2, d). Only the key offset looks elsewhere.
+    """
+    q, k, v = qkv.unbind(1)
+    v = v if value is None else v + value
+    if qk_norm:
+        q, k = norm(q), norm(k)
+    if key_offset:  # one layer finds "what followed this?"
         still = k[..., 2 * cos.size(-1) :]  # what rotary leaves alone
         shifted = torch.where(is_first[:, None, None], still, previous_token(still, is_first))
         k = torch.cat((k[..., : 2 * cos.size(-1)], shifted), dim=-1)
-    if positions.paired:
+    if paired:
         q, k, v = pair(q), pair(k), pair(v)
     return rotary(q, cos, sin), rotary(k, cos, sin), v
 
@@ -1782,9 +1803,9 @@ class Trainer:
         self.log = Log(cfg, self.env, saved)
         self.clock = Clock(self.machine)
         ceiling = self.machine.matrix_ceiling() * self.env.world_size  # measured before compilers start
-        kernels = self.machine.choose_kernels(self.env)
         self.joined = cfg.join or joined_by_memory(cfg, self.machine, self.env.world_size)
         joined_cfg = replace(cfg, join=self.joined)
+        kernels = self.machine.choose_kernels(joined_cfg, self.env, operators_of(saved))
         self.model = GPT(joined_cfg, self.machine.dtype, kernels).to(self.env.device)
         if cfg.spectral and not saved:  # training time
             self.clock.start()
@@ -1794,7 +1815,7 @@ class Trainer:
         facts = run_facts(self.machine, self.env, self.model, ceiling)
         self.log.header(cfg, overrides, facts)
         self.progress = Progress(cfg, self.log, self.clock, self.model, ceiling, self.machine.step_lag)
-        self.checkpoints = Checkpoints(cfg, self.log, facts)
+        self.checkpoints = Checkpoints(replace(cfg, operators=kernels.versions), self.log, facts)
         self.signals = StopSignals(cfg)
         self.graphs = self.machine.new_graphs(self.log)
         # What every step of a kind reads and writes in the same memory, so that a graph can be captured.
@@ -2038,13 +2059,14 @@ def main() -> int:
 
 @dataclass(frozen=True)
 class Kernels:
-    """Which version of each operator runs: chosen once, by Gpu.choose_kernels (and use_triton) or
+    """Which version of each operator runs: chosen once, by Gpu.choose_kernels (and choose_versions) or
     Cpu.choose_kernels, for model and optimizer.
     """
 
     # (q, k, v, first_key, window, scale) -> (T, H, d), see banded_attention. scale is a () tensor that YaRN
     # changes in place; T reaches 2 val_seq_len, so no mask of (T, T) fits.
     attention: Callable
+    prepare_qkv: Callable
     mlp: Callable
     head_chunk: Callable
     symmetric_product: Callable
@@ -2061,13 +2083,15 @@ class Kernels:
     lazy_bigrams: bool = False  # only touched rows of the bigram table move, see lazy_adam_
     sparse_bigram_grad: bool = False  # and its gradient holds nothing but them
     muon_dtype: torch.dtype = torch.bfloat16  # of polar_express's products
-    note: str = "all plain"  # the log's line on what runs
+    versions: str = ""  # what runs, as --operators takes it
+    note: str = "all plain"  # the log's line on that
 
 
 def plain_kernels(**changes: Any) -> Kernels:
     """Plain PyTorch: what tests and a CPU run, and what a GPU falls back to."""
     plain = Kernels(
         attention=banded_attention,
+        prepare_qkv=prepare_qkv,
         mlp=mlp,
         head_chunk=head_chunk,
         symmetric_product=symmetric_product,
@@ -2396,6 +2420,211 @@ def triton_attention(
     return o[..., :d]
 
 
+# ----- What stands between the product that makes q, k, v and attention; its reference is prepare_qkv -----
+
+PREPARE_BLOCK = 32  # tokens of a head that a program takes
+RMS_EPS = tl.constexpr(torch.finfo(torch.float32).eps)  # norm's
+
+
+@triton.jit
+def load_heads(base, row, lane, inside, D: tl.constexpr, QK_NORM: tl.constexpr):
+    """Rows of q or k (BLOCK, D) in float32, normed if they are to be; one over their root mean squares."""
+    x = tl.load(base + row[:, None] + lane, mask=inside[:, None], other=0).to(tl.float32)
+    per_root = tl.rsqrt(tl.sum(x * x, 1) / D + RMS_EPS)
+    if QK_NORM:
+        x *= per_root[:, None]
+    return x, per_root
+
+
+@triton.jit
+def load_angles(cos, sin, place, inside, D: tl.constexpr, HALF: tl.constexpr):
+    """Rotary's cos and sin of each pair of dimensions (BLOCK, D / 2): 1 and 0 where nothing turns."""
+    turn = tl.arange(0, D // 2)
+    turns = inside[:, None] & (turn < HALF)
+    at = place[:, None] * HALF + turn
+    return tl.load(cos + at, mask=turns, other=1), tl.load(sin + at, mask=turns, other=0)
+
+
+@triton.jit
+def prepare_forward_kernel(
+    qkv,
+    value,
+    is_first,
+    cos,
+    sin,
+    q,
+    k,
+    v,
+    T,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    PAIRED: tl.constexpr,
+    KEY_OFFSET: tl.constexpr,
+    QK_NORM: tl.constexpr,
+    HAS_VALUE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Some tokens of a head. A head of a pair has every second place."""
+    head = tl.program_id(1)
+    token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = token < T
+    lane = tl.arange(0, D)
+    row = token * (3 * H * D) + head * D
+    place = token * 2 + head % 2 if PAIRED else token
+    to = place * (H // 2 * D) + head // 2 * D if PAIRED else token * (H * D) + head * D
+    c, s = load_angles(cos, sin, place, inside, D, HALF)
+    for which in tl.static_range(2):
+        x, _ = load_heads(qkv + which * H * D, row, lane, inside, D, QK_NORM)
+        if KEY_OFFSET and which == 1:
+            follows = inside & (tl.load(is_first + token, mask=inside, other=1) == 0)
+            before, _ = load_heads(qkv + H * D, row - 3 * H * D, lane, follows, D, QK_NORM)
+            x = tl.where(follows[:, None] & (lane >= 2 * HALF), before, x)
+        even, odd = x.reshape(BLOCK, D // 2, 2).split()
+        y = tl.join(even * c - odd * s, even * s + odd * c).reshape(BLOCK, D)
+        out = k if which == 1 else q
+        tl.store(out + to[:, None] + lane, y.to(q.dtype.element_ty), mask=inside[:, None])
+    y = tl.load(qkv + 2 * H * D + row[:, None] + lane, mask=inside[:, None], other=0).to(tl.float32)
+    if HAS_VALUE:
+        at = token * (H * D) + head * D
+        y += tl.load(value + at[:, None] + lane, mask=inside[:, None], other=0).to(tl.float32)
+    tl.store(v + to[:, None] + lane, y.to(v.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit
+def prepare_backward_kernel(
+    dq,
+    dk,
+    dv,
+    qkv,
+    is_first,
+    cos,
+    sin,
+    d_qkv,
+    T,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    PAIRED: tl.constexpr,
+    KEY_OFFSET: tl.constexpr,
+    QK_NORM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The gradients of some tokens of a head."""
+    head = tl.program_id(1)
+    token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = token < T
+    lane = tl.arange(0, D)
+    row = token * (3 * H * D) + head * D
+    place = token * 2 + head % 2 if PAIRED else token
+    at = place * (H // 2 * D) + head // 2 * D if PAIRED else token * (H * D) + head * D
+    c, s = load_angles(cos, sin, place, inside, D, HALF)
+    for which in tl.static_range(2):
+        dy = tl.load((dk if which == 1 else dq) + at[:, None] + lane, mask=inside[:, None], other=0)
+        even, odd = dy.to(tl.float32).reshape(BLOCK, D // 2, 2).split()
+        dx = tl.join(even * c + odd * s, odd * c - even * s).reshape(BLOCK, D)  # turned back
+        if KEY_OFFSET and which == 1:
+            own = tl.load(is_first + token, mask=inside, other=0) != 0
+            sends = tl.load(is_first + token + 1, mask=token + 1 < T, other=1) == 0
+            moved = sends[:, None] & (lane >= 2 * HALF)
+            dx = tl.where(own[:, None] | (lane < 2 * HALF), dx, 0)
+            dx += tl.load(dk + (at + H * D)[:, None] + lane, mask=moved, other=0).to(tl.float32)
+        if QK_NORM:
+            n, per_root = load_heads(qkv + which * H * D, row, lane, inside, D, QK_NORM)
+            dx = (dx - n * (tl.sum(dx * n, 1) / D)[:, None]) * per_root[:, None]
+        out = d_qkv + which * H * D + row[:, None] + lane
+        tl.store(out, dx.to(d_qkv.dtype.element_ty), mask=inside[:, None])
+    dy = tl.load(dv + at[:, None] + lane, mask=inside[:, None], other=0)
+    tl.store(d_qkv + 2 * H * D + row[:, None] + lane, dy, mask=inside[:, None])
+
+
+@torch.library.custom_op("train_gpt::prepare_qkv", mutates_args=())
+def prepare_op(
+    qkv: Tensor,
+    value: Tensor | None,
+    is_first: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    paired: bool,
+    key_offset: bool,
+    qk_norm: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    T, _, H, D = qkv.shape
+    q, k, v = fake_prepare(qkv, value, is_first, cos, sin, paired, key_offset, qk_norm)
+    given = (qkv, qkv if value is None else value, is_first.view(torch.uint8), cos, sin)
+    assert all(t.is_contiguous() for t in given), [t.stride() for t in given]
+    switches = (paired, key_offset, qk_norm, value is not None)
+    prepare_forward_kernel[triton.cdiv(T, PREPARE_BLOCK), H](
+        *given, q, k, v, T, H, D, cos.size(1), *switches, PREPARE_BLOCK, num_warps=4
+    )
+    return q, k, v
+
+
+@prepare_op.register_fake
+def fake_prepare(
+    qkv: Tensor,
+    value: Tensor | None,
+    is_first: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    paired: bool,
+    key_offset: bool,
+    qk_norm: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    T, _, H, D = qkv.shape
+    size = (2 * T, H // 2, D) if paired else (T, H, D)
+    return qkv.new_empty(size), qkv.new_empty(size), qkv.new_empty(size)
+
+
+@torch.library.custom_op("train_gpt::prepare_qkv_backward", mutates_args=())
+def prepare_backward_op(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    qkv: Tensor,
+    is_first: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    paired: bool,
+    key_offset: bool,
+    qk_norm: bool,
+) -> Tensor:
+    T, _, H, D = qkv.shape
+    d_qkv = torch.empty_like(qkv)
+    given = (*(t.contiguous() for t in (dq, dk, dv)), qkv, is_first.view(torch.uint8), cos, sin)
+    prepare_backward_kernel[triton.cdiv(T, PREPARE_BLOCK), H](
+        *given, d_qkv, T, H, D, cos.size(1), paired, key_offset, qk_norm, PREPARE_BLOCK, num_warps=4
+    )
+    return d_qkv
+
+
+prepare_backward_op.register_fake(lambda dq, dk, dv, qkv, *rest: torch.empty_like(qkv))
+
+
+def keep_for_prepare_backward(ctx, inputs: tuple, output: tuple) -> None:
+    qkv, value, is_first, cos, sin, *ctx.switches = inputs
+    ctx.has_value = value is not None
+    ctx.save_for_backward(qkv, is_first, cos, sin)
+
+
+def prepare_gradients(ctx, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple:
+    d_qkv = prepare_backward_op(dq, dk, dv, *ctx.saved_tensors, *ctx.switches)
+    return d_qkv, d_qkv[:, 2] if ctx.has_value else None, *[None] * 6
+
+
+prepare_op.register_autograd(prepare_gradients, setup_context=keep_for_prepare_backward)
+
+
+def triton_prepare_qkv(
+    qkv: Tensor, value: Tensor | None, is_first: Tensor, cos: Tensor, sin: Tensor, *switches: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """prepare_qkv in one pass, for heads whose dimensions are a power of two."""
+    D = qkv.size(3)
+    assert D == triton.next_power_of_2(D) >= 16, D
+    value = None if value is None else value.contiguous()
+    return prepare_op(qkv, value, is_first, cos, sin, *switches)
+
+
 # ----- MLP -----
 
 
@@ -2591,13 +2820,21 @@ def cross_entropy(z: Tensor, targets: Tensor, weights: Tensor, cap: Cap) -> tupl
     return loss, dz * (cap[0] / cap[2] * s * (1 - s)) if cap[0] else dz
 
 
+LOG2_E, LN_2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2))
+
+
 @triton.jit
 def capped_logit(z, CAP: tl.constexpr, SHIFT: tl.constexpr, WIDTH: tl.constexpr):
-    """z -> its logit, the logit's derivative by z."""
+    """z -> its logit in bits, and the logit's derivative by z.
+
+    In bits, as hardware knows powers of two only; and squares a reciprocal root, as a division takes ten
+    instructions: more time goes into arithmetic here than into memory.
+    """
     if CAP == 0:
-        return z, z * 0 + 1
-    s = tl.sigmoid((z + SHIFT) * (1 / WIDTH))
-    return CAP * s, CAP / WIDTH * s * (1 - s)
+        return z * LOG2_E, z * 0 + 1
+    root = tl.rsqrt(1 + tl.exp2(z * (-LOG2_E / WIDTH) - SHIFT * LOG2_E / WIDTH))
+    s = root * root
+    return s * (CAP * LOG2_E), (s - s * s) * (CAP / WIDTH)
 
 
 @triton.jit
@@ -2624,7 +2861,7 @@ def cross_entropy_kernel(
     target = tl.load(targets + row * N + k, mask=k < N, other=0)
     weight = tl.load(weights + row * N + k, mask=k < N, other=0)
     picked, picked_slope = capped_logit(tl.load(z + target).to(tl.float32), CAP, SHIFT, WIDTH)
-    m_i = tl.full([BLOCK_V], -1e30 if CAP == 0 else CAP, tl.float32)
+    m_i = tl.full([BLOCK_V], -1e30 if CAP == 0 else CAP * LOG2_E, tl.float32)
     l_i = tl.zeros([BLOCK_V], tl.float32)
     for start in range(0, V, BLOCK_V):
         inside = start + lane < V
@@ -2633,13 +2870,13 @@ def cross_entropy_kernel(
         logit = tl.where(inside, logit, float("-inf"))
         if CAP == 0 or CAP > 64:
             m_ij = tl.maximum(m_i, logit)
-            l_i = l_i * tl.exp(m_i - m_ij) + tl.exp(logit - m_ij)
+            l_i = l_i * tl.exp2(m_i - m_ij) + tl.exp2(logit - m_ij)
             m_i = m_ij
         else:
-            l_i += tl.exp(logit - CAP)
+            l_i += tl.exp2(logit - CAP * LOG2_E)
     highest = tl.max(m_i, 0)
-    log_total = highest + tl.log(tl.sum(l_i * tl.exp(m_i - highest), 0))
-    tl.store(loss + row, tl.sum(weight * (log_total - picked), 0))
+    log_total = highest + tl.log2(tl.sum(l_i * tl.exp2(m_i - highest), 0))
+    tl.store(loss + row, tl.sum(weight * (log_total - picked), 0) * LN_2)
     tl.store(log_totals + row, log_total)
     if WITH_GRAD:
         all_weight = tl.sum(weight, 0)
@@ -2649,10 +2886,10 @@ def cross_entropy_kernel(
             inside = start + lane < V
             z_block = tl.load(z + start + lane, mask=inside, other=0).to(tl.float32)
             logit, slope = capped_logit(z_block, CAP, SHIFT, WIDTH)
-            dz = all_weight * tl.exp(logit - log_total) * slope
+            dz = all_weight * tl.exp2(logit - log_total) * slope
             tl.store(z + start + lane, dz.to(z.dtype.element_ty), mask=inside)
         tl.debug_barrier()
-        dz = (all_weight * tl.exp(picked - log_total) - same) * picked_slope
+        dz = (all_weight * tl.exp2(picked - log_total) - same) * picked_slope
         tl.store(z + target, dz.to(z.dtype.element_ty), mask=k < N)
 
 
@@ -2660,7 +2897,10 @@ def cross_entropy_kernel(
 def cross_entropy_(
     z: Tensor, targets: Tensor, weights: Tensor, cap: list[float], with_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    """cross_entropy in a kernel: z (c, V) -> losses, log-sum-exps (c,). with_grad: z becomes its gradient."""
+    """cross_entropy in a kernel: z (c, V) -> losses, log-sum-exps in bits (c,).
+
+    with_grad: z becomes its gradient.
+    """
     tensors = (z, targets, weights)
     assert all(t.is_contiguous() for t in tensors), [t.stride() for t in tensors]
     n = targets.size(1)
@@ -2704,7 +2944,7 @@ def logit_gradient_kernel(
     log_total = tl.load(log_totals + first_row + row, mask=first_row + row < rows, other=0)
     weight = tl.load(row_weights + first_row + row, mask=first_row + row < rows, other=0)
     logit, slope = capped_logit(z_block, CAP, SHIFT, WIDTH)
-    y = weight[:, None] * tl.exp(logit - log_total[:, None]) * slope
+    y = weight[:, None] * tl.exp2(logit - log_total[:, None]) * slope
     y8 = y.to(dz.dtype.element_ty)
     tl.store(dz + origin + place, y8, mask=inside)
     origin_t = first_column.to(tl.int64) * rows + first_row
@@ -2747,7 +2987,7 @@ def target_gradient_kernel(
     )
     log_total = tl.load(log_totals + row, mask=row < rows, other=0)
     weight = tl.load(row_weights + row, mask=row < rows, other=0)
-    y = (weight * tl.exp(logit - log_total) - picked / tl.load(scale)) * slope
+    y = (weight * tl.exp2(logit - log_total) - picked / tl.load(scale)) * slope
     y8 = y.to(dz.dtype.element_ty)
     tl.store(dz + origin + target, y8, mask=inside)
     tl.store(dz_t + target * rows + row, y8, mask=inside)
@@ -3631,6 +3871,7 @@ MAY_DIFFER = {
     "resume",
     "compile",
     "reference",
+    "operators",
     "graphs",
     "warmup",
     "val_every",
@@ -4037,8 +4278,9 @@ class Gpu:
     def matrix_ceiling(self) -> float:
         return matrix_ceiling(self.device, self.dtype, 8192, self.synchronize)
 
-    def choose_kernels(self, env: DistEnv) -> Kernels:
-        self.compile_failure = compile_failure(self.cfg, self.device)
+    def choose_kernels(self, cfg: Config, env: DistEnv, before: dict[str, str]) -> Kernels:
+        """before: versions of operators that a checkpoint was made with; a flag's go first."""
+        self.compile_failure = compile_failure(cfg, self.device)
         kernels = plain_kernels(static_grads=True)
         if self.compile_failure is None:
             kernels = replace(
@@ -4048,9 +4290,13 @@ class Gpu:
                 normuon_=torch.compile(normuon_, dynamic=False),
                 adam_=torch.compile(adam_, dynamic=False),
             )
-        if self.cfg.reference or self.dtype != torch.bfloat16:
+        if cfg.reference or self.dtype != torch.bfloat16:
             return kernels
-        return use_triton(self.cfg, self.device, kernels)
+        pins = before | read_operators(cfg.operators)
+        kernels = choose_versions(cfg, env, kernels, operator_trials(cfg, env), pins)
+        torch.cuda.empty_cache()  # the trials' memory is not the run's
+        torch.cuda.reset_peak_memory_stats()
+        return kernels
 
     def new_graphs(self, log: Log) -> "CudaGraphs | NoGraphs":
         return CudaGraphs(log) if self.cfg.graphs else NoGraphs()
@@ -4081,60 +4327,242 @@ class Gpu:
         return torch.cuda.max_memory_allocated()
 
 
+OPERATORS = {  # each one's versions; without a measurement the first right one runs
+    "attention": ("kernel", "plain"),
+    "prepare_qkv": ("kernel", "plain"),
+    "mlp": ("kernel", "plain"),
+    "head_chunk": ("fp8", "kernel", "plain"),
+    "symmetric_product": ("kernel", "plain"),
+    "transpose_": ("kernel", "plain"),
+    "look_up": ("kernel", "plain"),
+}
+CLEARLY = 1.02  # times as fast as the first right version: what a later one must be to be taken
+
+
+def read_operators(text: str) -> dict[str, str]:
+    """The flag --operators -> version by operator. UserError."""
+    pins = {}
+    for word in filter(None, text.split(",")):
+        name, _, version = word.partition("=")
+        known = version in OPERATORS.get(name, ())
+        choices = "; ".join(f"{operator}={'|'.join(versions)}" for operator, versions in OPERATORS.items())
+        need(known, f"--operators {word}: there is no such version; there are {choices}")
+        pins[name] = version
+    return pins
+
+
+def operators_of(saved: dict | None) -> dict[str, str]:
+    """What a checkpoint's run took: the same bits come of the same versions."""
+    try:
+        return read_operators(str(json.loads(saved["config"]).get("operators", ""))) if saved else {}
+    except UserError:
+        return {}
+
+
 @dataclass(frozen=True)
 class Trial:
-    """An operator's fast version, and what it must show before it is taken."""
+    """An operator's fast versions, what they must show before one is taken, and at what they are timed."""
 
-    fast: Callable
-    arguments: list
-    leaves: int = 0  # of the arguments, by which gradients are compared, too
-    tolerance: float = 0.02
+    fast: dict[str, Callable]
+    small: list  # arguments on which results are compared
+    large: Callable[[], list]  # arguments of the model's sizes
+    leaves: int = 0  # of the arguments, by which gradients are computed, too
+    tolerance: dict[str, float] = field(default_factory=dict)  # else 0.02
     shows: Callable[[Callable], Callable] = lambda operator: operator  # the operator -> what is compared
-    needs: dict[str, bool] = field(default_factory=dict)  # fields of Kernels that go with it
+    timed: Callable[[Callable], Callable] | None = None  # and what is timed, if that is something else
+    compiled: bool = True  # the model calls it from compiled code
+    needs: dict[str, bool] = field(default_factory=dict)  # fields of Kernels that go with the kernel
 
 
-def use_triton(cfg: Config, device: torch.device, kernels: Kernels) -> Kernels:
-    """Each Triton version that gives the plain one's result on a small input is taken."""
-    torch.compiler.assume_constant_result(compute_capability)  # here: the compiler takes seconds to import
-    rng = torch.Generator().manual_seed(0)
-    D, T = cfg.model_dim, 384
+class TrialInputs:
+    """Arguments of the operators, random, for T tokens."""
 
-    def random(*size: int) -> Tensor:
-        return torch.randn(*size, generator=rng).bfloat16()
+    def __init__(self, cfg: Config, device: torch.device):
+        self.cfg, self.device = cfg, device
+        self.generator = torch.Generator(device).manual_seed(0)
 
-    cap = (cfg.softcap, cfg.softcap_shift, cfg.softcap_width)
-    first_key, weights = torch.arange(T) // 99 * 99, torch.full((T, 2), 1 / T)
-    up_and_down = random(2, cfg.mlp_ratio * D, D) / D**0.5
-    x, head = random(T, D), random(D, cfg.vocab_rows) * 6 / D**0.5
-    frequent = torch.randint(99, (T,), generator=rng) ** 2 // 99  # some rows often
-    targets = (x.to(device) @ head.to(device)).topk(2).indices.cpu()  # likely ones: the others weigh, too
-    head_inputs = [x, head, targets, weights, cap, True, cfg.fp8_head]
-    trials = {
+    def random(self, *size: int) -> Tensor:
+        return torch.randn(*size, generator=self.generator, device=self.device).bfloat16()
+
+    def attention(self, T: int, heads: int, length: int, window: int) -> list:
+        place = torch.arange(T, device=self.device)
+        first_key = torch.maximum(place // length * length, place - window + 1)
+        scale = torch.tensor(0.1, device=self.device)
+        return [*self.random(3, T, heads, self.cfg.head_dim), first_key, window, scale]
+
+    def prepare_qkv(self, T: int) -> list:
+        """What `prepared` takes."""
+        heads, half = (
+            (self.cfg.num_heads, self.cfg.head_dim),
+            int(self.cfg.head_dim * self.cfg.rotary_share) // 2,
+        )
+        is_first = torch.arange(T, device=self.device) % 99 == 0
+        angles = torch.rand(2 * T, half, generator=self.generator, device=self.device)
+        return [self.random(T, 3, *heads), self.random(T, *heads), is_first, angles.cos(), angles.sin()]
+
+    def mlp(self, T: int) -> list:
+        D = self.cfg.model_dim
+        up_and_down = self.random(2, self.cfg.mlp_ratio * D, D) / D**0.5
+        return [self.random(T, D), *up_and_down, self.cfg.activation]
+
+    def head_chunk(self, T: int) -> list:
+        cfg, D = self.cfg, self.cfg.model_dim
+        x, head = self.random(T, D), self.random(D, cfg.vocab_rows) * 6 / D**0.5
+        targets = (x @ head).topk(2).indices  # likely ones: the others weigh, too
+        weights = torch.full((T, 2), 1 / T, device=self.device)
+        return [x, head, targets, weights, (cfg.softcap, cfg.softcap_shift, cfg.softcap_width), True]
+
+    def transpose_(self, rows: int, columns: int) -> list:
+        return [self.random(rows, columns), self.random(columns, rows), True]
+
+    def look_up(self, table_rows: int, T: int) -> list:
+        D = self.cfg.model_dim
+        often = torch.rand(T, generator=self.generator, device=self.device) ** 2  # some rows often
+        return [self.random(table_rows, D), (often * table_rows).long(), self.random(T, D)]
+
+
+def operator_trials(cfg: Config, env: DistEnv) -> dict[str, Trial]:
+    make, D, V = TrialInputs(cfg, env.device), cfg.model_dim, cfg.vocab_rows
+    few, many = 384, max(1, cfg.join) * most_tokens(cfg)
+    matrices = -(-len(cfg.windows) // env.world_size)  # a rank's share
+    fp8 = cfg.fp8_head and compute_capability() >= 89
+    bfloat16_head = partial(triton_head_chunk, fp8=False)
+    return {
         "attention": Trial(
-            triton_attention,
-            [*random(3, T, 2, cfg.head_dim), first_key, T, torch.tensor(0.1)],
+            {"kernel": triton_attention},
+            make.attention(few, 2, length=99, window=few),
+            partial(make.attention, many, cfg.num_heads, length=600, window=cfg.stages[-1].windows[0]),
             leaves=3,
             needs={"reads_window": False},
         ),
-        "mlp": Trial(triton_mlp, [random(T, D), *up_and_down, cfg.activation], leaves=3),
-        "head_chunk": Trial(triton_head_chunk, head_inputs, tolerance=0.1 if cfg.fp8_head else 0.02),
-        "symmetric_product": Trial(triton_symmetric_product, [random(2, 2 * D, D).mT]),
-        "transpose_": Trial(triton_transpose_, [random(D, T), random(T, D), True]),
+        "prepare_qkv": Trial(
+            {"kernel": triton_prepare_qkv},
+            make.prepare_qkv(few),
+            partial(make.prepare_qkv, many),
+            leaves=2,
+            shows=lambda prepare: partial(prepared, prepare, cfg),
+        ),
+        "mlp": Trial({"kernel": triton_mlp}, make.mlp(few), partial(make.mlp, many), leaves=3),
+        "head_chunk": Trial(
+            {"fp8": triton_head_chunk, "kernel": bfloat16_head} if fp8 else {"kernel": bfloat16_head},
+            make.head_chunk(few),
+            partial(make.head_chunk, min(many, HEAD_CHUNK["cuda"])),
+            tolerance={"fp8": 0.1},
+        ),
+        "symmetric_product": Trial(
+            {"kernel": triton_symmetric_product},
+            [make.random(2, 2 * D, D).mT],
+            lambda: [make.random(matrices, cfg.mlp_ratio * D, D)],
+            timed=lambda product: partial(polar_express, symmetric_product=product),
+        ),
+        "transpose_": Trial(
+            {"kernel": triton_transpose_},
+            make.transpose_(D, few),
+            partial(make.transpose_, V, D),
+            compiled=False,
+        ),
         "look_up": Trial(
-            triton_look_up,
-            [random(99, D), frequent, random(T, D)],
+            {"kernel": triton_look_up},
+            make.look_up(99, few),
+            partial(make.look_up, V, many),
             shows=table_gradient,
+            compiled=False,
             needs={"sorted_lookups": True},
         ),
     }
-    notes, chosen = [], {}
+
+
+def choose_versions(
+    cfg: Config, env: DistEnv, kernels: Kernels, trials: dict[str, Trial], pins: dict[str, str]
+) -> Kernels:
+    """Of each operator the fastest of the versions that give the plain one's result; pins: by name.
+
+    Compared on small inputs, timed on inputs of the model's sizes, on the first rank for all.
+    """
+    torch.compiler.assume_constant_result(compute_capability)  # here: the compiler takes seconds to import
+    names, notes, fields_of_kernels = [], [], {}
     for name, trial in trials.items():
-        plain, fast = trial.shows(getattr(kernels, name)), trial.shows(trial.fast)
-        wrong = differs_from_plain(plain, fast, trial.arguments, trial.leaves, device, trial.tolerance)
-        if not wrong:
-            chosen |= {name: trial.fast, **trial.needs}
-        notes.append(f"{name} plain ({wrong})" if wrong else f"{name} by kernel")
-    return replace(kernels, note=", ".join(notes), **chosen)
+        plain, right, wrong = getattr(kernels, name), {}, ""
+        for version, fast in trial.fast.items():
+            tolerance = trial.tolerance.get(version, 0.02)
+            functions = trial.shows(plain), trial.shows(fast)
+            reason = differs_from_plain(*functions, trial.small, trial.leaves, env.device, tolerance)
+            right |= {} if reason else {version: fast}
+            wrong += f"{version}: {reason}" if reason else ""
+        right["plain"] = plain
+        if pins.get(name) in right:
+            version, note = pins[name], "as asked for"
+        elif cfg.warmup and len(right) > 1:
+            version, note = fastest(env, right, trial, kernels.compile)
+        else:
+            version, note = next(iter(right)), ""
+        if version == "kernel":
+            fields_of_kernels |= trial.needs
+        fields_of_kernels[name] = right[version]
+        names.append(f"{name}={version}")
+        reasons = "; ".join(filter(None, (wrong, note)))
+        notes.append(f"{name}={version}" + (f" ({reasons})" if reasons else ""))
+    return replace(kernels, versions=",".join(names), note=", ".join(notes), **fields_of_kernels)
+
+
+def fastest(env: DistEnv, versions: dict[str, Callable], trial: Trial, compiled: Callable) -> tuple[str, str]:
+    """-> its name on all ranks, and how many times as long the others take. The first, unless one is clearly
+    faster.
+    """
+    large, times = trial.large(), {}
+    for version, operator in versions.items():
+        work = (trial.timed or trial.shows)(operator)
+        times[version] = milliseconds(compiled(work) if trial.compiled else work, large, trial.leaves)
+    if env.world_size > 1:
+        wait = env.all_reduce(torch.tensor(list(times.values()), device=env.device))
+        times = dict(zip(times, wait().tolist(), strict=True))
+    first, best = next(iter(times)), min(times, key=times.get)
+    best = first if times[first] < CLEARLY * times[best] else best
+    others = [f"{times[name] / times[best]:.2f} times as long {name}" for name in times if name != best]
+    return best, ", ".join(others)
+
+
+def milliseconds(work: Callable, arguments: list, leaves: int) -> float:
+    """The device's, of a call and its gradients by the first `leaves` arguments: the median of five replays.
+
+    Infinite for what does not run at this size, for want of memory, say.
+    """
+    inputs = [a.detach().requires_grad_() for a in arguments[:leaves]] + arguments[leaves:]
+
+    def call() -> None:
+        output = work(*inputs)
+        if leaves:
+            torch.autograd.grad(output, inputs[:leaves], output.detach())
+
+    graph, times = torch.cuda.CUDAGraph(), []
+    try:
+        call()  # compiles
+        call()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            call()
+        for _ in range(6):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end))
+    except Exception:  # noqa: BLE001, whatever it is, another version runs
+        return math.inf
+    return max(sorted(times[1:])[2], 1e-6)
+
+
+def prepared(prepare: Callable, cfg: Config, *inputs: Tensor) -> Tensor:
+    """q, k and v of both kinds of layer in one, weighed: a norm has no gradient of its sum of squares."""
+    places, parts = len(inputs[0]), []
+    for paired in (False, True) if "p" in cfg.paired_heads else (False,):
+        qkv, value, is_first, cos, sin = inputs
+        angles = (cos, sin) if paired else (cos[:places], sin[:places])
+        offset = cfg.key_offset and not paired
+        parts += prepare(qkv, value, is_first, *angles, paired, offset, cfg.qk_norm)
+    whole = torch.cat([part.flatten() for part in parts])
+    return whole * torch.arange(len(whole), device=whole.device).remainder(7)
 
 
 def table_gradient(look_up: Callable) -> Callable:
@@ -4347,9 +4775,9 @@ class Cpu:
         size = 256 if emulated else 2048  # else a product takes minutes
         return matrix_ceiling(self.device, self.dtype, size, self.synchronize)
 
-    def choose_kernels(self, env: DistEnv) -> Kernels:
-        self.compile_failure = compile_failure(self.cfg, self.device)
-        lazy = self.cfg.bigram_momentum == 0
+    def choose_kernels(self, cfg: Config, env: DistEnv, before: dict[str, str]) -> Kernels:
+        self.compile_failure = compile_failure(cfg, self.device)
+        lazy = cfg.bigram_momentum == 0
         kernels = plain_kernels(
             new_mantissa=new_float32_copy,
             lazy_bigrams=lazy,

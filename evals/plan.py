@@ -105,10 +105,8 @@ def kept_values(cfg: tg.Config) -> int:
     ) * D  # embedding, x0; into the last norm; the head's dx
     for layer in tg.topology(cfg):
         total += (3 + cfg.mlp_ratio) * D  # into mix; the MLP's: x, normed, relu^2
-        if layer.attends:  # into norm, normed; project_qkv's product; q, k, y, y gated
-            total += 9 * D + (2 * D if layer.paired else 0)
-            if layer.value_embed is not None:  # v and y are copied
-                total += D if layer.paired else 2 * D
+        if layer.attends:  # into norm, normed; the product of q, k and v; these three; y, y gated
+            total += (10 + layer.paired + (layer.value_embed is not None)) * D  # y turned back; the value
     return total
 
 
@@ -122,9 +120,8 @@ def validation_values(cfg: tg.Config) -> int:
     held, peak = 2 + extras + tables, 0  # 2: x0, the stream; all in widths of the stream
     for layer in tg.topology(cfg):
         if layer.attends:
-            value = 1 if layer.value_embed is not None else 3  # without, v is a part of its product with q, k
-            # The normed stream, q, k; q and k turned, y; or y, y gated, its projection.
-            peak = max(peak, held + 3 + value + 3 + layer.paired)  # paired: v is copied, too
+            # The normed stream; the product of q, k and v; these three as attention takes them, y.
+            peak = max(peak, held + 8 + (layer.value_embed is not None) + layer.paired)  # y, too, turns back
         peak = max(peak, held + 2 + cfg.mlp_ratio)  # normed, relu^2, their product
         held += layer.skip_sender or layer.backout
     return peak * cfg.model_dim

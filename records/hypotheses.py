@@ -102,9 +102,9 @@ CENTRED_NORM = (
 # 2410.07799: attention less the plain mean of the values in sight, which is attention with queries of zeros.
 CENTRED_ATTENTION = (
     after(
-        "    y = attention(q, k, v, positions.first_key, positions.window, positions.softmax_scale)",
+        "    y = attention(q, k, v, p.first_key, p.window, p.softmax_scale)",
         "    still = torch.zeros_like(q)",
-        "    mean = attention(still, k, v, positions.first_key, positions.window, positions.softmax_scale)",
+        "    mean = attention(still, k, v, p.first_key, p.window, p.softmax_scale)",
         "    y = y - mean",
     ),
 )
@@ -145,14 +145,16 @@ def qk_clip(tau: float) -> tuple:
             "            w.qk_factor, w.top_logit = factor, top",
         ),
         after(
-            "        q, k, v = self.project_qkv(n, w.qkvo, w.qkv_scale, cfg.head_dim, cfg.qk_norm)"
-            "  # (T, H, d) each",
-            "        q, k = (t * w.qk_factor.to(t.dtype) for t in (q, k))",
+            "        qkv = self.project_qkv(n, w.qkvo, w.qkv_scale, cfg.head_dim)  # (T, 3, H, d)",
+            "        q, k, v = qkv.unbind(1)",
+            "        q, k = (norm(t) * w.qk_factor.to(t.dtype) for t in (q, k))",
+            "        qkv = torch.stack((q, k, v), dim=1)",
             "        if torch.is_grad_enabled():",
             "            few = q.detach()[:: max(1, len(q) // 256)].transpose(0, 1)",
             "            top = (few @ k.detach().permute(1, 2, 0)).amax((1, 2)).float()",
             "            w.top_logit += (self.softmax_scale * top)[:, None]",
         ),
+        ("value, positions, cfg.qk_norm,", "value, positions, False,"),  # normed above
         (
             "        self.graphs.run(kind, lambda: self.accumulate_gradients(sequences, windows))",
             "        self.model.top_logit.zero_()\n"

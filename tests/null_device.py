@@ -309,7 +309,7 @@ def fallbacks(log: str) -> list[str]:
     """What train_gpt.py says of an operator without its kernel, of work without a graph, of compilation
     that failed.
     """
-    pattern = re.compile(r"operators: .*plain \(|graphs: no graph|compile: torch.compile failed")
+    pattern = re.compile(r"operators: .*\((fp8|kernel): |graphs: no graph|compile: torch.compile failed")
     return [line for line in log.splitlines() if pattern.match(line)]
 
 

@@ -181,7 +181,7 @@ else:
         torch.library.opcheck(tg.cross_entropy_, (x @ head, targets, weights, list(CAP), True))
         gradient_inputs = (x @ head, torch.ones(16), targets, weights, list(CAP), torch.tensor(1e-5))
         torch.library.opcheck(tg.logit_gradient, gradient_inputs)
-        torch.compiler.assume_constant_result(tg.compute_capability)  # as use_triton does
+        torch.compiler.assume_constant_result(tg.compute_capability)  # as choose_versions does
         whole = torch.compile(tg.triton_head_chunk, fullgraph=True, dynamic=False, backend="aot_eager")
         args = x, head, targets, weights, CAP, True
         for a, b in zip(whole(*args), tg.triton_head_chunk(*args), strict=True):

@@ -1,4 +1,4 @@
-"""Triton's kernels, run by its interpreter: the tests of four files that need TRITON_INTERPRET=1."""
+"""Triton's kernels, run by its interpreter: the tests of five files that need TRITON_INTERPRET=1."""
 
 from pathlib import Path
 
@@ -10,8 +10,9 @@ TESTS = Path(__file__).parent
 
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "first, second", [("attention_kernel", "lookup_kernel"), ("head_kernel", "matrix_kernels")]
+    "files", [("attention_kernel", "lookup_kernel"), ("head_kernel", "matrix_kernels", "prepare_kernel")]
 )
-def test_kernels_in_the_interpreter(first, second, which):
-    """Two files in a process: importing the compiler takes as long as a file's tests."""
-    interpreter.interpreted(TESTS / f"test_{first}.py", str(TESTS / f"test_{second}.py"), "-m", which)
+def test_kernels_in_the_interpreter(files, which):
+    """Some files in a process: importing the compiler takes as long as a file's tests."""
+    first, *others = (TESTS / f"test_{name}.py" for name in files)
+    interpreter.interpreted(first, *map(str, others), "-m", which)

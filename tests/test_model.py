@@ -214,14 +214,6 @@ def test_head_loss_holds_the_logits_of_a_chunk_and_computes_gradients_only_when_
     assert (training.get_total_flops(), quiet.get_total_flops()) == (3 * product, product)
 
 
-@pytest.mark.parametrize("fp8_head", [True, False])
-def test_the_head_is_told_whether_to_use_fp8(fp8_head):
-    model, told = tg.GPT(tiny(fp8_head=fp8_head)), []
-    model.head_chunk = lambda *args, **named: told.append(named) or tg.head_chunk(*args)
-    model(*text(64), torch.ones(1), WINDOWS)
-    assert told == [{"fp8": fp8_head}]
-
-
 @pytest.mark.parametrize("activation", ["relu2", "gelu"])
 def test_mlp_by_hand(activation):
     rng = np.random.default_rng(0)

@@ -126,7 +126,7 @@ ALONE = tg.DistEnv(rank=0, world_size=1, device=CPU)
 def alone(p: torch.Tensor, optimizer: str, **spec) -> tg.Optimizer:
     """The optimizer of a model that is this one parameter."""
     cfg, model = tiny(), torch.nn.Module()
-    model.p, model.kernels = torch.nn.Parameter(p), tg.Cpu(cfg).choose_kernels(ALONE)
+    model.p, model.kernels = torch.nn.Parameter(p), tg.Cpu(cfg).choose_kernels(cfg, ALONE, {})
     model.specs = {"p": tg.ParamSpec("p", tuple(p.shape), tg.constant(0), optimizer=optimizer, **spec)}
     return tg.Optimizer(cfg, model, ALONE)
 
@@ -436,7 +436,7 @@ def build(
     dtype: torch.dtype = torch.float32, compiled: bool = False, **changes
 ) -> tuple[tg.GPT, tg.Optimizer]:
     cfg = tiny(**RATES, **{"extension_share": 0.0, "untie_share": 2 / 3, **changes})
-    kernels = tg.Cpu(cfg).choose_kernels(ALONE)
+    kernels = tg.Cpu(cfg).choose_kernels(cfg, ALONE, {})
     if compiled:
         kernels = replace(kernels, adam_=tg.flat_adam())
     model = tg.GPT(cfg, dtype, kernels)

@@ -31,6 +31,7 @@ CFG = tiny(
     micro_batches=4,
     dtype="bfloat16",
 )
+KERNELS = dict(attention=tg.triton_attention, mlp=tg.triton_mlp, prepare_qkv=tg.triton_prepare_qkv)
 NO_GATES = dict(smear_chunk="", skip_chunk="", attn_chunk="", ve_chunk="")
 
 
@@ -87,11 +88,11 @@ def test_flops_of_each_part_are_those_of_a_real_step():
 
 def test_kept_activations_are_those_of_the_compiled_gpu_model(monkeypatch):
     """What torch.compile saves around the file's kernels, on meta tensors. float32, of gates, is little."""
-    cfg, T = replace(CFG, max_predict=1), 96
+    cfg, T = replace(CFG, max_predict=1, value_embeds=".0..1"), 96  # all kinds of layer
     whole = functools.partial(
         torch.compile, dynamic=False, fullgraph=True, backend="aot_eager_decomp_partition"
     )
-    kernels = tg.plain_kernels(attention=tg.triton_attention, mlp=tg.triton_mlp, compile=whole)
+    kernels = tg.plain_kernels(**KERNELS, compile=whole)
     monkeypatch.setitem(tg.HEAD_CHUNK, "meta", T)
     with torch.device("meta"):
         model, ids = tg.GPT(cfg, torch.bfloat16, kernels), torch.empty(T, dtype=torch.int64)
@@ -137,7 +138,7 @@ def test_activations_of_a_validation_are_those_that_still_exist_at_its_peak(
 ):
     """Counted when a piece of the model is done; what only it holds meanwhile comes on top."""
     cfg, T, found = replace(CFG, value_embeds=value_embeds, paired_heads=paired_heads), 96, []
-    kernels = tg.plain_kernels(attention=tg.triton_attention, mlp=tg.triton_mlp)
+    kernels = tg.plain_kernels(**KERNELS)
     monkeypatch.setitem(tg.HEAD_CHUNK, "meta", T)
     with torch.device("meta"):
         model, ids = tg.GPT(cfg, torch.bfloat16, kernels), torch.empty(T, dtype=torch.int64)
@@ -151,7 +152,7 @@ def test_activations_of_a_validation_are_those_that_still_exist_at_its_peak(
 
         return run
 
-    turned = noting(model.attend, lambda q, k, v, positions, _: 3 if positions.paired else 2)  # q and k; v
+    turned = noting(model.attend, lambda qkv, value, where, *_: 3 + where.paired)  # q, k, v; y
     model.attend, model.project_output = turned, noting(model.project_output, lambda *_: 1)  # y gated
     model.mlp_block = noting(model.mlp_block, lambda *_: 1 + cfg.mlp_ratio)  # its input, relu^2
     model.head_chunk = lambda *args, **named: (torch.zeros((), device="meta"), None, None)

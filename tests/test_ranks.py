@@ -135,7 +135,7 @@ def trained(
 ):
     """Yields model and optimizer after each step, on this rank's share of 12 micro-batches' gradients."""
     env, cfg = join(), replace(CONFIG, **changes)
-    model = tg.GPT(cfg, dtype, tg.Cpu(cfg).choose_kernels(env))
+    model = tg.GPT(cfg, dtype, tg.Cpu(cfg).choose_kernels(cfg, env, {}))
     optimizer = tg.Optimizer(cfg, model, env)
     if begin:
         model.load_state_dict(begin["model"])

@@ -272,7 +272,8 @@ def test_the_edit_that_centres_attention(edited):
         paired=False,
         key_offset=False,
     )
-    args = (q, k, v, positions, tg.banded_attention)
+    qkv = torch.stack((q, k, v), dim=1)
+    args = (qkv, None, positions, False, tg.prepare_qkv, tg.banded_attention)
     mean = torch.stack([v[positions.first_key[i] : i + 1].mean(0) for i in range(24)])
     torch.testing.assert_close(
         edited("000-centred-attention").attend(*args), tg.attend(*args) - mean, rtol=1e-4, atol=1e-4

@@ -573,7 +573,12 @@ TOPOLOGY = dict(
 
 
 SCALARS = [f for f in fields(tg.Config) if f.name not in ("preset", "stages") and f.type is not bool]
-FREE_TEXTS = {"data_dir", "log_dir", *(f"{part}_chunk" for part in ("smear", "skip", "attn", "ve"))}
+FREE_TEXTS = {
+    "data_dir",
+    "log_dir",
+    "operators",
+    *(f"{part}_chunk" for part in ("smear", "skip", "attn", "ve")),
+}
 FREE_TEXTS |= {"windows", "paired_heads", "value_embeds", "skips", "backout"}  # refused above
 
 

@@ -57,6 +57,7 @@ LIMITS = {
 }
 DEFAULT = ("machine", "operators", "short", "train")
 PUBLIC_MS = {131072: 245, 262144: 448, 393216: 657}  # the record of 2026-01-24 on one H100, tokens a step: ms
+UNFIT = re.compile(r"\((fp8|kernel): ")  # in the log's line on operators: a version that fails or is wrong
 DEVICE = "cuda"
 H100_PEAK = 989e12  # FLOP/s of dense bfloat16, the datasheet's
 
@@ -66,12 +67,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for proof.json and the runs' output")
     parser.add_argument("--sections", nargs="+", choices=LIMITS, default=DEFAULT, metavar="SECTION")
     parser.add_argument("--quick", action="store_true", help="small sizes, for the null device")
+    parser.add_argument(
+        "--join", type=int, default=0, help="micro-batches in a pass of a preset; 0: what fits"
+    )
     parser.add_argument("--inside", choices=LIMITS, help="this process is the section")
     args = parser.parse_args(argv)
     if args.inside:
         rows = Rows(args.out / f"{args.inside}.jsonl", is_null())
         try:
-            run_section(args.inside, rows, args.quick)
+            run_section(args.inside, rows, args.quick, args.join)
         except Exception:
             traceback.print_exc()
             return 1
@@ -80,7 +84,8 @@ def main(argv: list[str]) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     failed = 0
     for section in args.sections:
-        flags = ["--out", str(args.out), "--inside", section, *(["--quick"] if args.quick else [])]
+        flags = ["--out", str(args.out), "--inside", section, "--join", str(args.join)]
+        flags += ["--quick"] if args.quick else []
         own = [sys.executable, "-m", "tests.programs.gpu_proof", *flags]
         failed += supervise(section, own, args.out, LIMITS[section])
     print(f"{failed} rows FAIL" if failed else "no row FAILs")
@@ -139,7 +144,7 @@ def is_null() -> bool:
     return torch.cuda.is_available() and "NULL" in torch.cuda.get_device_name()
 
 
-def run_section(section: str, rows: Rows, quick: bool) -> None:
+def run_section(section: str, rows: Rows, quick: bool, join: int) -> None:
     add = partial(rows.add, section)
     if section == "machine":
         machine(add, quick)
@@ -148,7 +153,7 @@ def run_section(section: str, rows: Rows, quick: bool) -> None:
     elif section == "train":
         train(add, rows.path.parent, quick)
     else:
-        preset(add, section, rows.path.parent, quick)
+        preset(add, section, join)
 
 
 # What the machine can do.
@@ -314,6 +319,7 @@ def forward_and_backward(operator: Callable, inputs: list, leaves: int) -> tuple
 def operators(add: Callable, quick: bool) -> None:
     cfg = tg.PRESETS["short"]
     attention_rows(add, cfg, quick)
+    prepare_rows(add, cfg, quick)
     mlp_rows(add, cfg, quick)
     head_rows(add, cfg, quick)
     matrix_rows(add, cfg, quick)
@@ -322,7 +328,7 @@ def operators(add: Callable, quick: bool) -> None:
 
 def compiled(operator: Callable) -> Callable:
     torch._dynamo.config.recompile_limit = 64
-    torch.compiler.assume_constant_result(tg.compute_capability)  # as use_triton does
+    torch.compiler.assume_constant_result(tg.compute_capability)  # as choose_versions does
     return torch.compile(operator, dynamic=False)
 
 
@@ -367,6 +373,41 @@ def attention_rows(add: Callable, cfg: tg.Config, quick: bool) -> None:
         times["backward_TFLOP_s"] = 2.5 * flops / max(ms_both - ms, 1e-6) / 1e9
         _, plain_both = forward_and_backward(tg.banded_attention, inputs, 3)
         add(name, **times, times_plain=milliseconds(plain_both, 3) / ms_both)
+
+
+def prepare_rows(add: Callable, cfg: tg.Config, quick: bool) -> None:
+    """From the product of q, k and v to attention, with a value embedding."""
+    H, d = cfg.num_heads, cfg.head_dim
+
+    def make(T: int, rng: torch.Generator) -> list:
+        first = torch.arange(T, device=DEVICE)
+        angles = torch.rand(2 * T, d // 4, device=DEVICE, generator=rng) * 6
+        return [
+            random(rng, T, 3, H, d),
+            random(rng, T, H, d),
+            documents(rng, T) == first,
+            angles.cos(),
+            angles.sin(),
+        ]
+
+    fast, plain = (partial(tg.prepared, prepare, cfg) for prepare in (tg.triton_prepare_qkv, tg.prepare_qkv))
+    T = 512 if quick else 49152
+    compare(add, f"q, k, v made ready, T {T}", fast, plain, partial(make, T), leaves=2)
+    inputs = make(T, torch.Generator(DEVICE).manual_seed(1))
+    for name, paired, offset in (("paired", True, False), ("long", False, True)):
+        qkv, value, is_first, *angles = inputs
+        places = 2 * T if paired else T
+        given = [qkv, value, is_first, *(t[:places] for t in angles), paired, offset, True]
+        times = {}
+        for version, prepare in (("ms", tg.triton_prepare_qkv), ("plain_ms", compiled(tg.prepare_qkv))):
+            leaves = [given[i].requires_grad_() for i in range(2)]
+
+            def both(prepare: Callable = prepare, given: list = given, leaves: list = leaves) -> object:
+                outputs = prepare(*given)
+                return torch.autograd.grad(outputs, leaves, [t.detach() for t in outputs])
+
+            times[version] = milliseconds(both)
+        add(f"q, k, v made ready, {name}, T {T}", **times, GB_s=15 * value.nbytes / times["ms"] / 1e6)
 
 
 def mlp_rows(add: Callable, cfg: tg.Config, quick: bool) -> None:
@@ -510,12 +551,13 @@ def table_rows(add: Callable, cfg: tg.Config, quick: bool) -> None:
 # A preset's steps.
 
 
-def preset(add: Callable, name: str, out: Path, quick: bool) -> None:
+def preset(add: Callable, name: str, join: int) -> None:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         make_data(Path(folder))
         stages = len(tg.PRESETS[name].stages)
         flags = ["--preset", name, "--num_steps", str(2 * stages), "--extension_share", str(1 / stages)]
+        flags += ["--join", str(join)]
         flags += [
             "--data_dir",
             folder,
@@ -531,7 +573,8 @@ def preset(add: Callable, name: str, out: Path, quick: bool) -> None:
             tg.differs_from_plain = lambda *arguments: ""
         with contextlib.redirect_stdout(io.StringIO()):
             trainer = tg.Trainer(cfg, overrides)
-        add("operators", ok="plain (" not in trainer.model.kernels.note, chosen=trainer.model.kernels.note)
+        note = trainer.model.kernels.note
+        add("operators", ok=not UNFIT.search(note), seconds=time.perf_counter() - began, chosen=note)
         tg.warm_up(trainer)
         torch.cuda.synchronize()
         figures = dict(seconds=time.perf_counter() - began, graphs=len(trainer.graphs.captured))
@@ -641,6 +684,7 @@ def stage_rows(add: Callable, trainer: tg.Trainer) -> None:
 
 KERNELS = {  # the first pattern that a kernel's name holds says what it is
     "attention": r"attention_",
+    "prepare": r"prepare_",
     "relu2": r"relu2_kernel",
     "cross-entropy": r"cross_entropy_kernel|logit_gradient_kernel|target_gradient_kernel",
     "symmetric": r"symmetric_kernel",
@@ -726,6 +770,7 @@ def train(add: Callable, out: Path, quick: bool) -> None:
 
 def small_model(add: Callable) -> None:
     """float32, plain PyTorch, the same on the GPU as on the CPU."""
+    torch.set_num_threads(min(4, torch.get_num_threads()))  # more wait for each other, where others run, too
     curves = {}
     for device in ("cpu", "cuda"):
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):

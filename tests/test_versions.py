@@ -1,0 +1,102 @@
+"""Which version of an operator runs: right ones only, of those the fastest, or the one that was asked for."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import tiny
+
+import train_gpt as tg
+
+ALONE = tg.DistEnv(rank=0, world_size=1, device=torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def as_on_hopper(monkeypatch):
+    monkeypatch.setattr(tg, "compute_capability", lambda: 90)
+
+
+def double(x, up, down, activation):
+    return 2 * tg.mlp(x, up, down, activation)
+
+
+def raises(*arguments):
+    raise RuntimeError("no such instruction\nsecond line")
+
+
+def equal(x, up, down, activation):
+    return tg.mlp(x, up, down, activation)
+
+
+def choose(monkeypatch, fast, times=(), pins=None, **changes) -> tg.Kernels:
+    """Of the MLP, whose versions take `times`, the plain one's last."""
+    cfg = tiny(**changes)
+    trials = tg.operator_trials(cfg, ALONE)
+    taken = iter(times)
+    monkeypatch.setattr(tg, "milliseconds", lambda *arguments: next(taken))
+    trial = replace(trials["mlp"], fast={"kernel": fast})
+    return tg.choose_versions(cfg, ALONE, tg.plain_kernels(), {"mlp": trial}, pins or {})
+
+
+@pytest.mark.parametrize(
+    "times, version, note",
+    [
+        ((1.0, 3.0), "kernel", "mlp=kernel (3.00 times as long plain)"),
+        ((3.0, 1.0), "plain", "mlp=plain (3.00 times as long kernel)"),
+        ((1.01, 1.0), "kernel", "mlp=kernel (0.99 times as long plain)"),  # no clear winner
+        ((1.0, math.inf), "kernel", "mlp=kernel (inf times as long plain)"),  # plain did not fit
+    ],
+)
+def test_the_fastest_right_version_runs(monkeypatch, times, version, note):
+    kernels = choose(monkeypatch, equal, times, warmup=True)
+    assert kernels.mlp is (equal if version == "kernel" else tg.mlp)
+    assert (kernels.versions, kernels.note) == (f"mlp={version}", note)
+
+
+@pytest.mark.parametrize(
+    "wrong, reason",
+    [(double, "relative error 1"), (raises, "RuntimeError: no such instruction")],
+)
+def test_a_wrong_version_never_runs_even_if_it_is_asked_for(monkeypatch, wrong, reason):
+    for pins in ({}, {"mlp": "kernel"}):
+        kernels = choose(monkeypatch, wrong, pins=pins, warmup=True)
+        assert kernels.mlp is tg.mlp
+        assert kernels.note == f"mlp=plain (kernel: {reason})"
+
+
+def test_a_pinned_version_is_not_measured(monkeypatch):
+    for version in ("kernel", "plain"):
+        kernels = choose(monkeypatch, equal, pins={"mlp": version}, warmup=True)
+        assert kernels.note == f"mlp={version} (as asked for)"
+    assert choose(monkeypatch, equal, warmup=False).note == "mlp=kernel"
+
+
+def test_every_operator_has_a_trial_whose_arguments_fit():
+    """Both sizes of arguments are such as the plain version takes."""
+    cfg = tiny()
+    plain, trials = tg.plain_kernels(), tg.operator_trials(cfg, ALONE)
+    assert list(trials) == list(tg.OPERATORS)
+    for name, trial in trials.items():
+        assert set(trial.fast) <= set(tg.OPERATORS[name])
+        trial.shows(getattr(plain, name))(*trial.small)
+        (trial.timed or trial.shows)(getattr(plain, name))(*trial.large())
+
+
+@pytest.mark.parametrize(
+    "text", ["mlp", "mlp=", "mlp=fp8", "mlps=plain", "mlp=plain;look_up=plain", "=", "\0"]
+)
+def test_unknown_versions_are_refused(text):
+    with pytest.raises(tg.UserError, match=r"^--operators .*head_chunk=fp8\|kernel\|plain"):
+        tg.parse_config(["--preset", "cpu", "--operators", text])
+
+
+def test_a_checkpoints_versions_are_taken_and_garbage_in_it_is_not():
+    text = "mlp=plain,head_chunk=kernel"
+    pins = {"mlp": "plain", "head_chunk": "kernel"}
+    assert tg.read_operators(text) == pins
+    assert tg.operators_of({"config": json.dumps({"operators": text})}) == pins
+    for config in ({}, {"operators": "mlp=../../x"}, {"operators": 7}, {"operators": None}):
+        assert tg.operators_of({"config": json.dumps(config)}) == {}
+    assert tg.operators_of(None) == {}
