@@ -105,8 +105,14 @@ def kept_values(cfg: tg.Config) -> int:
     ) * D  # embedding, x0; into the last norm; the head's dx
     for layer in tg.topology(cfg):
         total += (3 + cfg.mlp_ratio) * D  # into mix; the MLP's: x, normed, relu^2
+        has_value = layer.value_embed is not None
         if layer.attends:  # into norm, normed; the product of q, k and v; these three; y, y gated
-            total += (10 + layer.paired + (layer.value_embed is not None)) * D  # y turned back; the value
+            total += (10 + layer.paired + has_value) * D  # y turned back; the value
+            if cfg.exclusive and not layer.paired:  # y less its own part, v
+                total += (1 + has_value) * D
+    if cfg.mudd_layers:  # into each, after the last; the weights of x0 and earlier outputs
+        layers = len(cfg.windows)
+        total += (cfg.mudd_layers + 1) * D + sum(range(layers - cfg.mudd_layers + 1, layers + 1))
     return total
 
 
@@ -123,7 +129,7 @@ def validation_values(cfg: tg.Config) -> int:
             # The normed stream; the product of q, k and v; these three as attention takes them, y.
             peak = max(peak, held + 8 + (layer.value_embed is not None) + layer.paired)  # y, too, turns back
         peak = max(peak, held + 2 + cfg.mlp_ratio)  # normed, relu^2, their product
-        held += layer.skip_sender or layer.backout
+        held += bool(layer.skip_sender or layer.backout or cfg.mudd_layers)
     return peak * cfg.model_dim
 
 

@@ -3,6 +3,7 @@ train_gpt.py at its full size on "an H100", without a GPU: a driver that does no
 
     python tests/null_device.py           # every preset for GPUs, 1 and 4 ranks, with and without CUDA graphs
     python tests/null_device.py --presets short --ranks 1 --graphs on
+    python tests/null_device.py --presets short --ranks 1 --more="--exclusive --mudd_layers 3 --ema_rate 0.05"
     python tests/null_device.py --write             # the rows go into the table of tests/README.md
 
 What is real: torch.compile, Inductor, Triton and ptxas for sm_90, the rules of CUDA-graph capture, torch's
@@ -23,6 +24,7 @@ import ctypes
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -62,6 +64,7 @@ class Case:
     preset: str
     ranks: int
     graphs: bool
+    more: tuple[str, ...] = ()  # further flags
 
 
 @dataclass(frozen=True)
@@ -289,6 +292,7 @@ def run(case: Case, train_gpt: Path, folder: Path, cache: Path) -> dict:
         "--log_dir",
         str(folder / "logs"),
         graphs,
+        *case.more,
     ]
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={case.ranks}"]
     python = [sys.executable, *(torchrun if case.ranks > 1 else [])]
@@ -421,13 +425,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--write", action="store_true", help="puts the rows into the table of tests/README.md"
     )
-    return parser.parse_args(argv)
+    about = "further flags of train_gpt.py, such as '--exclusive --mudd_layers 3 --ema_rate 0.05'"
+    parser.add_argument("--more", type=shlex.split, default=[], metavar="FLAGS", help=about)
+    args = parser.parse_args(argv)
+    if args.more and args.write:
+        parser.error("--more: the table has rows of presets alone, leave out --write")
+    return args
 
 
 def cases(args: argparse.Namespace) -> list[Case]:
     """One rank with graphs first: it is the one that finds nothing compiled."""
     wanted = [
-        Case(preset, ranks, graphs == "on")
+        Case(preset, ranks, graphs == "on", tuple(args.more))
         for preset in args.presets
         for ranks in sorted(args.ranks)
         for graphs in sorted(args.graphs, reverse=True)

@@ -836,6 +836,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_last_good_one(undisturbed, tm
     assert all(line.endswith("File too large)") for line in failures), failures
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_really_full(tiny_data, tmp_path):
     """A file system of 12 MiB of its own: two checkpoints of 4.6 MiB fit, the third does not."""
     if (
@@ -925,7 +926,10 @@ def test_a_signal_ends_the_run_with_a_whole_log(name, signalled):
     assert 3 <= int(word[1]) < STEPS, "the signal came too late for this test"
 
 
-@pytest.mark.parametrize("name", [name for name, (_, save, _) in SIGNALS.items() if save])
+SAVING = [name for name, (_, save, _) in SIGNALS.items() if save]
+
+
+@pytest.mark.parametrize("name", [SAVING[0], pytest.param(SAVING[1], marks=pytest.mark.slow), *SAVING[2:]])
 def test_a_signal_saves_if_asked_to_and_the_resumed_run_ends_alike(name, signalled, tiny_data, tmp_path):
     folder, results, _ = signalled[name]
     events, [path] = events_of(folder), folder.glob("*.pt")

@@ -245,7 +245,7 @@ def torch_with_ptxas(tmp_path) -> Path:
     return ptxas.parent.parent
 
 
-@pytest.mark.parametrize("tool", ["aot", "inductor_stats"])
+@pytest.mark.parametrize("tool", ["aot", pytest.param("inductor_stats", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("own", ["", pytest.param("/somewhere/ptxas", marks=pytest.mark.slow)])
 def test_the_tools_ask_the_ptxas_that_torch_brings(torch_with_ptxas, tool, own):
     """From their import on, as Inductor does; but not where somebody has chosen another."""

@@ -57,6 +57,10 @@ def test_a_few_cases():
         Case("medium", 8, False),
     ]
     assert nd.cases(nd.parse(["--presets", "one-gpu", "--ranks", "4"])) == []
+    [case] = nd.cases(
+        nd.parse(["--presets", "one-gpu", "--graphs", "on", "--more=--exclusive --ema_rate 0.05"])
+    )
+    assert case.more == ("--exclusive", "--ema_rate", "0.05")
 
 
 @pytest.mark.parametrize(

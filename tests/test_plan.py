@@ -86,9 +86,13 @@ def test_flops_of_each_part_are_those_of_a_real_step():
 # Memory
 
 
-def test_kept_activations_are_those_of_the_compiled_gpu_model(monkeypatch):
+SWITCHES = dict(exclusive=True, mudd_layers=2)
+
+
+@pytest.mark.parametrize("switches", [SWITCHES, pytest.param({}, marks=pytest.mark.slow)], ids=str)
+def test_kept_activations_are_those_of_the_compiled_gpu_model(monkeypatch, switches):
     """What torch.compile saves around the file's kernels, on meta tensors. float32, of gates, is little."""
-    cfg, T = replace(CFG, max_predict=1, value_embeds=".0..1"), 96  # all kinds of layer
+    cfg, T = replace(CFG, max_predict=1, value_embeds=".0..1", **switches), 96  # all kinds of layer
     whole = functools.partial(
         torch.compile, dynamic=False, fullgraph=True, backend="aot_eager_decomp_partition"
     )
@@ -133,11 +137,12 @@ class Alive(TorchDispatchMode):
 
 @pytest.mark.parametrize("value_embeds", [".01.2", ".01.."])
 @pytest.mark.parametrize("paired_heads", ["pp...", "pp..p"])
+@pytest.mark.parametrize("switches", [{}, SWITCHES], ids=str)
 def test_activations_of_a_validation_are_those_that_still_exist_at_its_peak(
-    value_embeds, paired_heads, monkeypatch
+    value_embeds, paired_heads, switches, monkeypatch
 ):
     """Counted when a piece of the model is done; what only it holds meanwhile comes on top."""
-    cfg, T, found = replace(CFG, value_embeds=value_embeds, paired_heads=paired_heads), 96, []
+    cfg, T, found = replace(CFG, value_embeds=value_embeds, paired_heads=paired_heads, **switches), 96, []
     kernels = tg.plain_kernels(**KERNELS)
     monkeypatch.setitem(tg.HEAD_CHUNK, "meta", T)
     with torch.device("meta"):

@@ -441,8 +441,9 @@ TOLERANCE = (
 )
 
 
-def test_loss_curves_of_1_2_4_and_8_processes_agree_closer_than_one_changed_micro_batch_would_let_them(
-    world, run_config
+@pytest.mark.parametrize("sizes", [(1, 2, 4), pytest.param((1, 8), marks=pytest.mark.slow)], ids=str)
+def test_loss_curves_of_several_processes_agree_closer_than_one_changed_micro_batch_would_let_them(
+    world, run_config, sizes
 ):
     """Not bit for bit.
 
@@ -454,7 +455,7 @@ def test_loss_curves_of_1_2_4_and_8_processes_agree_closer_than_one_changed_micr
     gives the same bits every time.
     """
     curves = {}
-    for size in (1, 2, 4, 8):
+    for size in sizes:
         results = world.run(size, train, run_config)
         if size == 2:
             assert results == world.run(size, train, run_config), f"two runs on {size} ranks differ"

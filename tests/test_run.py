@@ -419,6 +419,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, corpus_dir):
     assert events[-1].startswith("failed: the") and events[-2].startswith("step:")
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_run_with_a_whole_log(tmp_path, corpus_dir):
     process = subprocess.Popen(
         [sys.executable, str(FILE), *map(str, SMALL), "--data_dir", str(corpus_dir)],

@@ -239,6 +239,7 @@ def test_a_layer_number_in_the_forward_pass_is_found(name):
 # ----- Importing, format
 
 
+@pytest.mark.slow
 def test_importing_has_no_effect(tmp_path):
     code = """
         import os, signal, sys, threading

@@ -744,6 +744,7 @@ def test_flags_may_stand_anywhere_and_names_may_be_odd(tmp_path, vocab):
     assert_made(out, documents(30))
 
 
+@pytest.mark.slow
 def test_closed_and_full_outputs(tmp_path, vocab):
     source = write_json(tmp_path / "a.jsonl", documents(30))
     command = shlex.join([*map(str, COMMAND), str(tmp_path / "OUT"), str(source), "--vocab", str(vocab)])
