@@ -172,6 +172,7 @@ else:
             needed += each * int(blocks.any(3).any(1).sum())
         assert len(products) == needed
 
+    @pytest.mark.slow
     def test_operator_keeps_its_promises_to_the_compiler():
         """Fake tensors, the autograd formula, and a graph without breaks that gives the same."""
         (x, do), first_key = inputs(48, 2, 16, torch.bfloat16), intervals(48, 20, (0, 30))

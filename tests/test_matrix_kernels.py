@@ -248,6 +248,7 @@ else:
             with pytest.raises(AssertionError, match="torch.Size"):
                 tg.triton_transpose_(dst, src, True)
 
+    @pytest.mark.slow
     def test_operators_keep_their_promises_to_the_compiler():
         """Fake tensors, and graphs without breaks that give the same."""
         x, up, down, dy = (t.to(BF16) for t in mlp_inputs(40, 16))

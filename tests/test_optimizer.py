@@ -410,6 +410,7 @@ def test_updates_too_small_for_bfloat16_add_up_as_in_float32(update, state_of, d
     assert (p != begin).float().mean() > 0.3  # alone, bfloat16 would have stayed where it was
 
 
+@pytest.mark.slow
 def test_compiled_adam_on_a_cpu_is_adam():
     """One compiled loop for tables of every size and every set of constants; bfloat16, as `cpu` has them."""
     (plain_model, plain), (model, optimizer) = build(torch.bfloat16), build(torch.bfloat16, compiled=True)
