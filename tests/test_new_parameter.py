@@ -6,6 +6,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import ROOT, group_environments, run_command
 
@@ -72,16 +73,17 @@ def assert_gain_moved(log_dir: Path) -> None:
     assert state["momentum_buffer"].any() and state["second_moment"].any()
 
 
-def test_a_gate_by_two_edits_trains_on_two_processes_and_resumes_on_one(tiny_data, tmp_path):
-    """Two processes train to the end; one goes on from their checkpoint in the middle, to the same end."""
+@pytest.mark.parametrize("first, then", [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
+def test_a_gate_by_two_edits_trains_and_resumes_on_one_and_two_processes(first, then, tiny_data, tmp_path):
+    """Some processes train to the end; others go on from their middle checkpoint, to the same end."""
     file = tmp_path / "train_gpt.py"
     file.write_text(with_gain())
-    whole = train(file, 2, STEPS, tmp_path, tiny_data)
+    whole = train(file, first, STEPS, tmp_path, tiny_data)
     assert_gain_moved(tmp_path)
     models = [checkpoint(tmp_path, STEPS)["model"]]
     (last,) = tmp_path.glob(f"*.step{STEPS:06d}.pt")
     last.unlink()
-    resumed = train(file, 1, STEPS, tmp_path, tiny_data)
+    resumed = train(file, then, STEPS, tmp_path, tiny_data)
     (log,) = tmp_path.glob("*.txt")
     assert "resumed: from step 2" in log.read_text()
     assert len(whole) == STEPS + 1 and resumed == whole[2:], "it goes on as if nothing had been"
