@@ -210,6 +210,9 @@ class Config:
     muon_lr: float = flag(0.023, "learning rate of matrices, times the stage's lr_mul", 0, 10)
     muon_wd: float = flag(1.2, "weight decay of matrices", 0, 1000)
     muon_beta2: float = flag(0.95, "of the second moment", 0, 0.9999)
+    muon_heads: int = flag(
+        0, "heads of q and of k that Muon orthogonalises together; 0: all of a layer", 0, 4096
+    )
     momentum_min: float = flag(0.85, "Muon's momentum at the start and at the end", 0, 0.9999)
     momentum_max: float = flag(0.95, "Muon's momentum between", 0, 0.9999)
     momentum_warmup: int = flag(300, "steps from min to max", 0, 10**7)
@@ -517,6 +520,8 @@ def check_sizes(cfg: Config) -> None:
     need(halves, f"--head_dim {cfg.head_dim}: must be a multiple of 4 (rotary turns pairs in half of it)")
     fits = cfg.model_dim % cfg.head_dim == 0
     need(fits, f"--model_dim {cfg.model_dim}: must be a multiple of --head_dim {cfg.head_dim}")
+    groups = not cfg.muon_heads or cfg.num_heads % cfg.muon_heads == 0
+    need(groups, f"--muon_heads {cfg.muon_heads}: must divide the {cfg.num_heads} heads of a layer")
     paired = "p" in cfg.paired_heads
     advice = "change --model_dim or --head_dim, or use only dots"
     even = cfg.num_heads % 2 == 0
@@ -1177,6 +1182,7 @@ class Optimizer:
         self.tied = cfg.untie_share > 0
         self.state = {name: self.new_state(name) for name in self.params}
         self.matrix_lrs = {name: self.new_matrix_lrs(name) for name in self.params if self.is_muon(name)}
+        self.by_heads = {name: self.new_by_heads(name) for name in self.matrix_lrs}
         self.step_scalars = torch.zeros(3, device=env.device)  # on the device, where a graph reads them
         self.lr_mul, self.momentum, self.adam_steps = self.step_scalars.unbind()
         self.sparse_grad = None
@@ -1229,6 +1235,16 @@ class Optimizer:
         for k, factor in enumerate(spec.matrix_lrs):
             lrs[:, k] *= factor
         return self.local_shard(name, self.padded_rows(name, lrs))
+
+    def new_by_heads(self, name: str) -> "ByHeads | None":
+        """Which matrices of this rank's shard are q's and k's, if those are split by groups of heads."""
+        cfg = self.cfg
+        if name != "qkvo" or cfg.muon_heads in (0, cfg.num_heads):
+            return None
+        is_split = torch.zeros(*self.params[name].shape[:2], 1, 1, device=self.env.device)
+        is_split[:, :2] = 1
+        is_split = self.local_shard(name, self.padded_rows(name, is_split)).flatten() > 0
+        return ByHeads(is_split.nonzero()[:, 0], (~is_split).nonzero()[:, 0], cfg.muon_heads * cfg.head_dim)
 
     def adam_turn(self, step: int) -> bool:
         """Adam moves on the last of every adam_every steps, on the gradients of them all."""
@@ -1323,6 +1339,7 @@ class Optimizer:
                 momentum=self.momentum,
                 beta2=cfg.muon_beta2,
                 matrix_lrs=self.matrix_lrs[name],
+                by_heads=self.by_heads[name],
                 symmetric_product=self.kernels.symmetric_product,
                 dtype=self.kernels.muon_dtype,
             )
@@ -1446,17 +1463,45 @@ def normuon_(
     momentum: Tensor | float,
     beta2: float,
     matrix_lrs: Tensor,
+    by_heads: "ByHeads | None" = None,
     symmetric_product: Callable = symmetric_product,
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     """One NorMuon step (2510.05491) on matrices (n, rows, columns), in place; matrix_lrs (n, 1, 1)."""
     grad = grad.float()
     orthogonalise = partial(polar_express, symmetric_product=symmetric_product, dtype=dtype)
+    if by_heads is not None:
+        orthogonalise = partial(by_heads.orthogonalise, orthogonalise)
     update = normuon_direction(grad, momentum_buffer, second_moment, momentum, beta2, orthogonalise)
     weight = fp32_weight(p, mantissa_lo)
     agree = update * weight >= 0  # cautious weight decay, 2411.16085, as in the record: Adam's has > 0
     kept = 1 - wd * lr**2 * matrix_lrs * agree
     store_fp32_weight_(p, mantissa_lo, kept.mul_(weight).sub_(update.mul_(lr * matrix_lrs)))
+
+
+@dataclass(frozen=True)
+class ByHeads:
+    """Of a bank of matrices those that are orthogonalised by groups of heads, q's and k's, and the others.
+
+    As in public records after February 2026: what one head has to learn does not shrink another's update.
+    """
+
+    split: Tensor  # places in the bank
+    whole: Tensor
+    rows: int  # of a group of heads
+
+    def orthogonalise(self, orthogonalise: Callable, x: Tensor) -> Tensor:
+        """x (n, rows, columns)."""
+        parts = []
+        if len(self.split):
+            groups = orthogonalise(x[self.split].unflatten(1, (-1, self.rows)).flatten(0, 1))
+            parts.append((self.split, groups.unflatten(0, (len(self.split), -1)).flatten(1, 2)))
+        if len(self.whole):
+            parts.append((self.whole, orthogonalise(x[self.whole])))
+        result = torch.empty_like(x, dtype=parts[0][1].dtype)
+        for places, part in parts:
+            result = result.index_copy(0, places, part)
+        return result
 
 
 def normuon_direction(

@@ -3,7 +3,7 @@ train_gpt.py at its full size on "an H100", without a GPU: a driver that does no
 
     python tests/null_device.py           # every preset for GPUs, 1 and 4 ranks, with and without CUDA graphs
     python tests/null_device.py --presets short --ranks 1 --graphs on
-    python tests/null_device.py --presets short --ranks 1 --more="--exclusive --mudd_layers 3 --ema_rate 0.05"
+    python tests/null_device.py --presets short --ranks 1 --more="--exclusive --mudd_layers 3"
     python tests/null_device.py --write             # the rows go into the table of tests/README.md
 
 What is real: torch.compile, Inductor, Triton and ptxas for sm_90, the rules of CUDA-graph capture, torch's
@@ -425,7 +425,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--write", action="store_true", help="puts the rows into the table of tests/README.md"
     )
-    about = "further flags of train_gpt.py, such as '--exclusive --mudd_layers 3 --ema_rate 0.05'"
+    about = "further flags of train_gpt.py, such as '--exclusive --mudd_layers 3'"
     parser.add_argument("--more", type=shlex.split, default=[], metavar="FLAGS", help=about)
     args = parser.parse_args(argv)
     if args.more and args.write:

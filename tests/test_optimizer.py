@@ -257,6 +257,40 @@ def test_normuon_decays_what_has_no_update():
     torch.testing.assert_close(begin - p, torch.full_like(p, 3e-4), rtol=1e-3, atol=0)
 
 
+def test_q_and_k_are_orthogonalised_by_groups_of_heads_and_v_and_o_whole():
+    """Two heads of 16 at a time, of 4: every block of 32 rows is as if it were alone."""
+    _, optimizer = build(muon_heads=2)
+    by_heads, bank = optimizer.by_heads["qkvo"], optimizer.params["qkvo"].flatten(0, 1)
+    assert optimizer.by_heads["mlp"] is None and len(bank) == 24
+    assert by_heads.split.tolist() == [i for i in range(24) if i % 4 < 2]
+    assert sorted(by_heads.split.tolist() + by_heads.whole.tolist()) == list(range(24))
+    grad = spread(24, 64, 64, condition=10.0)
+    result = by_heads.orthogonalise(tg.polar_express, grad)
+    for i, (given, ours) in enumerate(zip(grad, result, strict=True)):
+        for first in range(0, 64, 32 if i % 4 < 2 else 64):
+            rows = slice(first, first + (32 if i % 4 < 2 else 64))
+            expected = tg.polar_express(given[None, rows])[0]
+            torch.testing.assert_close(ours[rows].float(), expected.float(), rtol=2e-2, atol=2e-3)
+    for heads in (0, 4):
+        assert build(muon_heads=heads)[1].by_heads["qkvo"] is None
+
+
+def test_a_step_by_heads_moves_each_group_as_if_it_were_a_matrix():
+    (whole_model, whole), (model, optimizer) = build(muon_heads=0), build(muon_heads=2)
+    for each in (whole_model, model):
+        add_gradients(each, 0)
+    begin, grad = model.qkvo.detach().clone(), model.qkvo.grad.clone()
+    for each in (whole, optimizer):
+        each.step(0, lr_mul=1.0, momentum=0.9, untie=False)
+    same = (model.qkvo == whole_model.qkvo).flatten(2).all(-1)
+    assert same[:, 2:].all() and not same[:, :2].any()
+    direction = tg.normuon_direction(
+        grad[0, :1, :32].flatten(0, 0).clone(), *muon_state(grad[0, :1, :32]), 0.9, 0.95
+    )
+    moved = (begin - model.qkvo.detach())[0, 0, :32].flatten()
+    assert torch.nn.functional.cosine_similarity(moved, direction.flatten(), dim=0) > 0.97
+
+
 def one_layer() -> dict:
     return dict(windows="s", paired_heads=".", value_embeds=".", skips=".", backout=".", extra_inputs=0)
 

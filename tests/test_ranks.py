@@ -430,6 +430,7 @@ def run_config(tiny_data, tmp_path_factory) -> tg.Config:
         val_every=0,
         exclusive=True,
         mudd_layers=2,
+        muon_heads=2,
         ema_rate=0.3,
         data_dir=str(tiny_data),
         log_dir=str(tmp_path_factory.mktemp("logs")),
