@@ -1256,10 +1256,11 @@ class Optimizer:
         cfg = self.cfg
         if name != "qkvo" or cfg.muon_heads in (0, cfg.num_heads):
             return None
-        is_split = torch.zeros(*self.params[name].shape[:2], 1, 1, device=self.env.device)
+        is_split = torch.zeros(*self.params[name].shape[:2], 1, 1, device="cpu")
         is_split[:, :2] = 1
         is_split = self.local_shard(name, self.padded_rows(name, is_split)).flatten() > 0
-        return ByHeads(is_split.nonzero()[:, 0], (~is_split).nonzero()[:, 0], cfg.muon_heads * cfg.head_dim)
+        places = (kind.nonzero()[:, 0].to(self.env.device) for kind in (is_split, ~is_split))
+        return ByHeads(*places, rows=cfg.muon_heads * cfg.head_dim)
 
     def adam_turn(self, step: int) -> bool:
         """Adam moves on the last of every adam_every steps, on the gradients of them all."""
