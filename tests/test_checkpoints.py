@@ -159,7 +159,10 @@ def test_the_save_points_lie_where_it_is_difficult(undisturbed):
     assert len(set(files)) >= 3 and files == sorted(files)
 
 
-@pytest.mark.parametrize("step", SAVE_POINTS)
+SOME = [pytest.param(step, marks=[pytest.mark.slow] * (i % 2)) for i, step in enumerate(SAVE_POINTS)]
+
+
+@pytest.mark.parametrize("step", SOME)
 def test_resumed_at_any_save_point_it_ends_bit_for_bit_alike(step, undisturbed, tmp_path):
     run = RecordedRun(resumable(undisturbed, tmp_path, step))
     assert run.steps_done == step
@@ -929,7 +932,9 @@ def test_a_signal_ends_the_run_with_a_whole_log(name, signalled):
 SAVING = [name for name, (_, save, _) in SIGNALS.items() if save]
 
 
-@pytest.mark.parametrize("name", [SAVING[0], pytest.param(SAVING[1], marks=pytest.mark.slow), *SAVING[2:]])
+@pytest.mark.parametrize(
+    "name", [SAVING[0], *(pytest.param(name, marks=pytest.mark.slow) for name in SAVING[1:])]
+)
 def test_a_signal_saves_if_asked_to_and_the_resumed_run_ends_alike(name, signalled, tiny_data, tmp_path):
     folder, results, _ = signalled[name]
     events, [path] = events_of(folder), folder.glob("*.pt")

@@ -286,6 +286,7 @@ def test_two_at_once_do_not_share_a_folder(hub, tmp_path):
 # The command as a person runs it
 
 
+@pytest.mark.slow
 def test_killed_and_interrupted_then_run_again(tmp_path):
     """Two processes are stopped within files, a third fetches the rest. Only the hub gets the token."""
     with Hub(dict(FILES)) as hub:

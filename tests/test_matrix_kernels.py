@@ -50,7 +50,9 @@ if not interpreter.ACTIVE:
             return torch.empty(2 * layers, D, 4 * D, dtype=BF16)
         return torch.empty(4 * layers, D, D, dtype=BF16)
 
-    @pytest.mark.parametrize("preset", ["short", pytest.param("medium", marks=pytest.mark.slow), "one-gpu"])
+    @pytest.mark.parametrize(
+        "preset", ["short", *(pytest.param(name, marks=pytest.mark.slow) for name in ("medium", "one-gpu"))]
+    )
     @pytest.mark.parametrize("backward, registers", [(False, 155), (True, 172)])
     def test_mlp_on_hopper(preset, backward, registers):
         """registers: of a thread, by Triton 3.9; one program fills a multiprocessor, so only spills would

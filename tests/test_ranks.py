@@ -194,10 +194,11 @@ def alone(world: World, dtype: torch.dtype) -> tuple[list[dict], dict]:
 
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+SIZES = pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow), 4])
 
 
 @DTYPES
-@pytest.mark.parametrize("size", [2, 3, 4])
+@SIZES
 def test_parameters_and_state_are_those_of_one_rank_to_the_last_bit_on_every_rank_after_every_step(
     world, size, dtype
 ):
@@ -239,7 +240,7 @@ def ties(dtype: torch.dtype) -> list[tuple[bool, bool, list[bool]]]:
 
 
 @DTYPES
-@pytest.mark.parametrize("size", [2, 3, 4])
+@SIZES
 def test_the_embedding_is_the_heads_transpose_until_the_untie_step_and_inherits_its_state_then(
     world, size, dtype
 ):
@@ -358,7 +359,7 @@ def bigram_table(dtype: torch.dtype, dense: bool) -> dict[str, str]:
 
 
 @DTYPES
-@pytest.mark.parametrize("size", [2, 3, 4])
+@SIZES
 def test_the_table_is_the_same_whether_all_rows_travel_or_only_those_touched(world, size, dtype):
     results = [world.run(size, bigram_table, dtype, dense) for dense in (False, True)]
     assert results[0] == results[1] and all(result == results[0][0] for result in results[0])
