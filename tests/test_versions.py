@@ -66,6 +66,17 @@ def test_a_wrong_version_never_runs_even_if_it_is_asked_for(monkeypatch, wrong, 
         assert kernels.note == f"mlp=plain (kernel: {reason})"
 
 
+def test_no_rank_takes_what_is_wrong_on_another(monkeypatch):
+    """Times add up over ranks: here a second one, on which the kernel is wrong or plain is slow."""
+    trial = tg.operator_trials(tiny(), ALONE)["mlp"]
+    for elsewhere, version in (([math.inf, 0.0], "plain"), ([1.0, 9.0], "kernel"), ([5.0, 1.0], "plain")):
+        env = tg.DistEnv(rank=0, world_size=2, device=ALONE.device)
+        monkeypatch.setattr(env, "all_reduce", lambda x, more=elsewhere: lambda: x + torch.tensor(more))
+        monkeypatch.setattr(tg, "milliseconds", lambda *arguments: 2.0)
+        assert tg.fastest(env, {"kernel": equal, "plain": tg.mlp}, trial, lambda f: f)[0] == version
+        assert tg.fastest(env, {"plain": tg.mlp}, trial, lambda f: f) == ("plain", "")
+
+
 def test_a_pinned_version_is_not_measured(monkeypatch):
     for version in ("kernel", "plain"):
         kernels = choose(monkeypatch, equal, pins={"mlp": version}, warmup=True)
