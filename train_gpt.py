@@ -264,6 +264,11 @@ class Config:
         return self.model_dim // self.head_dim
 
     @property
+    def rotary_pairs(self) -> int:
+        """Of a head's dimensions: those that turn, two by two."""
+        return int(self.head_dim * self.rotary_share) // 2
+
+    @property
     def vocab_rows(self) -> int:
         return -(-self.vocab_size // 128) * 128
 
@@ -824,7 +829,7 @@ class GPT(nn.Module):
 
     def add_buffers(self) -> None:
         cfg = self.cfg
-        half = int(cfg.head_dim * cfg.rotary_share) // 2  # pairs of dimensions that turn
+        half = cfg.rotary_pairs
         powers = torch.arange(half, dtype=torch.float32) / max(half - 1, 1)
         self.register_buffer("rotary_freqs", cfg.rotary_base**-powers)  # (half,), radians a token
         self.register_buffer("softmax_scale", torch.tensor(cfg.softmax_scale))
@@ -2203,6 +2208,9 @@ def make_descriptor(x: Tensor, *block: int) -> "TensorDescriptor | tuple":
     return x, tuple(x.shape), x.stride()
 
 
+LOG2_E, LN_2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2))  # exp(x) = exp2(x log2(e))
+
+
 @triton.jit
 def as_descriptor(x, BLOCK: tl.constexpr):
     """What make_descriptor gave, to load from and store to; below 90 it compiles to plain pointers."""
@@ -2226,7 +2234,7 @@ def attention_forward_kernel(
     row_first = tl.load(first_key + offs_m, mask=offs_m < T, other=T)[:, None]
     first = tl.load(first_key + start_m)
     last = tl.load(first_key + end - 1)
-    qk_scale = tl.load(scale) * 1.4426950408889634  # exp(x) = exp2(x log2(e))
+    qk_scale = tl.load(scale) * LOG2_E
     q_block = q.load([start_m, h * D])
     m_i = tl.full([BLOCK_M], -1e30, tl.float32)  # finite: a row may see no key of a block
     l_i = tl.zeros([BLOCK_M], tl.float32)
@@ -2278,7 +2286,7 @@ def attention_dq_kernel(
     row_first = tl.load(first_key + offs_m, mask=offs_m < T, other=T)[:, None]
     first = tl.load(first_key + start_m)
     last = tl.load(first_key + end - 1)
-    qk_scale = tl.load(scale) * 1.4426950408889634
+    qk_scale = tl.load(scale) * LOG2_E
     q_block = q.load([start_m, h * D])
     do_block = do.load([start_m, h * D])
     o_block = o.load([start_m, h * D])
@@ -2326,7 +2334,7 @@ def attention_dkv_kernel(
     dv = as_descriptor(dv, [BLOCK_N, D])
     offs_m = tl.arange(0, BLOCK_M)
     key = start_n + tl.arange(0, BLOCK_N)
-    qk_scale = tl.load(scale) * 1.4426950408889634
+    qk_scale = tl.load(scale) * LOG2_E
     k_block = k.load([start_n, h * D])
     v_block = v.load([start_n, h * D])
     dk_acc = tl.zeros([BLOCK_N, D], tl.float32)
@@ -2488,6 +2496,18 @@ RMS_EPS = tl.constexpr(torch.finfo(torch.float32).eps)  # norm's
 
 
 @triton.jit
+def tokens_of_a_head(T, H: tl.constexpr, D: tl.constexpr, PAIRED: tl.constexpr, BLOCK: tl.constexpr):
+    """What a program takes (BLOCK,): tokens, whether they exist, where their q begins in qkv, their places in
+    attention, where these begin. A head of a pair has every second place.
+    """
+    head = tl.program_id(1)
+    token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    place = token * 2 + head % 2 if PAIRED else token
+    at = place * (H // 2 * D) + head // 2 * D if PAIRED else token * (H * D) + head * D
+    return token, token < T, token * (3 * H * D) + head * D, place, at
+
+
+@triton.jit
 def load_heads(base, row, lane, inside, D: tl.constexpr, QK_NORM: tl.constexpr):
     """Rows of q or k (BLOCK, D) in float32, normed if they are to be; one over their root mean squares."""
     x = tl.load(base + row[:, None] + lane, mask=inside[:, None], other=0).to(tl.float32)
@@ -2526,14 +2546,9 @@ def prepare_forward_kernel(
     HAS_VALUE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Some tokens of a head. A head of a pair has every second place."""
-    head = tl.program_id(1)
-    token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = token < T
+    """Some tokens of a head."""
+    token, inside, row, place, to = tokens_of_a_head(T, H, D, PAIRED, BLOCK)
     lane = tl.arange(0, D)
-    row = token * (3 * H * D) + head * D
-    place = token * 2 + head % 2 if PAIRED else token
-    to = place * (H // 2 * D) + head // 2 * D if PAIRED else token * (H * D) + head * D
     c, s = load_angles(cos, sin, place, inside, D, HALF)
     for which in tl.static_range(2):
         x, _ = load_heads(qkv + which * H * D, row, lane, inside, D, QK_NORM)
@@ -2547,7 +2562,7 @@ def prepare_forward_kernel(
         tl.store(out + to[:, None] + lane, y.to(q.dtype.element_ty), mask=inside[:, None])
     y = tl.load(qkv + 2 * H * D + row[:, None] + lane, mask=inside[:, None], other=0).to(tl.float32)
     if HAS_VALUE:
-        at = token * (H * D) + head * D
+        at = token * (H * D) + tl.program_id(1) * D
         y += tl.load(value + at[:, None] + lane, mask=inside[:, None], other=0).to(tl.float32)
     tl.store(v + to[:, None] + lane, y.to(v.dtype.element_ty), mask=inside[:, None])
 
@@ -2572,13 +2587,8 @@ def prepare_backward_kernel(
     BLOCK: tl.constexpr,
 ):
     """The gradients of some tokens of a head."""
-    head = tl.program_id(1)
-    token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = token < T
+    token, inside, row, place, at = tokens_of_a_head(T, H, D, PAIRED, BLOCK)
     lane = tl.arange(0, D)
-    row = token * (3 * H * D) + head * D
-    place = token * 2 + head % 2 if PAIRED else token
-    at = place * (H // 2 * D) + head // 2 * D if PAIRED else token * (H * D) + head * D
     c, s = load_angles(cos, sin, place, inside, D, HALF)
     for which in tl.static_range(2):
         dy = tl.load((dk if which == 1 else dq) + at[:, None] + lane, mask=inside[:, None], other=0)
@@ -2611,7 +2621,7 @@ def prepare_op(
     qk_norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     T, _, H, D = qkv.shape
-    q, k, v = fake_prepare(qkv, value, is_first, cos, sin, paired, key_offset, qk_norm)
+    q, k, v = fake_prepare(qkv, value, is_first, cos, sin, paired)
     given = (qkv, qkv if value is None else value, is_first.view(torch.uint8), cos, sin)
     assert all(t.is_contiguous() for t in given), [t.stride() for t in given]
     switches = (paired, key_offset, qk_norm, value is not None)
@@ -2623,14 +2633,7 @@ def prepare_op(
 
 @prepare_op.register_fake
 def fake_prepare(
-    qkv: Tensor,
-    value: Tensor | None,
-    is_first: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    paired: bool,
-    key_offset: bool,
-    qk_norm: bool,
+    qkv: Tensor, value: Tensor | None, is_first: Tensor, cos: Tensor, sin: Tensor, paired: bool, *rest: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     T, _, H, D = qkv.shape
     size = (2 * T, H // 2, D) if paired else (T, H, D)
@@ -2879,9 +2882,6 @@ def cross_entropy(z: Tensor, targets: Tensor, weights: Tensor, cap: Cap) -> tupl
     loss = (weights * ((top + total.log()) - logits.gather(1, targets))).sum()
     dz = (exp * (weights.sum(dim=-1, keepdim=True) / total)).scatter_add(1, targets, -weights)
     return loss, dz * (cap[0] / cap[2] * s * (1 - s)) if cap[0] else dz
-
-
-LOG2_E, LN_2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2))
 
 
 @triton.jit
@@ -4453,12 +4453,9 @@ class TrialInputs:
 
     def prepare_qkv(self, T: int) -> list:
         """What `prepared` takes."""
-        heads, half = (
-            (self.cfg.num_heads, self.cfg.head_dim),
-            int(self.cfg.head_dim * self.cfg.rotary_share) // 2,
-        )
+        heads = self.cfg.num_heads, self.cfg.head_dim
         is_first = torch.arange(T, device=self.device) % 99 == 0
-        angles = torch.rand(2 * T, half, generator=self.generator, device=self.device)
+        angles = torch.rand(2 * T, self.cfg.rotary_pairs, generator=self.generator, device=self.device)
         return [self.random(T, 3, *heads), self.random(T, *heads), is_first, angles.cos(), angles.sin()]
 
     def mlp(self, T: int) -> list:
@@ -4808,7 +4805,7 @@ class Cpu:
     compiles_validation = False
 
     def __init__(self, cfg: Config):
-        self.cfg, self.device, self.dtype = cfg, torch.device("cpu"), pick_dtype(cfg)
+        self.device, self.dtype = torch.device("cpu"), pick_dtype(cfg)
         processes = read_environment("LOCAL_WORLD_SIZE", 1)
         if processes > 1:  # torchrun says 1 thread; a core without a thread is idle
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

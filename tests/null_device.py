@@ -1,7 +1,7 @@
 """
 train_gpt.py at its full size on "an H100", without a GPU: a driver that does nothing, under CUDA torch.
 
-    python tests/null_device.py           # every preset for GPUs, 1 and 4 ranks, with and without CUDA graphs
+    python tests/null_device.py           # presets of tracks for GPUs, 1 and 4 ranks, with and without graphs
     python tests/null_device.py --presets short --ranks 1 --graphs on
     python tests/null_device.py --presets short --ranks 1 --more="--exclusive --mudd_layers 3"
     python tests/null_device.py --write             # the rows go into the table of tests/README.md
@@ -45,7 +45,7 @@ TESTS = Path(__file__).resolve().parent
 BEGIN, END = "<!-- null device: begin -->", "<!-- null device: end -->"
 STAGES = {"short": 4, "medium": 13, "one-gpu": 4, "short-next": 4}  # of each preset, the extension among them
 PRESETS = tuple(STAGES)
-DEFAULT = PRESETS[:3]
+DEFAULT = ("short", "medium", "one-gpu")
 VAL_SEQ_LEN = 262_144  # of all of them
 TRAIN_TOKENS, BOS, DOCUMENT = 13_000_000, 50256, 400
 

@@ -25,7 +25,7 @@ from data.shards import write_shard
 # head part with the update of step 9, so between the save points 8 and 10; the odd last step leaves a
 # gradient that nobody will use.
 STEPS, SAVE_POINTS, WINDOW_GROWS, UNTIED = 13, [2, 4, 6, 8, 10, 12, 13], 6, 10
-LATER = dict(exclusive=True, mudd_layers=1, ema_rate=0.3, muon_heads=2)  # switches that no preset has on
+LATER = dict(exclusive=True, mudd_layers=1, ema_rate=0.3, muon_heads=2)  # switches of later records
 BASE = dict(num_steps=STEPS, val_every=4, micro_batches=2, final_long_window=96) | LATER
 DTYPES = ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)]
 
