@@ -179,7 +179,7 @@ else:
         """Fake tensors, what it changes in place, and a graph without breaks that gives the same."""
         x, head, targets, weights = chunk_inputs(16, 208, 2)
         torch.library.opcheck(tg.cross_entropy_, (x @ head, targets, weights, list(CAP), True))
-        gradient_inputs = (x @ head, torch.ones(16), targets, weights, list(CAP), torch.tensor(1e-5))
+        gradient_inputs = (x @ head, torch.full((16,), 40.0), targets, weights, list(CAP), torch.tensor(1e-5))
         torch.library.opcheck(tg.logit_gradient, gradient_inputs)
         torch.compiler.assume_constant_result(tg.compute_capability)  # as choose_versions does
         whole = torch.compile(tg.triton_head_chunk, fullgraph=True, dynamic=False, backend="aot_eager")

@@ -10,8 +10,8 @@ that says FAIL, and the next section goes on. Exit code 1 if any row says FAIL.
     machine     what the GPU does at best: copies, matrix products, launches from a graph
     operators   each operator against float64 or float32, against plain PyTorch's error, twice for the same
                 bits; milliseconds, and how many times as fast as compiled plain PyTorch
-    PRESET      short, one-gpu, medium: start-up, memory, graphs against calls, milliseconds by stage and by
-                kind of kernel, validation
+    PRESET      short, one-gpu, short-next, medium: start-up, memory, graphs against calls, milliseconds by
+                stage and by kind of kernel, validation
     train       the preset short on the embedded corpus, all kernels against plain PyTorch; a small float32
                 model on the GPU against the CPU
 
@@ -52,6 +52,7 @@ LIMITS = {
     "operators": 150,
     "short": 260,
     "one-gpu": 260,
+    "short-next": 260,
     "medium": 300,
     "train": 300,
 }
