@@ -248,6 +248,7 @@ class Config:
     )
     compile: bool = flag(True, "torch.compile")
     fp8_head: bool = flag(True, "GPU: the head's products are FP8's while training")
+    fp8_mlp: bool = flag(False, "GPU: the MLP's forward products are FP8's while training")
     reference: bool = flag(False, "GPU: no kernels of this file, plain PyTorch in their place, as in float32")
     operators: str = flag("", "GPU: versions to take, like mlp=plain,head_chunk=fp8; else the fastest")
     graphs: bool = flag(True, "GPU: replay each kind of step from CUDA graphs, captured in the warm-up")
@@ -2699,10 +2700,15 @@ def mlp(x: Tensor, up: Tensor, down: Tensor, activation: str) -> Tensor:
     return hidden @ down
 
 
-# BLOCK_M, BLOCK_N, BLOCK_K, warps, stages forward, backward; shared memory: 99 KB on Ada and on 120, 227 on
-# 90.
-RELU2_BLOCKS = {80: (128, 256, 32, 8, 3, 3), 90: (128, 256, 64, 8, 4, 3), 120: (128, 128, 64, 8, 3, 3)}
+# BLOCK_M, BLOCK_N, bytes of BLOCK_K, warps, stages forward, backward, in FP8; shared memory: 99 KB on Ada and
+# on 120, 227 on 90.
+RELU2_BLOCKS = {
+    80: (128, 256, 64, 8, 3, 3, 3),
+    90: (128, 256, 128, 8, 4, 3, 3),
+    120: (128, 128, 128, 8, 3, 3, 2),
+}
 PROCESSORS = 132  # an H100's, where there is no GPU
+HIDDEN_SCALE = 2**-2  # of the MLP's hidden values in FP8
 
 
 @triton.jit
@@ -2711,14 +2717,20 @@ def relu2_kernel(
     b,
     hidden,
     out,
+    out8,
     K: tl.constexpr,
+    SCALE: tl.constexpr,
+    SCALE8: tl.constexpr,
     BACKWARD: tl.constexpr,
     PROGRAMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """A program takes every PROGRAMS-th block, in one flat loop: while it stores one, it loads the next."""
+    """A program takes every PROGRAMS-th block, in one flat loop: while it stores one, it loads the next.
+
+    a and b in FP8 are worth SCALE times their product; out / SCALE8 is then stored in FP8, too.
+    """
     HALF: tl.constexpr = BLOCK_N // 2  # what is stored at once: less shared memory
     a = as_descriptor(a, [BLOCK_M, BLOCK_K])
     b = as_descriptor(b, [BLOCK_N, BLOCK_K])
@@ -2738,58 +2750,92 @@ def relu2_kernel(
                 y = halves[i] * 2 * tl.sqrt(squared.to(tl.float32))
             else:
                 y = tl.maximum(halves[i], 0) * tl.maximum(halves[i], 0)
+            if SCALE8 > 0:
+                y *= SCALE * SCALE
+                y8 = tl.minimum(y / SCALE8, 448.0).to(a.dtype)
+                as_descriptor(out8, [BLOCK_M, HALF]).store([row, column + i * HALF], y8)
             out.store([row, column + i * HALF], y.to(out.dtype))
 
 
-@torch.library.custom_op("train_gpt::relu2_product", mutates_args=())
-def relu2_product(a: Tensor, b: Tensor, hidden: Tensor | None) -> Tensor:
-    """a (T, K), b (N, K) -> relu(a b^T)^2 (T, N); with that as hidden: 2 sqrt(hidden) a b^T."""
-    BLOCK_M, BLOCK_N, BLOCK_K, warps, *stages = config_for_arch(RELU2_BLOCKS)
-    backward = hidden is not None
-    out = a.new_empty(len(a), len(b))
+def launch_relu2(a: Tensor, b: Tensor, hidden: Tensor | None, out: Tensor, out8: Tensor | None) -> None:
+    BLOCK_M, BLOCK_N, bytes_of_k, warps, *stages = config_for_arch(RELU2_BLOCKS)
+    fp8, BLOCK_K = out8 is not None, bytes_of_k // min(2, a.itemsize)
     processors = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else PROCESSORS
     programs = min(processors, triton.cdiv(len(a), BLOCK_M) * triton.cdiv(len(b), BLOCK_N))
     relu2_kernel[(programs,)](
         make_descriptor(a, BLOCK_M, BLOCK_K),
         make_descriptor(b, BLOCK_N, BLOCK_K),
-        make_descriptor(hidden if backward else out, BLOCK_M, BLOCK_N // 2),
+        make_descriptor(out if hidden is None else hidden, BLOCK_M, BLOCK_N // 2),
         make_descriptor(out, BLOCK_M, BLOCK_N // 2),
+        make_descriptor(out8 if fp8 else out, BLOCK_M, BLOCK_N // 2),
         a.size(1),
-        backward,
+        X_SCALE * HEAD_SCALE,
+        HIDDEN_SCALE if fp8 else 0,
+        hidden is not None,
         programs,
         BLOCK_M,
         BLOCK_N,
         BLOCK_K,
         num_warps=warps,
-        num_stages=stages[backward],
+        num_stages=stages[2 if fp8 else hidden is not None],
     )
+
+
+@torch.library.custom_op("train_gpt::relu2_product", mutates_args=())
+def relu2_product(a: Tensor, b: Tensor, hidden: Tensor | None) -> Tensor:
+    """a (T, K), b (N, K) -> relu(a b^T)^2 (T, N); with that as hidden: 2 sqrt(hidden) a b^T."""
+    out = a.new_empty(len(a), len(b))
+    launch_relu2(a, b, hidden, out, None)
     return out
 
 
 relu2_product.register_fake(lambda a, b, hidden: a.new_empty(a.size(0), b.size(0)))
 
 
+@torch.library.custom_op("train_gpt::relu2_product_fp8", mutates_args=())
+def relu2_product_fp8(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """FP8: a (T, K) over X_SCALE, b (N, K) over HEAD_SCALE -> relu(a b^T)^2 (T, N), it over HIDDEN_SCALE."""
+    out, out8 = (a.new_empty(len(a), len(b), dtype=kind) for kind in (dtype, a.dtype))
+    launch_relu2(a, b, None, out, out8)
+    return out, out8
+
+
+@relu2_product_fp8.register_fake
+def fake_relu2_product_fp8(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return a.new_empty(a.size(0), b.size(0), dtype=dtype), a.new_empty(a.size(0), b.size(0))
+
+
 class ReLU2MLP(torch.autograd.Function):
     """relu(x up^T)^2 is all that is kept: its root serves the derivative, more exactly than a kept relu."""
 
     @staticmethod
-    def forward(ctx, x, up, down):
-        hidden = relu2_product(x, up, None)
+    def forward(ctx, x, up, down, fp8):
+        if fp8:
+            hidden, hidden8 = relu2_product_fp8(to_fp8(x, X_SCALE), to_fp8(up, HEAD_SCALE), x.dtype)
+            scales = (x.new_full((), scale, dtype=torch.float32) for scale in (HIDDEN_SCALE, HEAD_SCALE))
+            by_column = to_fp8(down, HEAD_SCALE).T.contiguous().T
+            y = torch._scaled_mm(hidden8, by_column, *scales, out_dtype=x.dtype, use_fast_accum=True)
+        else:
+            hidden = relu2_product(x, up, None)
+            y = hidden @ down
         ctx.save_for_backward(x, up, down, hidden)
-        return hidden @ down
+        return y
 
     @staticmethod
     def backward(ctx, dy):
         x, up, down, hidden = ctx.saved_tensors
         d_up = relu2_product(dy.contiguous(), down, hidden)  # of x up^T
-        return d_up @ up, d_up.T @ x, hidden.T @ dy
+        return d_up @ up, d_up.T @ x, hidden.T @ dy, None
 
 
-def triton_mlp(x: Tensor, up: Tensor, down: Tensor, activation: str) -> Tensor:
-    """mlp, fused for relu2 in bfloat16; D a multiple of 8."""
+def triton_mlp(x: Tensor, up: Tensor, down: Tensor, activation: str, fp8: bool = False) -> Tensor:
+    """mlp, fused for relu2 in bfloat16; D a multiple of 8. fp8: its forward products are FP8's, from 89 on.
+
+    Then x and hidden values saturate at 112, weights at 1.75; gradients are bfloat16's. D a multiple of 16.
+    """
     if activation != "relu2":
         return mlp(x, up, down, activation)
-    return ReLU2MLP.apply(x.contiguous(), up, down)
+    return ReLU2MLP.apply(x.contiguous(), up, down, fp8 and torch.is_grad_enabled())
 
 
 # ----- Head and loss -----
@@ -4406,7 +4452,7 @@ class Gpu:
 OPERATORS = {  # each one's versions; without a measurement the first right one runs
     "attention": ("kernel", "plain"),
     "prepare_qkv": ("kernel", "plain"),
-    "mlp": ("kernel", "plain"),
+    "mlp": ("fp8", "kernel", "plain"),
     "head_chunk": ("fp8", "kernel", "plain"),
     "symmetric_product": ("kernel", "plain"),
     "transpose_": ("kernel", "plain"),
@@ -4498,8 +4544,13 @@ def operator_trials(cfg: Config, env: DistEnv) -> dict[str, Trial]:
     make, D, V = TrialInputs(cfg, env.device), cfg.model_dim, cfg.vocab_rows
     few, many = 384, max(1, cfg.join) * most_tokens(cfg)
     matrices = -(-len(cfg.windows) // env.world_size)  # a rank's share
-    fp8 = cfg.fp8_head and compute_capability() >= 89
-    bfloat16_head = partial(triton_head_chunk, fp8=False)
+    has_fp8 = compute_capability() >= 89
+    mlps = {"kernel": triton_mlp}
+    if cfg.fp8_mlp and has_fp8 and cfg.activation == "relu2":
+        mlps = {"fp8": partial(triton_mlp, fp8=True)} | mlps
+    heads = {"kernel": partial(triton_head_chunk, fp8=False)}
+    if cfg.fp8_head and has_fp8:
+        heads = {"fp8": triton_head_chunk} | heads
     return {
         "attention": Trial(
             {"kernel": triton_attention},
@@ -4515,9 +4566,9 @@ def operator_trials(cfg: Config, env: DistEnv) -> dict[str, Trial]:
             leaves=2,
             shows=lambda prepare: partial(prepared, prepare, cfg),
         ),
-        "mlp": Trial({"kernel": triton_mlp}, make.mlp(few), partial(make.mlp, many), leaves=3),
+        "mlp": Trial(mlps, make.mlp(few), partial(make.mlp, many), leaves=3, tolerance={"fp8": 0.15}),
         "head_chunk": Trial(
-            {"fp8": triton_head_chunk, "kernel": bfloat16_head} if fp8 else {"kernel": bfloat16_head},
+            heads,
             make.head_chunk(few),
             partial(make.head_chunk, min(many, HEAD_CHUNK["cuda"])),
             tolerance={"fp8": 0.1},

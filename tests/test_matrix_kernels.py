@@ -7,6 +7,7 @@ from functools import partial
 import interpreter
 import pytest
 import torch
+import torch.nn.functional as F
 
 import train_gpt as tg
 
@@ -64,6 +65,13 @@ if not interpreter.ACTIVE:
         assert kernel.regs <= registers + 16, aot.row(kernel)
         assert kernel.counts["wgmma"] and kernel.counts["tma_ld"] and kernel.counts["tma_st"], aot.row(kernel)
         assert kernel.counts["mma"] == 0 and kernel.grid == (132,), aot.row(kernel)
+
+    @pytest.mark.parametrize("cc", [89, 90, pytest.param(120, marks=pytest.mark.slow)])
+    def test_mlp_in_fp8(cc):
+        a, b = (torch.empty(size, 768, dtype=torch.float8_e4m3fn) for size in (49152, 3072))
+        kernel = compiled(cc, tg.relu2_product_fp8, a, b, BF16)
+        assert kernel.counts["wgmma" if cc == 90 else "mma"] and kernel.grid == (132,), aot.row(kernel)
+        assert "e4m3" in kernel.kernel.asm["ptx"], "its products are not FP8's"
 
     @pytest.mark.parametrize("preset", ["short", pytest.param("medium", marks=pytest.mark.slow)])
     @pytest.mark.parametrize("name", ["mlp", "qkvo", "gram"])
@@ -143,6 +151,31 @@ else:
             ("y", "dx", "dup", "ddown"), with_grads(fused_mlp, BF16, *inputs), plain, exact, strict=True
         ):
             assert error(a, truth) <= error(b, truth), (name, error(a, truth), error(b, truth))
+
+    @pytest.mark.parametrize("T, D", [(140, 80), (256, 128)])
+    def test_mlp_in_fp8_errs_as_plain_products_of_the_same_fp8_values_do(T, D):
+        inputs = mlp_inputs(T, D)
+        fused = with_grads(lambda *args: fused_mlp(*args, fp8=True), BF16, *inputs)
+        x, up, down, _ = inputs
+
+        def rounded(t: torch.Tensor, scale: float) -> torch.Tensor:
+            return tg.to_fp8(t, scale).float() * scale
+
+        hidden = F.relu(rounded(x, tg.X_SCALE) @ rounded(up, tg.HEAD_SCALE).T).square()
+        by_hand = rounded(hidden, tg.HIDDEN_SCALE) @ rounded(down, tg.HEAD_SCALE)
+        assert error(fused[0], by_hand) < 5e-3
+        exact = with_grads(plain_mlp, torch.float64, *inputs)
+        for name, a, b in zip(("y", "dx", "dup", "ddown"), fused, exact, strict=True):
+            assert a.dtype == BF16 and error(a, b) < 0.12, (name, error(a, b))
+
+    def test_mlp_in_fp8_saturates_and_is_for_training_alone():
+        x, up, down, _ = (t.to(BF16) for t in mlp_inputs(32, 16))
+        with torch.no_grad():
+            plain = fused_mlp(x, up, down)
+            assert torch.equal(plain, fused_mlp(x, up, down, fp8=True))
+        assert torch.equal(plain, fused_mlp(x, up, down))
+        assert not torch.equal(plain, fused_mlp(x, up, down, fp8=True))
+        assert fused_mlp(1e4 * x, up, down, fp8=True).isfinite().all()
 
     @pytest.mark.parametrize("programs", [1, 3])
     def test_any_number_of_programs_gives_the_same_bits(monkeypatch, programs):

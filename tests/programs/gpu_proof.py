@@ -413,6 +413,7 @@ def prepare_rows(add: Callable, cfg: tg.Config, quick: bool) -> None:
 
 def mlp_rows(add: Callable, cfg: tg.Config, quick: bool) -> None:
     D, W = cfg.model_dim, cfg.mlp_ratio * cfg.model_dim
+    fp8_mlp = partial(tg.triton_mlp, fp8=True)
 
     def make(T: int, rng: torch.Generator) -> list:
         up, down = (random(rng, W, D, scale=D**-0.5) for _ in range(2))
@@ -421,10 +422,13 @@ def mlp_rows(add: Callable, cfg: tg.Config, quick: bool) -> None:
     for T, dtype in ((512, torch.float64), (512 if quick else 49152, torch.float32)):
         name = f"relu2 MLP, T {T}, {'float64' if dtype == torch.float64 else 'float32'}"
         compare(add, name, tg.triton_mlp, tg.mlp, partial(make, T), leaves=3, dtype=dtype)
+        name = name.replace("MLP", "MLP in FP8")
+        compare(add, name, fp8_mlp, tg.mlp, partial(make, T), leaves=3, dtype=dtype, tolerance=0.12)
     inputs = make(512 if quick else 49152, torch.Generator(DEVICE).manual_seed(1))
     forward, both = forward_and_backward(tg.triton_mlp, inputs, 3)
     _, plain_both = forward_and_backward(compiled(tg.mlp), inputs, 3)
     flops, ms, ms_both = 4 * len(inputs[0]) * D * W, milliseconds(forward), milliseconds(both)
+    _, fp8_both = forward_and_backward(compiled(fp8_mlp), inputs, 3)
     first = milliseconds(lambda: tg.relu2_product(inputs[0], inputs[1], None))
     product = milliseconds(lambda: inputs[0].detach() @ inputs[1].detach().T)
     add(
@@ -435,6 +439,7 @@ def mlp_rows(add: Callable, cfg: tg.Config, quick: bool) -> None:
         both_TFLOP_s=3 * flops / ms_both / 1e9,
         kernel_ms=first,
         bare_product_ms=product,
+        fp8_both_ms=milliseconds(fp8_both),
         times_plain=milliseconds(plain_both) / ms_both,
     )
 
