@@ -36,6 +36,7 @@ if __name__ == "__main__":
         os.environ.setdefault("GOMP_SPINCOUNT", "300")
 
 import argparse
+import base64
 import contextlib
 import ctypes
 import fcntl
@@ -204,6 +205,9 @@ class Config:
     final_lr: float = flag(0.1, "times muon_lr and adam_lr, at the end", 0, 10)
     untie_share: float = flag(2 / 3, "of the schedule: embed and lm_head are one until then; 1: always", 0, 1)
     max_predict: int = flag(3, "next tokens that a stage may ask for; 1: no multi-token prediction", 1, 16)
+    prefix_weight: float = flag(
+        0.0, "first weight of a loss on the next token's longest beginning that is a token; ends at 0", 0, 10
+    )
     ema_rate: float = flag(0.0, "a step's share in the mean of weights that is validated; 0: no mean", 0, 0.5)
     # NorMuon
     matrix_optimizer: str = flag("normuon", "adamw: Adam for matrices too", choices="normuon adamw")
@@ -846,6 +850,7 @@ class GPT(nn.Module):
                 fixed = torch.Generator().manual_seed(0)
                 signs = torch.randint(0, 2, signs.shape, generator=fixed) * 2 - 1
             self.register_buffer("bigram_sign", signs.to(self.dtype), persistent=False)
+        self.register_buffer("prefixes", None, persistent=False)  # what read_prefixes gives, to train with it
         self.update_rotary()
 
     @torch.no_grad()
@@ -895,13 +900,17 @@ class GPT(nn.Module):
     ) -> Tensor:
         """-> the mean loss, nats a token.
 
-        tokens, targets: (T,) ids. loss_weights: (n,), of the losses on the next n tokens. windows: short and
-        long, tokens. learn: with its gradient. joined: sequences of equal length, each of which begins with a
-        document, that the T tokens are.
+        tokens, targets: (T,) ids. loss_weights: (n,), of the losses on the next n tokens; while training with
+        prefixes the last is of the loss on the next one's. windows: short and long, tokens. learn: with its
+        gradient. joined: sequences of equal length, each of which begins with a document, that the T tokens
+        are.
         """
         x = self.hidden(tokens, windows)
         cap = (self.cfg.softcap, self.cfg.softcap_shift, self.cfg.softcap_width)
-        return head_loss(x, self.lm_head, targets, loss_weights, cap, self.head_chunk, learn, joined)
+        prefixes = self.prefixes if learn else None
+        return head_loss(
+            x, self.lm_head, targets, loss_weights, cap, self.head_chunk, learn, joined, prefixes
+        )
 
     def hidden(self, tokens: Tensor, windows: tuple[int, int]) -> Tensor:
         """tokens (T,) -> what the head reads, (T, D)."""
@@ -1826,13 +1835,18 @@ class Schedule:
         return cfg.momentum_min + (cfg.momentum_max - cfg.momentum_min) * min(1.0, rising, falling)
 
     def predict(self, step: int) -> tuple[float, ...]:
-        """Weights of the losses on the next tokens; each moves on a line through its stage."""
+        """Weights of the losses on the next tokens, each on a line through its stage.
+
+        With a prefix_weight that of the loss on the next token's prefix comes last.
+        """
         cfg, i = self.cfg, self.stage_index(step)
         begin = self.ends[i - 1] if i else 0
         done = (step - begin) / max(self.ends[i] - begin, 1)
         weights = [start + done * (end - start) for start, end in cfg.stages[i].predict[: cfg.max_predict]]
         most = min(cfg.max_predict, max(len(stage.predict) for stage in cfg.stages))
-        return (*weights, *[0.0] * (most - len(weights)))  # always as many: one compiled graph for all stages
+        prefix = [cfg.prefix_weight * (1 - step / cfg.num_steps)] if cfg.prefix_weight else []
+        # Always as many: one compiled graph for all stages.
+        return (*weights, *[0.0] * (most - len(weights)), *prefix)
 
     @property
     def untie_step(self) -> int:
@@ -1874,6 +1888,8 @@ class Trainer:
         joined_cfg = replace(cfg, join=self.joined)
         kernels = self.machine.choose_kernels(joined_cfg, self.env, operators_of(saved))
         self.model = GPT(joined_cfg, self.machine.dtype, kernels).to(self.env.device)
+        if cfg.prefix_weight:
+            self.model.prefixes = read_prefixes(cfg).to(self.env.device)
         if cfg.spectral and not saved:  # training time
             self.clock.start()
             start_from_counts(cfg, self.model, self.loader.tokens, self.env)
@@ -2863,19 +2879,49 @@ def head_loss(
     head_chunk: Callable | None = None,
     learn: bool = True,
     joined: int = 1,
+    prefixes: Tensor | None = None,
 ) -> Tensor:
     """reference_head_loss by chunks of tokens: float32 logits of a whole sequence never exist at once.
 
-    Of several joined sequences, equally long, the mean.
+    Of several joined sequences, equally long, the mean. prefixes (V,): the last weight is of the loss on the
+    next token's prefix, where it has one.
     """
     T, length = len(targets), len(targets) // joined
+    if prefixes is not None:
+        shorter, prefix_weight, weights = prefixes[targets], weights[-1:], weights[:-1]
     ahead = torch.arange(len(weights), device=x.device)
     place = torch.arange(T, device=x.device)[:, None] + ahead  # (T, n)
     inside = place % length >= ahead  # of a token's own sequence; none is shorter than `ahead`
     weights = torch.where(inside & (place < T), weights / T, 0)  # no loss on what is past the end
     targets = targets[place.clamp_max(T - 1)]
+    if prefixes is not None:
+        weights = torch.cat([weights, torch.where(shorter >= 0, prefix_weight / T, 0)[:, None]], dim=1)
+        targets = torch.cat([targets, shorter.clamp_min(0)[:, None]], dim=1)
     with_grad = learn and torch.is_grad_enabled()
     return HeadLoss.apply(x, head, targets, weights, cap, head_chunk or plain_kernels().head_chunk, with_grad)
+
+
+def read_prefixes(cfg: Config) -> Tensor:
+    """(vocab_rows,): each token's longest proper beginning that is a token, too, or -1. UserError.
+
+    By the vocabulary that data/ writes beside shards, `base64 rank` a line.
+    """
+    path, ranks = find_data(cfg) / "vocab.tiktoken", {}
+    about, again = f"--prefix_weight {cfg.prefix_weight:g}: {path}", "make the data again"
+    try:
+        for line in path.read_text("ascii").splitlines():
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)[:1000]] = int(rank)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not `base64 rank` a line"
+        raise UserError(f"{about}: {reason}; {again}") from None
+    known = set(ranks.values()) <= set(range(cfg.vocab_size))
+    need(known, f"{about}: not of {cfg.vocab_size} tokens; {again}")
+    prefixes = [-1] * cfg.vocab_rows
+    for token, rank in ranks.items():
+        beginnings = (token[:length] for length in range(len(token) - 1, 0, -1))
+        prefixes[rank] = next((ranks[part] for part in beginnings if part in ranks), -1)
+    return torch.tensor(prefixes)
 
 
 class HeadLoss(torch.autograd.Function):
@@ -4412,10 +4458,10 @@ class Gpu:
                 normuon_=torch.compile(normuon_, dynamic=False),
                 adam_=torch.compile(adam_, dynamic=False),
             )
-        if cfg.reference or self.dtype != torch.bfloat16:
-            return kernels
-        pins = before | read_operators(cfg.operators)
-        kernels = choose_versions(cfg, env, kernels, operator_trials(cfg, env), pins)
+        if not (cfg.reference or self.dtype != torch.bfloat16):
+            pins = before | read_operators(cfg.operators)
+            kernels = choose_versions(cfg, env, kernels, operator_trials(cfg, env), pins)
+        self.compiles_validation = kernels.attention is not banded_attention
         torch.cuda.empty_cache()  # the trials' memory is not the run's
         torch.cuda.reset_peak_memory_stats()
         return kernels
@@ -4442,7 +4488,9 @@ class Gpu:
         return host, event.synchronize
 
     def validating(self) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext()
+        """Uncompiled with plain attention: of a long sequence that is hundreds of pieces for the compiler."""
+        eager = self.compile_failure is None and not self.compiles_validation
+        return torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext()
 
     def peak_memory(self) -> int:
         """Bytes."""

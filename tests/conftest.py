@@ -1,5 +1,6 @@
 """What the tests share: a small configuration, shards of made-up text, a way to run commands."""
 
+import base64
 import os
 import signal
 import socket
@@ -81,6 +82,13 @@ def made_up_text(count: int, vocab_size: int = 256, seed: int = 0) -> np.ndarray
     return tokens
 
 
+def write_vocabulary(folder: Path) -> None:
+    """Of tiny()'s tokens: 128 bytes, and 127 pairs of bytes."""
+    tokens = [bytes([i]) for i in range(128)] + [bytes([i, i + 1]) for i in range(127)]
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)]
+    (folder / "vocab.tiktoken").write_text("".join(lines))
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> Path:
     """A folder with two training shards and one for validation, in tiny()'s vocabulary."""
@@ -88,6 +96,7 @@ def tiny_data(tmp_path_factory) -> Path:
     write_shard(folder / "x_train_000000.bin", made_up_text(12_000, seed=1))
     write_shard(folder / "x_train_000001.bin", made_up_text(12_000, seed=2))
     write_shard(folder / "x_val_000000.bin", made_up_text(4_000, seed=3))
+    write_vocabulary(folder)
     return folder
 
 

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, group_environments, made_up_text, run_command, tiny
+from conftest import ROOT, group_environments, made_up_text, run_command, tiny, write_vocabulary
 
 import train_gpt as tg
 from data.shards import write_shard
@@ -25,7 +25,8 @@ from data.shards import write_shard
 # head part with the update of step 9, so between the save points 8 and 10; the odd last step leaves a
 # gradient that nobody will use.
 STEPS, SAVE_POINTS, WINDOW_GROWS, UNTIED = 13, [2, 4, 6, 8, 10, 12, 13], 6, 10
-LATER = dict(exclusive=True, mudd_layers=1, ema_rate=0.3, muon_heads=2)  # switches of later records
+# Switches of later records.
+LATER = dict(exclusive=True, mudd_layers=1, ema_rate=0.3, muon_heads=2, prefix_weight=0.25)
 BASE = dict(num_steps=STEPS, val_every=4, micro_batches=2, final_long_window=96) | LATER
 DTYPES = ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)]
 
@@ -73,6 +74,7 @@ def tiny_data(tmp_path_factory) -> Path:
     for n in range(6):
         write_shard(folder / f"x_train_{n:06d}.bin", made_up_text(2_000, seed=n))
     write_shard(folder / "x_val_000000.bin", made_up_text(4_000, seed=9))
+    write_vocabulary(folder)
     return folder
 
 

@@ -1,5 +1,6 @@
 """The model against its description: operators, reach, documents, parameters, switches, formulas, sizes."""
 
+import base64
 import math
 import zlib
 from dataclasses import replace
@@ -194,6 +195,48 @@ def test_head_loss_by_hand(operator, capped):
     cap = CAP if capped else (0.0, 0.0, 1.0)
     loss = operator(torch.eye(3), torch.tensor(z).float(), torch.tensor(targets), torch.tensor(weights), cap)
     assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_loss_on_prefixes_adds_that_of_shorter_tokens():
+    """Of tokens 0 .. 39 every third has no prefix, another's is the token before it."""
+    (x, head), targets = head_inputs(50)
+    prefixes = torch.arange(40) - 1
+    prefixes[::3] = -1
+    plain = tg.head_loss(x, head, targets, torch.tensor([1.0, 0.5]), CAP)
+    with_them = tg.head_loss(x, head, targets, torch.tensor([1.0, 0.5, 0.25]), CAP, prefixes=prefixes)
+    logits = CAP[0] * torch.sigmoid((x @ head + CAP[1]) / CAP[2])
+    losses = torch.nn.functional.cross_entropy(logits, prefixes[targets].clamp_min(0), reduction="none")
+    expected = 0.25 * (losses * (prefixes[targets] >= 0)).mean()
+    assert (with_them - plain).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_a_model_with_prefixes_is_validated_without_them(tiny_data):
+    cfg = tiny(data_dir=str(tiny_data), prefix_weight=0.25)
+    model = tg.GPT(cfg)
+    plain = model(*text(256), torch.ones(1), (16, 48), learn=False)
+    model.prefixes = tg.read_prefixes(cfg)
+    assert torch.equal(plain, model(*text(256), torch.ones(1), (16, 48), learn=False))
+    assert not torch.equal(plain, model(*text(256), torch.ones(2), (16, 48)))
+
+
+def test_prefixes_are_the_longest_tokens_that_a_token_begins_with(tmp_path):
+    tokens = [b"a", b"ab", b"abcd", b"b", b"abce", b"abcef"]
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)]
+    (tmp_path / "vocab.tiktoken").write_text("".join(lines))
+    prefixes = tg.read_prefixes(tiny(data_dir=str(tmp_path), prefix_weight=0.25))
+    assert prefixes.tolist()[:6] == [-1, 0, 1, -1, 1, 4] and len(prefixes) == 256
+    assert set(prefixes.tolist()[6:]) == {-1}
+
+
+BAD_VOCABULARIES = [None, b"\xff 3\n", b"YQ==\n", b"YQ== x\n", b"YQ== 256\n", b"YQ 1\n", b"YQ== -1"]
+
+
+@pytest.mark.parametrize("content", BAD_VOCABULARIES)
+def test_a_vocabulary_that_cannot_be_read_is_refused(tmp_path, content):
+    if content is not None:
+        (tmp_path / "vocab.tiktoken").write_bytes(content)
+    with pytest.raises(tg.UserError, match=r"^--prefix_weight 0.25: .*vocab.tiktoken: .*; make the data"):
+        tg.read_prefixes(tiny(data_dir=str(tmp_path), prefix_weight=0.25))
 
 
 def test_cap_at_known_values():

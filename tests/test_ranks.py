@@ -433,6 +433,7 @@ def run_config(tiny_data, tmp_path_factory) -> tg.Config:
         mudd_layers=2,
         muon_heads=2,
         ema_rate=0.3,
+        prefix_weight=0.25,
         data_dir=str(tiny_data),
         log_dir=str(tmp_path_factory.mktemp("logs")),
     )

@@ -137,6 +137,13 @@ def test_there_are_always_as_many_weights(max_predict, count):
     assert all(schedule.predict(step)[0] == 1.0 for step in range(1547))
 
 
+def test_the_loss_on_prefixes_has_the_last_weight_which_falls_to_nothing():
+    schedule, without = short(prefix_weight=0.25), short()
+    for step in (0, 700, 1546):
+        *others, last = schedule.predict(step)
+        assert tuple(others) == without.predict(step) and last == pytest.approx(0.25 * (1 - step / 1547))
+
+
 def test_untie_step_of_short_is_odd_and_at_two_thirds():
     assert short().untie_step == 1005  # 1004.7 rounded up is odd already
     assert short(num_steps=1546).untie_step == 1005  # 2 / 3 x 1506 is 1004, even: one later

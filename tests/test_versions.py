@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -111,3 +112,24 @@ def test_a_checkpoints_versions_are_taken_and_garbage_in_it_is_not():
     for config in ({}, {"operators": "mlp=../../x"}, {"operators": 7}, {"operators": None}):
         assert tg.operators_of({"config": json.dumps(config)}) == {}
     assert tg.operators_of(None) == {}
+
+
+@pytest.mark.parametrize("reference, compiled", [(True, False), (False, True)])
+def test_a_long_validation_is_compiled_where_attention_is_a_kernel(monkeypatch, reference, compiled):
+    """Plain attention takes a long sequence in hundreds of pieces, each of which the compiler unrolls."""
+    monkeypatch.setattr(tg, "compile_failure", lambda cfg, device: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    fast = tg.plain_kernels(attention=tg.triton_attention)
+    monkeypatch.setattr(tg, "choose_versions", lambda cfg, env, kernels, *rest: fast)
+    monkeypatch.setattr(tg, "operator_trials", lambda cfg, env: {})
+    gpu, calls = object.__new__(tg.Gpu), []
+    gpu.device, gpu.dtype = torch.device("cpu"), torch.bfloat16
+    gpu.choose_kernels(replace(tg.PRESETS["short"], reference=reference), None, {})
+
+    @partial(torch.compile, backend=lambda graph, inputs: calls.append(1) or graph.forward)
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    with gpu.validating():
+        twice(torch.ones(3))
+    assert bool(calls) == compiled
