@@ -2007,7 +2007,7 @@ class Trainer:
         """One sequence's loss."""
         device = self.env.device
         plain_loss = torch.ones(1, device=device)
-        with self.machine.validating():
+        with validating(self.machine):
             return self.model(tokens.to(device), targets.to(device), plain_loss, windows, learn=False)
 
     def save_or_stop(self) -> None:
@@ -2829,8 +2829,7 @@ class ReLU2MLP(torch.autograd.Function):
         if fp8:
             hidden, hidden8 = relu2_product_fp8(to_fp8(x, X_SCALE), to_fp8(up, HEAD_SCALE), x.dtype)
             scales = (x.new_full((), scale, dtype=torch.float32) for scale in (HIDDEN_SCALE, HEAD_SCALE))
-            by_column = to_fp8(down, HEAD_SCALE).T.contiguous().T
-            y = torch._scaled_mm(hidden8, by_column, *scales, out_dtype=x.dtype, use_fast_accum=True)
+            y = fp8_product(hidden8, to_fp8(down, HEAD_SCALE), *scales, x.dtype)
         else:
             hidden = relu2_product(x, up, None)
             y = hidden @ down
@@ -2888,15 +2887,16 @@ def head_loss(
     """
     T, length = len(targets), len(targets) // joined
     if prefixes is not None:
-        shorter, prefix_weight, weights = prefixes[targets], weights[-1:], weights[:-1]
+        weights, prefix_weight = weights[:-1], weights[-1]
     ahead = torch.arange(len(weights), device=x.device)
     place = torch.arange(T, device=x.device)[:, None] + ahead  # (T, n)
     inside = place % length >= ahead  # of a token's own sequence; none is shorter than `ahead`
     weights = torch.where(inside & (place < T), weights / T, 0)  # no loss on what is past the end
     targets = targets[place.clamp_max(T - 1)]
     if prefixes is not None:
-        weights = torch.cat([weights, torch.where(shorter >= 0, prefix_weight / T, 0)[:, None]], dim=1)
-        targets = torch.cat([targets, shorter.clamp_min(0)[:, None]], dim=1)
+        shorter = prefixes[targets[:, :1]]
+        weights = torch.cat([weights, torch.where(shorter >= 0, prefix_weight / T, 0)], dim=1)
+        targets = torch.cat([targets, shorter.clamp_min(0)], dim=1)
     with_grad = learn and torch.is_grad_enabled()
     return HeadLoss.apply(x, head, targets, weights, cap, head_chunk or plain_kernels().head_chunk, with_grad)
 
@@ -2909,9 +2909,10 @@ def read_prefixes(cfg: Config) -> Tensor:
     path, ranks = find_data(cfg) / "vocab.tiktoken", {}
     about, again = f"--prefix_weight {cfg.prefix_weight:g}: {path}", "make the data again"
     try:
+        need(path.is_file() and path.stat().st_size < 10**8, f"{about}: there is no such vocabulary; {again}")
         for line in path.read_text("ascii").splitlines():
             token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)[:1000]] = int(rank)
+            ranks[base64.b64decode(token, validate=True)[:1000]] = int(rank)  # no real token is as long
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not `base64 rank` a line"
         raise UserError(f"{about}: {reason}; {again}") from None
@@ -3196,6 +3197,11 @@ def to_fp8(x: Tensor, scale: float) -> Tensor:
     return (x * (1 / scale)).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
 
 
+def fp8_product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """a (T, K) times b (K, N), whose columns must be contiguous there, times both scales."""
+    return torch._scaled_mm(a, b.T.contiguous().T, a_scale, b_scale, out_dtype=dtype, use_fast_accum=True)
+
+
 def triton_head_chunk(
     x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, cap: Cap, with_grad: bool, fp8: bool = True
 ) -> ChunkLoss:
@@ -3209,12 +3215,11 @@ def triton_head_chunk(
 
 
 def fp8_head_chunk(x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, cap: Cap) -> ChunkLoss:
-    """Three FP8 products, as the record's. A second matrix must have its columns contiguous."""
+    """Three FP8 products, as the record's."""
     x8, head8 = to_fp8(x, X_SCALE), to_fp8(head, HEAD_SCALE)
     x_scale, head_scale = (x.new_full((), s, dtype=torch.float32) for s in (X_SCALE, HEAD_SCALE))
     product = torch._scaled_mm
-    by_column = head8.T.contiguous().T
-    z = product(x8, by_column, x_scale, head_scale, out_dtype=x.dtype, use_fast_accum=True)
+    z = fp8_product(x8, head8, x_scale, head_scale, x.dtype)
     losses, log_totals = cross_entropy_(z, targets, weights, cap, False)
     dz_scale = weights.sum(1).amax().clamp_min(1e-30) / 2**14  # E5M2 ends at 57,344
     dz, dz_t = logit_gradient(z, log_totals, targets, weights, cap, dz_scale)
@@ -4458,7 +4463,7 @@ class Gpu:
                 normuon_=torch.compile(normuon_, dynamic=False),
                 adam_=torch.compile(adam_, dynamic=False),
             )
-        if not (cfg.reference or self.dtype != torch.bfloat16):
+        if self.dtype == torch.bfloat16 and not cfg.reference:
             pins = before | read_operators(cfg.operators)
             kernels = choose_versions(cfg, env, kernels, operator_trials(cfg, env), pins)
         self.compiles_validation = kernels.attention is not banded_attention
@@ -4486,11 +4491,6 @@ class Gpu:
         host.copy_(x, non_blocking=True)
         event.record()
         return host, event.synchronize
-
-    def validating(self) -> contextlib.AbstractContextManager:
-        """Uncompiled with plain attention: of a long sequence that is hundreds of pieces for the compiler."""
-        eager = self.compile_failure is None and not self.compiles_validation
-        return torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext()
 
     def peak_memory(self) -> int:
         """Bytes."""
@@ -4974,15 +4974,18 @@ class Cpu:
     def copy_to_host(self, x: Tensor) -> tuple[Tensor, Callable[[], None]]:
         return x, lambda: None
 
-    def validating(self) -> contextlib.AbstractContextManager:
-        """Uncompiled: another length would compile for longer than all validation takes."""
-        compiled = self.compile_failure is None
-        return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
-
     def peak_memory(self) -> int:
         """Bytes."""
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return resident if sys.platform == "darwin" else 1024 * resident
+
+
+def validating(machine: Gpu | Cpu) -> contextlib.AbstractContextManager:
+    """Uncompiled, unless the machine compiles it: its length takes longer to compile than a validation takes,
+    and plain attention of a long sequence is hundreds of pieces for the compiler.
+    """
+    eager = machine.compile_failure is None and not machine.compiles_validation
+    return torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext()
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -1,6 +1,5 @@
 """What the tests share: a small configuration, shards of made-up text, a way to run commands."""
 
-import base64
 import os
 import signal
 import socket
@@ -22,7 +21,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 import torch  # noqa: E402
 
 import train_gpt as tg  # noqa: E402
-from data.shards import write_shard  # noqa: E402
+from data.bpe import save_vocab  # noqa: E402
+from data.shards import VOCAB, write_shard  # noqa: E402
 
 torch.set_num_threads(1)  # sizes here are tiny: two threads mostly wait for each other
 
@@ -37,6 +37,10 @@ TINY_STAGES = (
     ),
     tg.Stage(until=2.0, batch_tokens=512, windows=(16, 64), max_doc_len=96, lr_mul=1.2),
 )
+
+
+# What only short-next has on, or no preset.
+LATER_SWITCHES = dict(exclusive=True, mudd_layers=1, muon_heads=2, ema_rate=0.3, prefix_weight=0.25)
 
 
 def tiny(**changes) -> tg.Config:
@@ -85,8 +89,7 @@ def made_up_text(count: int, vocab_size: int = 256, seed: int = 0) -> np.ndarray
 def write_vocabulary(folder: Path) -> None:
     """Of tiny()'s tokens: 128 bytes, and 127 pairs of bytes."""
     tokens = [bytes([i]) for i in range(128)] + [bytes([i, i + 1]) for i in range(127)]
-    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)]
-    (folder / "vocab.tiktoken").write_text("".join(lines))
+    save_vocab(folder / VOCAB, {token: rank for rank, token in enumerate(tokens)})
 
 
 @pytest.fixture(scope="session")

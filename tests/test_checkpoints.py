@@ -16,7 +16,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, group_environments, made_up_text, run_command, tiny, write_vocabulary
+from conftest import (
+    LATER_SWITCHES,
+    ROOT,
+    group_environments,
+    made_up_text,
+    run_command,
+    tiny,
+    write_vocabulary,
+)
 
 import train_gpt as tg
 from data.shards import write_shard
@@ -25,9 +33,7 @@ from data.shards import write_shard
 # head part with the update of step 9, so between the save points 8 and 10; the odd last step leaves a
 # gradient that nobody will use.
 STEPS, SAVE_POINTS, WINDOW_GROWS, UNTIED = 13, [2, 4, 6, 8, 10, 12, 13], 6, 10
-# Switches of later records.
-LATER = dict(exclusive=True, mudd_layers=1, ema_rate=0.3, muon_heads=2, prefix_weight=0.25)
-BASE = dict(num_steps=STEPS, val_every=4, micro_batches=2, final_long_window=96) | LATER
+BASE = dict(num_steps=STEPS, val_every=4, micro_batches=2, final_long_window=96) | LATER_SWITCHES
 DTYPES = ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)]
 
 

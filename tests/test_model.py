@@ -1,6 +1,5 @@
 """The model against its description: operators, reach, documents, parameters, switches, formulas, sizes."""
 
-import base64
 import math
 import zlib
 from dataclasses import replace
@@ -15,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt as tg
+from data.bpe import save_vocab
 
 BOS = 255  # of tiny()
 WINDOWS = (16, 48)
@@ -221,8 +221,7 @@ def test_a_model_with_prefixes_is_validated_without_them(tiny_data):
 
 def test_prefixes_are_the_longest_tokens_that_a_token_begins_with(tmp_path):
     tokens = [b"a", b"ab", b"abcd", b"b", b"abce", b"abcef"]
-    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)]
-    (tmp_path / "vocab.tiktoken").write_text("".join(lines))
+    save_vocab(tmp_path / "vocab.tiktoken", {token: rank for rank, token in enumerate(tokens)})
     prefixes = tg.read_prefixes(tiny(data_dir=str(tmp_path), prefix_weight=0.25))
     assert prefixes.tolist()[:6] == [-1, 0, 1, -1, 1, 4] and len(prefixes) == 256
     assert set(prefixes.tolist()[6:]) == {-1}

@@ -18,7 +18,15 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, TINY_STAGES, assert_user_error, group_environments, run_command, tiny
+from conftest import (
+    LATER_SWITCHES,
+    ROOT,
+    TINY_STAGES,
+    assert_user_error,
+    group_environments,
+    run_command,
+    tiny,
+)
 
 import train_gpt as tg
 
@@ -429,13 +437,9 @@ def run_config(tiny_data, tmp_path_factory) -> tg.Config:
         num_steps=6,
         micro_batches=8,
         val_every=0,
-        exclusive=True,
-        mudd_layers=2,
-        muon_heads=2,
-        ema_rate=0.3,
-        prefix_weight=0.25,
         data_dir=str(tiny_data),
         log_dir=str(tmp_path_factory.mktemp("logs")),
+        **LATER_SWITCHES | dict(mudd_layers=2),
     )
 
 

@@ -130,6 +130,6 @@ def test_a_long_validation_is_compiled_where_attention_is_a_kernel(monkeypatch, 
     def twice(x: torch.Tensor) -> torch.Tensor:
         return 2 * x
 
-    with gpu.validating():
+    with tg.validating(gpu):
         twice(torch.ones(3))
     assert bool(calls) == compiled
