@@ -12,7 +12,6 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from types import SimpleNamespace
 
 import torch
@@ -212,7 +211,8 @@ def stage_work(cfg: tg.Config, world_size: int, begin: int, end: int) -> StageWo
     tied = cfg.untie_share > 0 and (begin + end) / 2 < schedule.untie_step
     tokens = torch.full((stage.batch_tokens // cfg.micro_batches,), -1)
     tokens[:: stage.max_doc_len] = cfg.bos_id
-    flops = tg.step_flops(cfg, here * [(tokens, tokens)], stage.windows)
+    candidates = schedule.candidates(begin)
+    flops = tg.step_flops(cfg, here * [(tokens, tokens)], stage.windows, candidates)
     return StageWork(stage, len(tokens), flops, update_cost(cfg, world_size, tied, len(tokens)))
 
 
@@ -255,9 +255,7 @@ def run_seconds(cfg: tg.Config, gpu: str, count: int) -> tuple[float, float]:
     spec = GPUS[gpu]
     link = spec.link if count <= NODE else NODE_LINK
     hidden = exposed = 0.0
-    for begin, end in pairwise([0, *tg.Schedule(cfg).ends]):
-        if begin == end:
-            continue
+    for begin, end in tg.Schedule(cfg).parts:
         planned = stage_work(cfg, count, begin, end)
         cost, model = planned.cost, sum(planned.flops.values())
         work = (model / REACHED + cost.flops) / spec.bf16 / 1e12 + cost.moved / spec.bandwidth / 1e12
@@ -290,11 +288,7 @@ def print_plan(cfg: tg.Config, count: int, gpu: str) -> None:
     for name, p in optimizer.params.items():
         group = name.rstrip("_0123456789") if optimizer.specs[name].sharded else "gates and scalars"
         sizes[group] += p.numel()
-    ends = [0, *tg.Schedule(cfg).ends]
-    columns = []
-    for begin, end in zip(ends, ends[1:], strict=False):
-        if begin < end:
-            columns.append(planned_stage(cfg, gpu, count, begin, end))
+    columns = [planned_stage(cfg, gpu, count, *part) for part in tg.Schedule(cfg).parts]
     rates = f"{spec.bf16} TFLOP/s in bf16, {spec.fp8} in FP8, {spec.memory} GB at {spec.bandwidth} TB/s"
     print(f"{cfg.preset} on {count} x {gpu}: {rates}, {spec.link} GB/s to others; by stage:")
     groups = ", ".join(f"{group} {size:,}" for group, size in sizes.items())

@@ -156,9 +156,9 @@ def qk_clip(tau: float) -> tuple:
         ),
         ("value, positions, cfg.qk_norm,", "value, positions, False,"),  # normed above
         (
-            "        self.graphs.run(kind, lambda: self.accumulate_gradients(sequences, windows))",
+            "        self.graphs.run(kind, lambda: self.accumulate_gradients(sequences, *kind[1:]))",
             "        self.model.top_logit.zero_()\n"
-            "        self.graphs.run(kind, lambda: self.accumulate_gradients(sequences, windows))",
+            "        self.graphs.run(kind, lambda: self.accumulate_gradients(sequences, *kind[1:]))",
         ),
         after(
             "        self.flops += batch.flops * self.env.world_size",

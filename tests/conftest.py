@@ -21,8 +21,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 import torch  # noqa: E402
 
 import train_gpt as tg  # noqa: E402
-from data.bpe import save_vocab  # noqa: E402
-from data.shards import VOCAB, write_shard  # noqa: E402
+from data.shards import write_shard  # noqa: E402
+from tests.null_device import write_vocabulary  # noqa: E402
 
 torch.set_num_threads(1)  # sizes here are tiny: two threads mostly wait for each other
 
@@ -40,7 +40,9 @@ TINY_STAGES = (
 
 
 # What only short-next has on, or no preset.
-LATER_SWITCHES = dict(exclusive=True, mudd_layers=1, muon_heads=2, ema_rate=0.3, prefix_weight=0.25)
+LATER_SWITCHES = dict(
+    exclusive=True, mudd_layers=1, muon_heads=2, ema_rate=0.3, prefix_weight=0.25, sampled_vocab=128
+)
 
 
 def tiny(**changes) -> tg.Config:
@@ -86,12 +88,6 @@ def made_up_text(count: int, vocab_size: int = 256, seed: int = 0) -> np.ndarray
     return tokens
 
 
-def write_vocabulary(folder: Path) -> None:
-    """Of tiny()'s tokens: 128 bytes, and 127 pairs of bytes."""
-    tokens = [bytes([i]) for i in range(128)] + [bytes([i, i + 1]) for i in range(127)]
-    save_vocab(folder / VOCAB, {token: rank for rank, token in enumerate(tokens)})
-
-
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> Path:
     """A folder with two training shards and one for validation, in tiny()'s vocabulary."""
@@ -99,7 +95,7 @@ def tiny_data(tmp_path_factory) -> Path:
     write_shard(folder / "x_train_000000.bin", made_up_text(12_000, seed=1))
     write_shard(folder / "x_train_000001.bin", made_up_text(12_000, seed=2))
     write_shard(folder / "x_val_000000.bin", made_up_text(4_000, seed=3))
-    write_vocabulary(folder)
+    write_vocabulary(folder, 255, 128)
     return folder
 
 

@@ -20,6 +20,7 @@ ends with 0:
 """
 
 import argparse
+import base64
 import ctypes
 import json
 import os
@@ -159,6 +160,18 @@ def make_data(folder: Path, val_tokens: int) -> None:
         tokens[rng.random(count) < 1 / DOCUMENT] = BOS
         tokens[0] = BOS
         write_shard(folder / f"null_{name}_000000.bin", tokens)
+    write_vocabulary(folder, BOS, 256)
+
+
+def write_vocabulary(folder: Path, size: int, singles: int) -> None:
+    """vocab.tiktoken of so many tokens: single bytes, then pairs, of which each begins with a single one."""
+    from data.shards import VOCAB
+
+    pairs = ((i % singles, (i + i // singles + 1) % singles) for i in range(size - singles))
+    tokens = [bytes([i]) for i in range(singles)] + [bytes(pair) for pair in pairs]
+    assert len(set(tokens)) == size, f"{size=}: {singles=} have only {len(set(tokens))} tokens"
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)]
+    (folder / VOCAB).write_text("".join(lines), "ascii")
 
 
 def environment(libraries: Path, cache: Path, ranks: int) -> dict[str, str]:

@@ -80,7 +80,7 @@ def tiny_data(tmp_path_factory) -> Path:
     for n in range(6):
         write_shard(folder / f"x_train_{n:06d}.bin", made_up_text(2_000, seed=n))
     write_shard(folder / "x_val_000000.bin", made_up_text(4_000, seed=9))
-    write_vocabulary(folder)
+    write_vocabulary(folder, 255, 128)
     return folder
 
 

@@ -9,11 +9,11 @@ import train_gpt as tg
 CAP, OFF = (23.0, 5.0, 7.5), (0.0, 5.0, 7.5)
 
 
-def head_chunk_bf16(*args):
+def head_chunk_bf16(*args, **named):
     """triton_head_chunk as a GPU without FP8 computes it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tg, "compute_capability", lambda: 80)
-        return tg.triton_head_chunk(*args)
+        return tg.triton_head_chunk(*args, **named)
 
 
 PIECES = {"bf16": head_chunk_bf16, "fp8": tg.triton_head_chunk}
@@ -55,13 +55,15 @@ if not interpreter.ACTIVE:
 
     @pytest.mark.parametrize("cc", [80, pytest.param(89, marks=pytest.mark.slow), 90, 120])
     @pytest.mark.parametrize(
-        "n, cap, with_grad, registers", [(3, CAP, True, 48), (1, CAP, False, 40), (2, OFF, True, 60)]
+        "n, cap, with_grad, offsets, registers",
+        [(3, CAP, True, 0, 48), (3, CAP, True, 1, 64), (1, CAP, False, 0, 40), (2, OFF, True, 0, 60)],
     )
-    def test_compiled_kernel_stays_within_its_budget(cc, n, cap, with_grad, registers):
+    def test_compiled_kernel_stays_within_its_budget(cc, n, cap, with_grad, offsets, registers):
         """registers: of a thread on sm_90, by Triton 3.9. The width of x changes nothing here."""
-        z = torch.empty(2, 50304, dtype=torch.bfloat16)
+        z, offsets = torch.empty(2, 50304, dtype=torch.bfloat16), torch.zeros(50304) if offsets else None
+        targets = torch.zeros(2, n, dtype=torch.int64)
         with aot.record(cc) as launches:
-            tg.cross_entropy_(z, torch.zeros(2, n, dtype=torch.int64), torch.zeros(2, n), cap, with_grad)
+            tg.cross_entropy_(z, targets, torch.zeros(2, n), cap, with_grad, offsets)
         (kernel,) = launches
         assert kernel.fits and kernel.spill_st == kernel.spill_ld == 0, aot.row(kernel)
         assert kernel.regs <= (registers + 8 if cc == 90 else 80), aot.row(kernel)
@@ -69,13 +71,14 @@ if not interpreter.ACTIVE:
         assert kernel.counts["ldg128"] > 0, "loads of less than 16 bytes"
 
     @pytest.mark.parametrize("cc", [89, 90, pytest.param(120, marks=pytest.mark.slow)])
-    @pytest.mark.parametrize("n, cap", [(1, CAP), (3, CAP), (2, OFF)])
-    def test_compiled_gradient_kernels_stay_within_their_budget(cc, n, cap):
+    @pytest.mark.parametrize("n, cap, offsets", [(1, CAP, 0), (3, CAP, 0), (2, OFF, 0), (3, CAP, 1)])
+    def test_compiled_gradient_kernels_stay_within_their_budget(cc, n, cap, offsets):
         z, scale = torch.empty(64, 50304, dtype=torch.bfloat16), torch.ones(())
         with aot.record(cc) as launches:
             row = torch.zeros(64)
             targets = torch.zeros(64, n, dtype=torch.int64)
-            tg.logit_gradient(z, row, targets, torch.zeros(64, n), list(cap), scale)
+            offsets = torch.zeros(50304) if offsets else None
+            tg.logit_gradient(z, row, targets, torch.zeros(64, n), list(cap), scale, offsets)
         blocks, at_targets = launches
         for kernel in launches:
             assert kernel.fits and kernel.spill_st == kernel.spill_ld == 0, aot.row(kernel)
@@ -118,6 +121,17 @@ else:
         fused = head_chunk_bf16(x, head, targets, weights, cap, True)
         for name, a, b, truth in zip(("loss", "dx", "dhead"), fused, plain, exact, strict=True):
             assert error(a, truth) <= 1.1 * error(b, truth) + 1e-6, (name, error(a, truth), error(b, truth))
+
+    @pytest.mark.parametrize("cap", [CAP, pytest.param(OFF, marks=pytest.mark.slow)])
+    @pytest.mark.parametrize("piece, tolerance", [("bf16", 5e-3), ("fp8", 0.12)])
+    def test_logits_with_offsets(piece, tolerance, cap):
+        x, head, targets, weights = chunk_inputs(16, 208, 3)
+        offsets = torch.where(torch.isin(torch.arange(208), targets), 0.0, torch.arange(208) / 40)
+        args = x, head, targets, weights, cap, True
+        plain = tg.head_chunk(*args, offsets=offsets)
+        for a, b in zip(PIECES[piece](*args, offsets=offsets), plain, strict=True):
+            assert error(a, b) < tolerance
+        assert error(tg.head_chunk(*args)[1], plain[1]) > 2 * tolerance  # they matter
 
     @pytest.mark.parametrize("piece, tolerance", [("bf16", 5e-3), ("fp8", 0.12)])
     def test_a_token_that_is_the_target_twice_gets_both_weights(piece, tolerance):

@@ -588,3 +588,5 @@ def test_step_flops_are_matrices_and_attended_pairs_of_each_layer():
             expected += 3 * pairs * 2 * 2 * 16
         expected += 3 * 60 * sum(tg.matrix_flops(cfg).values())
     assert sum(tg.step_flops(cfg, batches, (10, 25)).values()) == expected
+    head = 3 * 2 * 60 * tg.matrix_flops(cfg)["head"]
+    assert sum(tg.step_flops(cfg, batches, (10, 25), 64).values()) == expected - head * 3 // 4

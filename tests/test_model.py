@@ -197,6 +197,54 @@ def test_head_loss_by_hand(operator, capped):
     assert loss.item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_softmax_over_as_many_tokens_as_there_are_is_the_whole_one(monkeypatch):
+    monkeypatch.setitem(tg.HEAD_CHUNK, "cpu", 16)
+    results = []
+    for candidates in (0, 40):
+        inputs, targets = head_inputs(50)
+        loss = tg.head_loss(*inputs, targets, torch.tensor([1.0, 0.5]), CAP, candidates=candidates)
+        results.append((loss.detach(), *torch.autograd.grad(loss, inputs)))
+    for a, b in zip(*results, strict=True):
+        close(a, b, 1e-6)
+
+
+@pytest.mark.parametrize("cap", [CAP, (0.0, 5.0, 7.5)])
+@pytest.mark.parametrize("count", [36, 8])
+def test_a_sampled_softmax_is_that_of_its_tokens_with_their_offsets(cap, count):
+    """Of 8 tokens fewer than there are targets: those that have no place have no weight."""
+    (x, head), targets = head_inputs(30)
+    loss = tg.head_loss(x, head, targets, torch.ones(1), cap, candidates=count)
+    tokens, offsets = tg.sample_vocab(targets[:, None], 40, count)
+    logits = x @ head[:, tokens]
+    logits = cap[0] * torch.sigmoid((logits + cap[1]) / cap[2]) if cap[0] else logits
+    log_shares = (logits + offsets).log_softmax(1)
+    picked = [log_shares[i, tokens == t] for i, t in enumerate(targets) if t in tokens]
+    assert len(picked) == 30 if count == 36 else 0 < len(picked) < 30
+    expected = -torch.cat(picked).sum() / 30
+    close(loss, expected, 1e-5)
+    for a, b in zip(
+        torch.autograd.grad(loss, [x, head]), torch.autograd.grad(expected, [x, head]), strict=True
+    ):
+        close(a, b, 1e-5)
+
+
+def test_sampled_tokens_hold_the_targets_and_stand_for_all_others():
+    """Over many draws each other token comes as often, and the denominator is right on average."""
+    rng = torch.Generator().manual_seed(0)
+    shares, often, drawn = torch.randn(512, generator=rng).exp(), torch.zeros(512), 400
+    total = 0.0
+    for _ in range(drawn):
+        targets = torch.randint(0, 20, (60, 2), generator=rng)
+        tokens, offsets = tg.sample_vocab(targets, 512, 128)
+        assert len(tokens) == 128 and torch.equal(tokens, tokens.unique())
+        assert torch.isin(targets, tokens).all() and not offsets[torch.isin(tokens, targets)].any()
+        total += float((shares[tokens] * offsets.exp()).sum()) / drawn
+        often[tokens] += 1 / drawn
+    assert total == pytest.approx(float(shares.sum()), rel=0.02)
+    assert often[20:].mean() == pytest.approx(108 / 492, rel=1e-2)
+    assert (often[20:] - 108 / 492).abs().max() < 5 * (0.22 * 0.78 / drawn) ** 0.5
+
+
 def test_a_loss_on_prefixes_adds_that_of_shorter_tokens():
     """Of tokens 0 .. 39 every third has no prefix, another's is the token before it."""
     (x, head), targets = head_inputs(50)

@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import fields, replace
+from itertools import pairwise
 
 import pytest
 from conftest import ROOT, tiny
@@ -142,6 +143,17 @@ def test_the_loss_on_prefixes_has_the_last_weight_which_falls_to_nothing():
     for step in (0, 700, 1546):
         *others, last = schedule.predict(step)
         assert tuple(others) == without.predict(step) and last == pytest.approx(0.25 * (1 - step / 1547))
+
+
+@pytest.mark.parametrize(
+    "count, last", [(0, 0), (128, 1402), (50_432, 0)]
+)  # as many as there are: none sampled
+def test_the_softmax_is_sampled_up_to_its_share_of_the_schedule(count, last):
+    schedule = tg.Schedule(replace(tg.PRESETS["short"], sampled_vocab=count))
+    sampled = [step for step in range(1547) if schedule.candidates(step)]
+    assert sampled == list(range(last)) and {schedule.candidates(step) for step in sampled} <= {count}
+    cuts = [502, 1005, 1507] + [last] * (last > 0)
+    assert schedule.parts == list(pairwise([0, *sorted(cuts), 1547]))
 
 
 def test_untie_step_of_short_is_odd_and_at_two_thirds():

@@ -43,6 +43,7 @@ from torch import Tensor
 import train_gpt as tg
 from cli import arguments, command, need
 from data.shards import write_shard
+from tests.null_device import write_vocabulary
 from tests.programs.same_losses import EVERY_FEATURE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -604,6 +605,7 @@ def make_data(folder: Path) -> None:
         starts = document_starts(rng, count)
         tokens[starts == np.arange(count)] = 50256
         write_shard(folder / f"made_{split}_000000.bin", tokens)
+    write_vocabulary(folder, 50256, 256)
 
 
 def memory() -> dict[str, float]:
@@ -673,12 +675,16 @@ def stage_rows(add: Callable, trainer: tg.Trainer) -> None:
                 ms = updates[adam_turn, tied] = milliseconds(partial(graphs.run, (adam_turn, tied), None), 5)
                 add(f"update, Adam {adam_turn}, tied {tied}", ms=ms)
     update = (updates[False, False] + updates[True, False]) / 2
-    for length, windows in step_kinds(trainer):
-        ms = milliseconds(partial(graphs.run, (length, windows), None), 5)
+    for kind in step_kinds(trainer):
+        length, windows, candidates = kind
+        ms = milliseconds(partial(graphs.run, kind, None), 5)
         sequences = [tuple(t.cpu() for t in pair) for pair in trainer.machine.inputs[length]]
-        flops, tokens = sum(tg.step_flops(cfg, sequences, windows).values()), length * len(sequences)
+        flops, tokens = (
+            sum(tg.step_flops(cfg, sequences, windows, candidates).values()),
+            length * len(sequences),
+        )
         add(
-            f"{tokens} tokens, windows {windows}",
+            f"{tokens} tokens, windows {windows}" + (f", softmax over {candidates}" if candidates else ""),
             step_ms=ms + update,
             gradients_ms=ms,
             tokens_s=tokens / (ms + update) * 1e3,
