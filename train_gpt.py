@@ -372,21 +372,25 @@ MEDIUM_2025 = replace(
     extra_inputs=1,
 )
 
-# Two CPU cores and the embedded corpus, minutes instead of GPUs; its losses compare only with its own. One
-# layer: in
-# so little time many steps of a shallow model learn more than few of a deep one.
+# Two CPU cores and the embedded corpus, minutes instead of GPUs: all that `short` has, in four thin layers.
+# Its losses compare only with its own.
 CPU = replace(
     SHORT,
     preset="cpu",
-    windows="l",
-    paired_heads=".",
-    value_embeds="1",
-    skips=".",
-    backout=".",
-    stages=(Stage(until=1.0, batch_tokens=4096, windows=(128, 512), max_doc_len=1024, lr_mul=1.0),),
+    windows="slsl",
+    paired_heads="p..p",
+    value_embeds="01.0",
+    skips="a..a",
+    backout="..b.",
+    stages=(
+        Stage(1 / 3, batch_tokens=2048, windows=(128, 256), max_doc_len=1024, lr_mul=1.0),
+        Stage(2 / 3, batch_tokens=4096, windows=(128, 512), max_doc_len=1024, lr_mul=1.0),
+        Stage(1.0, batch_tokens=6144, windows=(128, 512), max_doc_len=1024, lr_mul=1.0),
+    ),
     vocab_size=4096,
     bos_id=4095,
-    model_dim=256,
+    model_dim=128,
+    head_dim=64,
     bigram_rows=20,
     bigram_momentum=0.0,
     bigram_signs=8192,
@@ -395,35 +399,32 @@ CPU = replace(
     embed_std=0.15,
     spectral=50.0,
     untie_share=0.0,
-    num_steps=490,
+    num_steps=540,
     extension_share=0.0,
     muon_lr=0.035,
-    momentum_warmup=245,
-    momentum_cooldown=82,
+    momentum_warmup=250,
+    momentum_cooldown=83,
     adam_lr=0.012,
     adam_every=1,
     data_dir="data/corpus",
     micro_batches=1,
-    val_tokens=163840,
+    val_tokens=262144,
     val_seq_len=32768,
-    val_every=245,
+    val_every=250,
     device="cpu",
     save_every=1000,  # at the end: something to sample from
 )
 
-# What the cpu track is measured against: a plain GPT-2 (with rotary) of its size, with llm.c's and nanoGPT's
-# AdamW.
+# What the cpu track is measured against: a plain GPT-2 (with rotary) of its depth and width, by AdamW.
 CPU_ADAMW = replace(
     CPU,
     preset="cpu-adamw",
-    windows="sl",
-    paired_heads="..",
-    value_embeds="..",
-    skips="..",
-    backout="..",
-    head_dim=64,
+    windows="llll",
+    paired_heads="....",
+    value_embeds="....",
+    skips="....",
+    backout="....",
     bigram_rows=0,
-    bigram_momentum=0.75,
     smear_chunk="",
     attn_chunk="",
     key_offset=False,
@@ -438,16 +439,17 @@ CPU_ADAMW = replace(
     o_std=0.64,
     resid_scale=1.0,
     matrix_optimizer="adamw",
-    num_steps=8600,
+    num_steps=3600,
     epochs=16,
     final_lr=0.0,
     untie_share=1.0,
-    adam_lr=6e-4,
-    adam_wd=10 / 9,
-    adam_every=2,
+    stages=(Stage(1.0, batch_tokens=4096, windows=(512, 512), max_doc_len=1024, lr_mul=1.0),),
+    adam_lr=4e-3,
+    adam_wd=1 / 6,  # 0.1 times the rate, as Adam's decay follows its square and a table's is 150 times that
     scalar_lr=0.0,
     x0_lr=0.0,
-    val_every=1500,
+    embed_beta1=0.9,
+    val_every=900,
 )
 
 PRESETS = {

@@ -21,7 +21,8 @@ def main(argv: list[str]) -> None:
 
     cfg, _ = parse_config(argv)
     folder = os.path.realpath(find_data(cfg))
-    if folder == os.path.realpath(ROOT / PRESETS["cpu"].data_dir):
+    embedded = os.path.realpath(ROOT / PRESETS["cpu"].data_dir)
+    if folder in (embedded, os.path.join(embedded, "tune")):
         corpus.main([])
     elif folder == os.path.realpath(ROOT / PRESETS["short"].data_dir):
         tokens_per_epoch = -(-tokens_needed(cfg) // cfg.epochs)

@@ -59,7 +59,7 @@ BASELINES = {
     ),
     "004": Baseline("medium-2025", 6000, dict(extra_inputs=0)),
     "bigram": Baseline("short", 1547, {}),  # of no seed: `short` as it is
-    "cpu": Baseline("cpu", 490, dict(bigram_signs=8192)),  # of no seed: what the cpu track's records changed
+    "cpu": Baseline("cpu", 540, dict(bigram_signs=8192)),  # of no seed: the preset itself
 }
 
 
@@ -289,8 +289,50 @@ HYPOTHESES = (
     h("bigram-none", "no table", bigram_rows=0),
     h("bigram-plain", "a row a pair, by hash: as `short` has it"),
     h("bigram-signs", "with the sign trick: pairs that share a row can be told apart", bigram_signs=8192),
-    # What the cpu preset does otherwise, taken back one by one.
-    h("cpu-H0", "the preset"),
+    # The cpu preset: the seeds' questions at its size, then each of its features taken away alone.
+    h("cpu-H0", "the preset: value embeddings in U-Net form, std 0.01"),
+    h("cpu-ve-none", "no value embeddings", value_embeds="...."),
+    h("cpu-ve-untied", "a table of its own for the last layer", value_embeds="01.2"),
+    h(
+        "cpu-ve-shifted",
+        "the first table's early place moved to the next layer, seed 000",
+        value_embeds=".1.0",
+    ),
+    h("cpu-ve-std0", "value embeddings begin at 0", value_embed_std=0.0),
+    h("cpu-ve-std02", "value embeddings begin twice as large", value_embed_std=0.02),
+    h(
+        "cpu-gates-first",
+        "every gate reads the first twelve dimensions",
+        skip_chunk="0:12",
+        attn_chunk="0:12",
+        ve_chunk="0:12",
+        ve_own_dims=0,
+    ),
+    h("cpu-gates-overlap", "seed 001's chunks, which overlap", ve_chunk="18:30", ve_own_dims=0),
+    h(
+        "cpu-gates-disjoint",
+        "a chunk of its own for every gate",
+        skip_chunk="12:24",
+        attn_chunk="24:36",
+        ve_chunk="36:48",
+        ve_own_dims=0,
+    ),
+    h("cpu-bigram-none", "no bigram table", bigram_rows=0),
+    h("cpu-bigram-plain", "no signs: pairs that share a row cannot be told apart", bigram_signs=0),
+    h("cpu-bigram-5", "a quarter of the bigram table's rows", bigram_rows=5),
+    h("cpu-inputs-1", "one further input embedding, seed 004", extra_inputs=1),
+    h("cpu-inputs-2", "two", extra_inputs=2),
+    h("cpu-no-short", "every window is the long one", windows="llll"),
+    h("cpu-no-paired", "no paired heads", paired_heads="...."),
+    h("cpu-no-key-offset", "keys that come from their own token alone", key_offset=False),
+    h("cpu-no-smear", "no smear", smear_chunk=""),
+    h("cpu-no-attn-gate", "attention's output passes whole", attn_chunk=""),
+    h("cpu-no-ve-gate", "value embeddings pass whole", ve_chunk="", ve_own_dims=0),
+    h("cpu-no-skip", "no skip", skips="...."),
+    h("cpu-no-skip-gate", "the skip keeps its scalar alone", skip_chunk=""),
+    h("cpu-no-backout", "no backout", backout="...."),
+    h("cpu-cap", "logits with a cap, as in `short`", softcap=23.0),
+    h("cpu-momentum", "the bigram table's Adam with momentum, on all rows", bigram_momentum=0.75),
     h(
         "cpu-random",
         "embed and lm_head start at random, and are one for two thirds of the run",
@@ -298,19 +340,15 @@ HYPOTHESES = (
         embed_std=0.005,
         untie_share=2 / 3,
     ),
-    h("cpu-bigram5", "a quarter of the bigram table's rows", bigram_rows=5),
-    h("cpu-momentum", "the bigram table's Adam with momentum, on all rows", bigram_momentum=0.75),
-    h("cpu-cap", "logits with a cap", softcap=23.0),
-    h("cpu-none", "no value embeddings", value_embeds="."),
-    h(
-        "cpu-two",
-        "a layer without attention before the one",
-        windows="-l",
-        paired_heads="..",
-        value_embeds=".1",
-        skips="..",
-        backout="..",
-    ),
+    # And what later public records added.
+    h("cpu-final-lr", "the rate ends higher", final_lr=0.15),
+    h("cpu-exclusive", "exclusive attention", exclusive=True),
+    h("cpu-mudd", "dense connections into the last layer", mudd_layers=1),
+    h("cpu-muon-heads", "Muon on q and k by heads", muon_heads=1),
+    h("cpu-ema", "a moving average of weights", ema_rate=0.02),
+    h("cpu-prefix", "a loss on prefixes", prefix_weight=0.25),
+    h("cpu-sampled", "the softmax over a sample of half of the vocabulary", sampled_vocab=2048),
+    h("cpu-sampled-1024", "of a quarter", sampled_vocab=1024),
 )
 
 

@@ -132,7 +132,7 @@ def test_every_hypothesis_is_a_valid_configuration_of_every_preset(preset):
         flags = {name: value for name, value in hypotheses.flags_on(one, preset).items() if name in known}
         cfg = replace(tg.PRESETS[preset], **flags)
         tg.check_config(cfg)
-        layers = {"003": 16, "004": 16, "cpu": 2 if one.name == "cpu-two" else 1}.get(one.seed, 11)
+        layers = {"003": 16, "004": 16, "cpu": 4}.get(one.seed, 11)
         assert len(cfg.windows) == layers, one.name
         assert cfg.model_dim == tg.PRESETS[preset].model_dim
         assert set(one.needs) == set(one.flags) - known
@@ -156,7 +156,7 @@ def test_no_two_hypotheses_are_the_same():
 def test_the_seeds_configurations_are_all_there():
     """Counted in the seeds' own text; layouts of seed 003 as tables and places."""
     by_seed = Counter(one.seed for one in hypotheses.HYPOTHESES)
-    assert by_seed == {"000": 24, "001": 6, "002": 8, "003": 23, "004": 5, "bigram": 3, "cpu": 7}
+    assert by_seed == {"000": 24, "001": 6, "002": 8, "003": 23, "004": 5, "bigram": 3, "cpu": 34}
     layouts = {one.name: hypotheses.flags_on(one, "short") for one in hypotheses.find(["003"])}
     for tables in range(3, 9):
         layout = layouts[f"003-{tables}"]["value_embeds"]

@@ -647,11 +647,32 @@ def test_the_same_settings_with_nothing_wrong_pass():
     )
 
 
+def test_the_cpu_preset_has_every_feature_of_the_mission():
+    """A real, small form of `short`."""
+    cfg = tg.PRESETS["cpu"]
+    layers = tg.topology(cfg)
+    assert len(layers) >= 4 and all(layer.attends for layer in layers)
+    assert {layer.window for layer in layers} == {"short", "long"}
+    assert all(stage.windows[0] < stage.windows[1] for stage in cfg.stages)
+    assert {layer.paired for layer in layers} == {True, False}
+    first, last = layers[0].value_embed, layers[-1].value_embed
+    assert first and first == last and len(tg.value_tables(cfg)) > 1, "U-Net: a table early and again late"
+    assert any(layer.skip_from is not None for layer in layers) and any(layer.backout for layer in layers)
+    chunks = [tg.read_chunk(cfg, f"{gate}_chunk") for gate in ("smear", "skip", "attn", "ve")]
+    assert all(chunks) and len({(chunk.start, chunk.stop) for chunk in chunks}) == len(chunks)
+    assert cfg.ve_own_dims and cfg.key_offset and cfg.bigram_rows and cfg.bigram_signs
+    assert cfg.qk_norm and cfg.activation == "relu2" and cfg.matrix_optimizer == "normuon"
+    yardstick = tg.PRESETS["cpu-adamw"]
+    same = ("model_dim", "head_dim", "mlp_ratio", "vocab_size", "val_tokens", "val_seq_len", "data_dir")
+    assert all(getattr(yardstick, name) == getattr(cfg, name) for name in same)
+    assert len(yardstick.windows) == len(cfg.windows)
+
+
 def test_a_vocabulary_smaller_than_the_width_cannot_start_from_counts():
     with pytest.raises(
-        tg.UserError, match="--spectral 50.0: needs a --model_dim of at most --vocab_size 200"
+        tg.UserError, match="--spectral 50.0: needs a --model_dim of at most --vocab_size 120"
     ):
-        tg.parse_config(["--preset=cpu", "--vocab_size=200", "--bos_id=199"])
+        tg.parse_config(["--preset=cpu", "--vocab_size=120", "--bos_id=119"])
 
 
 def test_a_model_without_layers_is_refused():
