@@ -820,11 +820,12 @@ class GPT(nn.Module):
         compiled, piece = self.kernels.compile, self.kernels.compile
         if self.kernels.compile_layers:  # what a stream's gradient gathers is added in passing
             self.run_layers, piece = self.kernels.compile_layers(self.run_layers), lambda f: f
+        small = piece if self.kernels.compile_small else lambda f: f
         # Layers are alike: each of these compiles once, and serves all of them.
-        self.smear, self.norm, self.mix, self.skip = map(piece, (smear, norm, mix, skip))
-        self.project_qkv, self.gate_value = piece(project_qkv), piece(gate_value)
-        self.attend, self.project_output = piece(attend), piece(project_output)
-        self.exclude, self.mudd = piece(exclude), piece(mudd)
+        self.smear, self.norm, self.mix, self.skip = map(small, (smear, norm, mix, skip))
+        self.project_qkv, self.gate_value = small(project_qkv), small(gate_value)
+        self.attend, self.project_output = small(attend), small(project_output)
+        self.exclude, self.mudd = small(exclude), small(mudd)
         self.mlp_block, self.head_chunk = piece(mlp_block), compiled(self.kernels.head_chunk)
 
     def add_parameter(self, spec: ParamSpec) -> None:
@@ -2193,6 +2194,7 @@ class Kernels:
     new_mantissa: Callable[[Tensor], Tensor]  # a bfloat16 parameter -> what is kept beside it (fp32_weight)
     reads_window: bool = True  # attention asks for its window besides first_key, and is compiled for each
     compile: Callable = lambda f: f  # wraps each piece of the model
+    compile_small: bool = True  # also the pieces that are cheap; attention then is compiled inside of them
     compile_layers: Callable | None = None  # wraps all layers at once, which are one piece then
     sorted_lookups: bool = False  # look_up needs a RowOrder
     static_grads: bool = False  # gradients keep their memory, since graphs write there
@@ -5080,8 +5082,15 @@ class Cpu:
             muon_dtype=torch.bfloat16 if multiplies_bfloat16("cpu") else torch.float32,
         )
         if self.compile_failure is None:
-            whole = partial(torch.compile, dynamic=False, fullgraph=True)
-            kernels = replace(kernels, compile=whole, adam_=flat_adam())
+            softmax = compile_for_any_size(masked_softmax), compile_for_any_size(softmax_gradient)
+            kernels = replace(
+                kernels,
+                compile=partial(torch.compile, dynamic=False, fullgraph=True),
+                compile_small=False,  # they take minutes to compile, for a few percent of a step
+                prepare_qkv=compile_for_any_size(prepare_qkv),
+                attention=partial(banded_attention, softmax=softmax),
+                adam_=flat_adam(),
+            )
         return kernels
 
     def new_graphs(self, log: Log) -> NoGraphs:
@@ -5126,65 +5135,128 @@ QUERY_BLOCK = 128
 SPAN = 16384  # queries that attend at once where nothing is kept for a backward pass
 
 
+def masked_softmax(
+    scores: Tensor, first_key: Tensor, query: Tensor, key: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """scores (blocks, H, queries, keys) -> their softmax over the keys from first_key to the query's own."""
+    masked = (key < first_key) | (key > query)
+    return scores.float().masked_fill(masked, float("-inf")).softmax(dim=-1).to(dtype)
+
+
+def softmax_gradient(d_weights: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient by the scores, from that by the weights. What is masked has a weight of 0."""
+    d_weights = d_weights.float()
+    return (weights * (d_weights - (d_weights * weights).sum(dim=-1, keepdim=True))).to(dtype)
+
+
+# masked_softmax and softmax_gradient, or what they compile to.
+Softmax = tuple[Callable, Callable]
+
+
 def banded_attention(
-    q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, window: int, scale: Tensor | float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first_key: Tensor,
+    window: int,
+    scale: Tensor | float,
+    softmax: Softmax = (masked_softmax, softmax_gradient),
 ) -> Tensor:
     """reference_attention by blocks of queries and the keys they reach, window >= i - first_key[i] + 1."""
     if len(q) <= SPAN or torch.is_grad_enabled():
-        return attend_in_blocks(q, k, v, first_key, window, scale)
+        return attend_in_blocks(q, k, v, first_key, window, scale, softmax)
     parts = []
     for start in range(0, len(q), SPAN):
         begin = max(0, start - window + 1)  # the first key that this span reaches
         seen = slice(begin, start + SPAN)
         shifted = (first_key[seen] - begin).clamp_min(0)
-        part = attend_in_blocks(q[seen], k[seen], v[seen], shifted, window, scale)
+        part = attend_in_blocks(q[seen], k[seen], v[seen], shifted, window, scale, softmax)
         parts.append(part[start - begin :])
     return torch.cat(parts)
 
 
 def attend_in_blocks(
-    q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, window: int, scale: Tensor | float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first_key: Tensor,
+    window: int,
+    scale: Tensor | float,
+    softmax: Softmax = (masked_softmax, softmax_gradient),
 ) -> Tensor:
     """banded_attention of a whole sequence: work and memory are T x window."""
     T, H, d = q.shape
     back = -(-(min(window, T) - 1) // QUERY_BLOCK) * QUERY_BLOCK  # keys before a block's own
     blocks = -(-T // QUERY_BLOCK)
     missing = blocks * QUERY_BLOCK - T
-    q, k, v = (F.pad(t, (0, 0, 0, 0, 0, missing)) for t in (q, k, v))
+    q, k, v = (F.pad(t, (0, 0, 0, 0, 0, missing)) for t in ((q * scale).to(v.dtype), k, v))
     count = partial(torch.arange, dtype=torch.int32, device=q.device)
     query = count(blocks * QUERY_BLOCK).view(blocks, 1, QUERY_BLOCK, 1)
     key = query[:, :, :1] - back + count(back + QUERY_BLOCK)
     first_key = F.pad(first_key.to(torch.int32), (0, missing)).view(blocks, 1, QUERY_BLOCK, 1)
-    q = (q * scale).to(v.dtype).view(blocks, QUERY_BLOCK, H, d).transpose(1, 2)  # (blocks, H, QUERY_BLOCK, d)
-    k, v = key_blocks(k, back), key_blocks(v, back)  # (blocks, H, back + QUERY_BLOCK, d)
-    masked = (key < first_key) | (key > query)
-    return BlockAttention.apply(q, k, v, masked).transpose(1, 2).reshape(-1, H, d)[:T]
+    return BlockAttention.apply(q, k, v, first_key, query, key, back, softmax)[:T]
 
 
 class BlockAttention(torch.autograd.Function):
-    """The softmax is kept in the dtype of v: on a CPU that costs less than to compute it again."""
+    """q, k, v (T, H, d), T in whole blocks -> (T, H, d).
+
+    The softmax is kept in the dtype of v: on a CPU that costs less than to compute it again.
+    """
 
     @staticmethod
-    def forward(ctx, q, k, v, masked):
-        weights = (q @ k.mT).float().masked_fill(masked, float("-inf")).softmax(dim=-1).to(v.dtype)
+    def forward(ctx, q, k, v, first_key, query, key, back, softmax):
+        q = query_blocks(q)
+        k, v = key_blocks(k, back), key_blocks(v, back)  # (blocks, H, back + QUERY_BLOCK, d)
+        weights = softmax[0](q @ k.mT, first_key, query, key, v.dtype)
         ctx.save_for_backward(q, k, v, weights)
-        return weights @ v
+        ctx.softmax_gradient = softmax[1]
+        return (weights @ v).transpose(1, 2).flatten(0, 1)
 
     @staticmethod
     def backward(ctx, dy):
         q, k, v, weights = ctx.saved_tensors
-        d_weights = (dy @ v.mT).float()
-        d_scores = (weights * (d_weights - (d_weights * weights).sum(dim=-1, keepdim=True))).to(v.dtype)
-        return d_scores @ k, d_scores.mT @ q, weights.mT @ dy, None
+        dy = query_blocks(dy)
+        d_scores = ctx.softmax_gradient(dy @ v.mT, weights, v.dtype)
+        dq = (d_scores @ k).transpose(1, 2).flatten(0, 1)
+        return dq, add_key_blocks(d_scores.mT @ q), add_key_blocks(weights.mT @ dy), *[None] * 5
+
+
+def query_blocks(x: Tensor) -> Tensor:
+    """x (T, H, d) -> (blocks, H, QUERY_BLOCK, d), in this order: products would copy it each time."""
+    return x.unflatten(0, (-1, QUERY_BLOCK)).transpose(1, 2).contiguous()
 
 
 def key_blocks(x: Tensor, back: int) -> Tensor:
     """x (T, H, d) -> for each block of queries the rows from `back` before it to its end."""
     padded = F.pad(x, (0, 0, 0, 0, back, 0))
-    shifted = []  # slices have cheap gradients
+    shifted = []
     for start in range(0, back + 1, QUERY_BLOCK):
-        shifted.append(padded[start : start + len(x)].unflatten(0, (-1, QUERY_BLOCK)))
-    return torch.cat(shifted, dim=1).transpose(1, 2)
+        block = padded[start : start + len(x)].unflatten(0, (-1, QUERY_BLOCK))
+        shifted.append(block.transpose(1, 2))
+    return torch.cat(shifted, dim=2)
+
+
+def add_key_blocks(parts: Tensor) -> Tensor:
+    """key_blocks backwards: parts (blocks, H, back + QUERY_BLOCK, d) -> (T, H, d), sums over blocks."""
+    blocks, H, keys, d = parts.shape
+    before = keys // QUERY_BLOCK - 1  # blocks of keys before a block's own
+    total = parts.new_zeros(before + blocks, H, QUERY_BLOCK, d)
+    for i, part in enumerate(parts.split(QUERY_BLOCK, dim=2)):
+        total[i : i + blocks] += part
+    return total[before:].transpose(1, 2).flatten(0, 1)
+
+
+def compile_for_any_size(f: Callable) -> Callable:
+    """f as one graph, compiled once for all sizes of its tensors' first dimension."""
+    compiled = torch.compile(f, fullgraph=True)
+
+    def call(*arguments: Any) -> Any:
+        for value in arguments:
+            if isinstance(value, Tensor):
+                torch._dynamo.maybe_mark_dynamic(value, 0)
+        return compiled(*arguments)
+
+    return call
 
 
 def new_float32_copy(p: Tensor) -> Tensor:
