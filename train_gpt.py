@@ -4513,17 +4513,26 @@ def compile_failure(cfg: Config, device: torch.device) -> str | None:
     return None
 
 
-def compile_for_any_length(run_layers: Callable) -> Callable:
-    """GPT.run_layers as one graph, compiled once for sequences of all lengths."""
-    compiled = torch.compile(run_layers, fullgraph=True)
+def compile_for_any_length(f: Callable) -> Callable:
+    """f as one graph, compiled once for all sizes of its tensors' first dimension."""
+    compiled = torch.compile(f, fullgraph=True)
 
-    def call(x: Tensor, extras: list, values: dict, is_first: Tensor, positions: dict) -> Tensor:
-        places = [t for p in positions.values() for t in (p.first_key, p.cos, p.sin)]
-        for t in (x, *extras, *values.values(), is_first, *places):
-            torch._dynamo.maybe_mark_dynamic(t, 0)
-        return compiled(x, extras, values, is_first, positions)
+    def call(*arguments: Any) -> Any:
+        for t in tensors_in(arguments):
+            if t.dim():
+                torch._dynamo.maybe_mark_dynamic(t, 0)
+        return compiled(*arguments)
 
     return call
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, dict, Positions)):
+        inner = vars(value) if isinstance(value, Positions) else value
+        for item in inner.values() if isinstance(inner, dict) else inner:
+            yield from tensors_in(item)
 
 
 def matrix_ceiling(
@@ -5082,12 +5091,12 @@ class Cpu:
             muon_dtype=torch.bfloat16 if multiplies_bfloat16("cpu") else torch.float32,
         )
         if self.compile_failure is None:
-            softmax = compile_for_any_size(masked_softmax), compile_for_any_size(softmax_gradient)
+            softmax = compile_for_any_length(masked_softmax), compile_for_any_length(softmax_gradient)
             kernels = replace(
                 kernels,
                 compile=partial(torch.compile, dynamic=False, fullgraph=True),
                 compile_small=False,  # they take minutes to compile, for a few percent of a step
-                prepare_qkv=compile_for_any_size(prepare_qkv),
+                prepare_qkv=compile_for_any_length(prepare_qkv),
                 attention=partial(banded_attention, softmax=softmax),
                 adam_=flat_adam(),
             )
@@ -5182,7 +5191,7 @@ def attend_in_blocks(
     first_key: Tensor,
     window: int,
     scale: Tensor | float,
-    softmax: Softmax = (masked_softmax, softmax_gradient),
+    softmax: Softmax,
 ) -> Tensor:
     """banded_attention of a whole sequence: work and memory are T x window."""
     T, H, d = q.shape
@@ -5244,19 +5253,6 @@ def add_key_blocks(parts: Tensor) -> Tensor:
     for i, part in enumerate(parts.split(QUERY_BLOCK, dim=2)):
         total[i : i + blocks] += part
     return total[before:].transpose(1, 2).flatten(0, 1)
-
-
-def compile_for_any_size(f: Callable) -> Callable:
-    """f as one graph, compiled once for all sizes of its tensors' first dimension."""
-    compiled = torch.compile(f, fullgraph=True)
-
-    def call(*arguments: Any) -> Any:
-        for value in arguments:
-            if isinstance(value, Tensor):
-                torch._dynamo.maybe_mark_dynamic(value, 0)
-        return compiled(*arguments)
-
-    return call
 
 
 def new_float32_copy(p: Tensor) -> Tensor:

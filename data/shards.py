@@ -1,5 +1,6 @@
 """Writing token shards, and what this folder's commands share. The reader is train_gpt.py's read_shard."""
 
+import base64
 import contextlib
 import errno
 import fcntl
@@ -96,6 +97,16 @@ def write_file(path: Path, *parts: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def save_vocab(path: Path, ranks: dict[bytes, int]) -> None:
+    write_file(path, vocab_file(ranks))
+
+
+def vocab_file(ranks: dict[bytes, int]) -> bytes:
+    """tiktoken's text format: `base64 rank`, a line a token."""
+    by_rank = sorted(ranks.items(), key=lambda item: item[1])
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in by_rank)
 
 
 def write_once(path: Path, content: bytes) -> bool:

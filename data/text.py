@@ -40,6 +40,7 @@ from data.shards import (
     move,
     say,
     sha256,
+    vocab_file,
     write_file,
     write_once,
 )
@@ -143,7 +144,7 @@ class Document:
 
 def vocab_content(vocab: str, out: Path, documents: Iterator[Document]) -> tuple[bytes, Iterator[Document]]:
     """The file vocab.tiktoken; and the documents again, of which a training takes some from the beginning."""
-    from data.bpe import load_vocab, train_bpe, vocab_file, whole_characters
+    from data.bpe import load_vocab, train_bpe, whole_characters
     from data.corpus import gpt2_vocab
 
     if vocab == "gpt2":

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import train_gpt as tg
 from cli import UserError, arguments, command, need, path_flag, shown
-from data.bpe import vocab_file
-from data.shards import make_folder, write_once
+from data.shards import make_folder, vocab_file, write_once
 from evals.model import EXTRAS, Trained, load, model_arguments
 
 

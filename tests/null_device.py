@@ -20,7 +20,6 @@ ends with 0:
 """
 
 import argparse
-import base64
 import ctypes
 import json
 import os
@@ -165,13 +164,12 @@ def make_data(folder: Path, val_tokens: int) -> None:
 
 def write_vocabulary(folder: Path, size: int, singles: int) -> None:
     """vocab.tiktoken of so many tokens: single bytes, then pairs, of which each begins with a single one."""
-    from data.shards import VOCAB
+    from data.shards import VOCAB, save_vocab
 
     pairs = ((i % singles, (i + i // singles + 1) % singles) for i in range(size - singles))
     tokens = [bytes([i]) for i in range(singles)] + [bytes(pair) for pair in pairs]
     assert len(set(tokens)) == size, f"{size=}: {singles=} have only {len(set(tokens))} tokens"
-    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)]
-    (folder / VOCAB).write_text("".join(lines), "ascii")
+    save_vocab(folder / VOCAB, {token: rank for rank, token in enumerate(tokens)})
 
 
 def environment(libraries: Path, cache: Path, ranks: int) -> dict[str, str]:

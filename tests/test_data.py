@@ -87,7 +87,7 @@ def test_bpe_says_when_text_is_too_small():
 
 def test_vocab_roundtrips_through_file_and_text(tmp_path):
     ranks = bpe.train_bpe([TEXT], 320)
-    bpe.save_vocab(tmp_path / "vocab.tiktoken", ranks)
+    shards.save_vocab(tmp_path / "vocab.tiktoken", ranks)
     loaded = bpe.load_vocab(tmp_path / "vocab.tiktoken")
     assert loaded == ranks and sorted(loaded.values()) == list(range(320))
     coder = bpe.encoding(loaded, 320)
@@ -437,7 +437,7 @@ def test_prepare_adds_bytes_of_each_token_to_any_folder(tmp_path, monkeypatch, c
     flags = ["--preset", "cpu", "--data_dir", str(tmp_path)]
     prepare.main(flags)
     assert os.listdir(tmp_path) == []
-    bpe.save_vocab(tmp_path / "vocab.tiktoken", {bytes([b]): b for b in range(256)})
+    shards.save_vocab(tmp_path / "vocab.tiktoken", {bytes([b]): b for b in range(256)})
     with monkeypatch.context() as patch:
         patch.setattr(shards, "move", read_only)
         prepare.main(flags)

@@ -16,8 +16,8 @@ from conftest import ROOT, assert_user_error, run_command, tiny
 
 import train_gpt as tg
 from cli import UserError
-from data.bpe import save_vocab, train_bpe, write_token_bytes
-from data.shards import write_shard
+from data.bpe import train_bpe, write_token_bytes
+from data.shards import save_vocab, write_shard
 from evals import export, hellaswag, kv_cache, loss, model, plan, sample
 from records import embeddings
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt as tg
-from data.bpe import save_vocab
+from data.shards import save_vocab
 
 BOS = 255  # of tiny()
 WINDOWS = (16, 48)

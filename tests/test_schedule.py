@@ -145,9 +145,8 @@ def test_the_loss_on_prefixes_has_the_last_weight_which_falls_to_nothing():
         assert tuple(others) == without.predict(step) and last == pytest.approx(0.25 * (1 - step / 1547))
 
 
-@pytest.mark.parametrize(
-    "count, last", [(0, 0), (128, 1402), (50_432, 0)]
-)  # as many as there are: none sampled
+# Of as many tokens as there are, or more, none are sampled.
+@pytest.mark.parametrize("count, last", [(0, 0), (128, 1402), (50_432, 0)])
 def test_the_softmax_is_sampled_up_to_its_share_of_the_schedule(count, last):
     schedule = tg.Schedule(replace(tg.PRESETS["short"], sampled_vocab=count))
     sampled = [step for step in range(1547) if schedule.candidates(step)]

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 from cli import UserError
 from data import bpe, sources, text
+from data.shards import save_vocab
 from train_gpt import Loader, Schedule, Validation, parse_config, read_shard
 
 COMMAND = [sys.executable, "-m", "data.text"]
@@ -63,7 +64,7 @@ def vocab(tmp_path_factory) -> Path:
         "language",
         "again",
     ]
-    bpe.save_vocab(path, bpe.train_bpe([" ".join(words[i % 15 :] + words[: i % 7]) for i in range(60)], 320))
+    save_vocab(path, bpe.train_bpe([" ".join(words[i % 15 :] + words[: i % 7]) for i in range(60)], 320))
     return path
 
 
@@ -218,7 +219,7 @@ def test_gpt2_and_the_honest_error_without_it(tmp_path, monkeypatch):
     assert os.listdir(tmp_path / "none") == []
     letters = {bytes([b]): b for b in range(256)}
     (tmp_path / "out").mkdir()
-    bpe.save_vocab(tmp_path / "out" / "vocab.tiktoken", letters)
+    save_vocab(tmp_path / "out" / "vocab.tiktoken", letters)
     monkeypatch.setattr(corpus, "GPT2_SHA256", text.sha256(tmp_path / "out" / "vocab.tiktoken"))
     make(tmp_path / "out", source)
     assert_made(tmp_path / "out", documents(50))

@@ -679,10 +679,8 @@ def stage_rows(add: Callable, trainer: tg.Trainer) -> None:
         length, windows, candidates = kind
         ms = milliseconds(partial(graphs.run, kind, None), 5)
         sequences = [tuple(t.cpu() for t in pair) for pair in trainer.machine.inputs[length]]
-        flops, tokens = (
-            sum(tg.step_flops(cfg, sequences, windows, candidates).values()),
-            length * len(sequences),
-        )
+        flops = sum(tg.step_flops(cfg, sequences, windows, candidates).values())
+        tokens = length * len(sequences)
         add(
             f"{tokens} tokens, windows {windows}" + (f", softmax over {candidates}" if candidates else ""),
             step_ms=ms + update,
