@@ -4475,9 +4475,9 @@ def joined_by_memory(cfg: Config, machine: "Gpu | Cpu", world_size: int) -> int:
     """How many of a rank's micro-batches a GPU computes together: 1, 2, 4, ...
 
     A token takes 28 values of the model's width a layer, by what an H100 reserved for `short`, graphs among
-    it (records/gpu); all is to fit into seven tenths of the memory.
+    it (records/gpu); all is to fit into seven tenths of the memory. Plain attention takes several times that.
     """
-    if cfg.device == "cpu":
+    if cfg.device == "cpu" or cfg.reference:
         return 1
     needed = least_memory(cfg, machine.dtype, world_size)
     fixed = needed["parameters and gradients"] + needed["the optimizer"]
@@ -4600,6 +4600,8 @@ class Gpu:
             pins = before | read_operators(cfg.operators)
             kernels = choose_versions(cfg, env, kernels, operator_trials(cfg, env), pins)
         self.compiles_validation = kernels.attention is not banded_attention
+        if self.compile_failure is None and kernels.attention is banded_attention:
+            kernels = compile_in_pieces(kernels)
         torch.cuda.empty_cache()  # the trials' memory is not the run's
         torch.cuda.reset_peak_memory_stats()
         return kernels
@@ -5091,13 +5093,9 @@ class Cpu:
             muon_dtype=torch.bfloat16 if multiplies_bfloat16("cpu") else torch.float32,
         )
         if self.compile_failure is None:
-            softmax = compile_for_any_length(masked_softmax), compile_for_any_length(softmax_gradient)
             kernels = replace(
-                kernels,
+                compile_in_pieces(kernels),
                 compile=partial(torch.compile, dynamic=False, fullgraph=True),
-                compile_small=False,  # they take minutes to compile, for a few percent of a step
-                prepare_qkv=compile_for_any_length(prepare_qkv),
-                attention=partial(banded_attention, softmax=softmax),
                 adam_=flat_adam(),
             )
         return kernels
@@ -5115,6 +5113,22 @@ class Cpu:
         """Bytes."""
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return resident if sys.platform == "darwin" else 1024 * resident
+
+
+def compile_in_pieces(kernels: Kernels) -> Kernels:
+    """For plain attention, which is hundreds of operators: not layers as a whole, but the pieces that cost.
+
+    The others take minutes to compile, for a few percent of a step.
+    """
+    softmax = compile_for_any_length(masked_softmax), compile_for_any_length(softmax_gradient)
+    plain = kernels.prepare_qkv is prepare_qkv
+    return replace(
+        kernels,
+        compile_layers=None,
+        compile_small=False,
+        prepare_qkv=compile_for_any_length(prepare_qkv) if plain else kernels.prepare_qkv,
+        attention=partial(banded_attention, softmax=softmax),
+    )
 
 
 def validating(machine: Gpu | Cpu) -> contextlib.AbstractContextManager:

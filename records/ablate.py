@@ -112,7 +112,7 @@ def as_flags(values: dict) -> tuple[str, ...]:
 
 
 def plan(
-    names: list[str], on: str, seeds: int, out: Path, num_steps: int | None, more: list[str]
+    names: list[str], on: str, seeds: Sequence[int], out: Path, num_steps: int | None, more: list[str]
 ) -> list[Job]:
     """The runs in their order. UserError for whatever train_gpt.py would refuse, before anything runs."""
     from records.hypotheses import find, flags_on, source_of, tg
@@ -132,7 +132,7 @@ def plan(
         raise UserError(str(error)) from None
     source = read_text(ROOT / "train_gpt.py")
     edited = {one.name: source_of(one, source) if one.edits else "" for one in hypotheses}
-    for seed in range(seeds):
+    for seed in seeds:
         first = seed % len(hypotheses)
         for one in hypotheses[first:] + hypotheses[:first]:
             given = (*flags[one.name], f"--seed={seed}")
@@ -420,6 +420,12 @@ def flags() -> argparse.ArgumentParser:
         "--seeds", type=number_flag(1, 1000, whole=True), default=5, help="runs of each (default 5)"
     )
     parser.add_argument(
+        "--first_seed",
+        type=number_flag(0, 10**6, whole=True),
+        default=0,
+        help="the first of their seeds (default 0)",
+    )
+    parser.add_argument(
         "--num_steps",
         type=number_flag(1, 10**9, whole=True),
         help="of the baseline; hypotheses with other steps keep their proportion",
@@ -468,7 +474,8 @@ def main(argv: list[str]) -> None:
     need(args.names and args.out, "give names and --out DIR, or --list")
     launch, out = launch_words(args.launch), args.out.absolute()
     shares = core_shares(args.jobs)
-    jobs = plan(args.names, args.on, args.seeds, out, args.num_steps, more)
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    jobs = plan(args.names, args.on, seeds, out, args.num_steps, more)
     if args.dry_run:
         for job in jobs:
             file = edited_path(job) if job.edited else "train_gpt.py"

@@ -117,6 +117,7 @@ LIST = re.compile(
 )
 KEY = re.compile(
     r"(?:(?P<loss>(?:val_)?loss(?:es)?|accs?)|(?P<time>(?:train_)?times?))(?P<kind>_summary|)(?P<of>_\w+)?"
+    r"|(?P<seed>seeds)"
 )
 STEPS = re.compile(r"^[ \t]*steps *= *(\d{1,12})\s*$", re.MULTILINE)
 HEADING = re.compile(r"#{1,6} [^=(]+")  # not a comment of Python such as `# p=0.0084`
@@ -126,9 +127,9 @@ CODE = re.compile(r"(?:for|if|def|with|while|class|import|from|print|else|try)\b
 def read_numbers(text: str, path: Path) -> list[Group]:
     """Groups of raw numbers: `losses = [..]` and `times = [..]`, under a line `NAME:` or at a line's start.
 
-    Or, where only that is known, `loss_summary = [n, mean, deviation]` and `time_summary`; `steps = N` if
-    wanted. `val_losses` and `accs`, as public READMEs write it, are losses. Numbers are read, nothing is
-    executed.
+    Or, where only that is known, `loss_summary = [n, mean, deviation]` and `time_summary`; `steps = N` and
+    `seeds = [..]`, one for each loss, if wanted. `val_losses` and `accs`, as public READMEs write it, are
+    losses. Numbers are read, nothing is executed.
     """
     groups: list[dict] = []
     for match in LIST.finditer(text):
@@ -137,7 +138,7 @@ def read_numbers(text: str, path: Path) -> list[Group]:
         if key is None or not body.strip() or re.search(r"\bfor\b", body):
             continue
         name = group_name(text, match, key["of"], path)
-        kind = ("loss" if key["loss"] else "time") + key["kind"]
+        kind = "seed" if key["seed"] else ("loss" if key["loss"] else "time") + key["kind"]
         if not groups or groups[-1]["name"] != name or kind in groups[-1]:
             groups.append({"name": name, "begin": match.start()})
             need(len(groups) <= MOST_GROUPS, f"{path}: more than {MOST_GROUPS} groups of numbers; give fewer")
@@ -148,7 +149,8 @@ def read_numbers(text: str, path: Path) -> list[Group]:
         steps = STEPS.search(text, group["begin"], end)
         losses, times = (sample_of(group, kind, f"{path}: {group['name']}") for kind in ("loss", "time"))
         if losses.n:
-            made.append(Group(group["name"], losses, times, steps=(int(steps[1]),) if steps else ()))
+            by_seed = seeds_of(group, losses, f"{path}: {group['name']}")
+            made.append(Group(group["name"], losses, times, by_seed, (int(steps[1]),) if steps else ()))
     return number_twins(made)
 
 
@@ -212,6 +214,17 @@ def sample_of(group: dict, kind: str, where: str) -> Sample:
     return Sample(int(n), mean, std if n > 1 else math.nan)
 
 
+def seeds_of(group: dict, losses: Sample, where: str) -> dict[int, float]:
+    """Seed -> loss; {} where no seeds stand."""
+    seeds = group.get("seed", [])
+    whole = all(0 <= seed < 2**63 and seed == int(seed) for seed in seeds)
+    need(whole and len(set(seeds)) == len(seeds), f"{where}: seeds: give whole numbers, each once")
+    need(
+        len(seeds) in (0, len(losses.values)), f"{where}: {len(seeds)} seeds for {len(losses.values)} losses"
+    )
+    return {int(seed): loss for seed, loss in zip(seeds, losses.values[: len(seeds)], strict=True)}
+
+
 def numbers_text(groups: list[Group]) -> str:
     """The raw numbers, as read_numbers reads them."""
     blocks = []
@@ -223,6 +236,8 @@ def numbers_text(groups: list[Group]) -> str:
                 lines.append(f"  {plural} = [{values}]")
             elif sample.n:
                 lines.append(f"  {word}_summary = [{sample.n}, {sample.mean!r}, {sample.std!r}]")
+        if group.by_seed:
+            lines.append(f"  seeds = [{', '.join(map(str, group.by_seed))}]")
         if len(group.steps) == 1:
             lines.append(f"  steps = {group.steps[0]}")
         blocks.append("\n".join(lines))

@@ -291,6 +291,9 @@ HYPOTHESES = (
     h("bigram-signs", "with the sign trick: pairs that share a row can be told apart", bigram_signs=8192),
     # The cpu preset: the seeds' questions at its size, then each of its features taken away alone.
     h("cpu-H0", "the preset: value embeddings in U-Net form, std 0.01"),
+    h("cpu-80", "the preset, 80 % of its steps", 432),
+    h("cpu-90", "the preset, 90 % of its steps", 486),
+    h("cpu-110", "the preset, 110 % of its steps", 594),
     h("cpu-ve-none", "no value embeddings", value_embeds="...."),
     h("cpu-ve-untied", "a table of its own for the last layer", value_embeds="01.2"),
     h(
@@ -298,6 +301,8 @@ HYPOTHESES = (
         "the first table's early place moved to the next layer, seed 000",
         value_embeds=".1.0",
     ),
+    h("cpu-ve-one", "one table, in the second layer and the last", value_embeds=".0.0"),
+    h("cpu-ve-second", "U-Net form from the second layer on", value_embeds=".010"),
     h("cpu-ve-std0", "value embeddings begin at 0", value_embed_std=0.0),
     h("cpu-ve-std02", "value embeddings begin twice as large", value_embed_std=0.02),
     h(
@@ -329,8 +334,11 @@ HYPOTHESES = (
     h("cpu-no-attn-gate", "attention's output passes whole", attn_chunk=""),
     h("cpu-no-ve-gate", "value embeddings pass whole", ve_chunk="", ve_own_dims=0),
     h("cpu-no-skip", "no skip", skips="...."),
+    h("cpu-skip-second", "the skip begins behind the second layer", skips=".a.a"),
     h("cpu-no-skip-gate", "the skip keeps its scalar alone", skip_chunk=""),
     h("cpu-no-backout", "no backout", backout="...."),
+    h("cpu-gelu", "GELU for ReLU²", activation="gelu"),
+    h("cpu-no-qk-norm", "no QK norm: logits over the root of the width", qk_norm=False, softmax_scale=0.125),
     h("cpu-cap", "logits with a cap, as in `short`", softcap=23.0),
     h("cpu-momentum", "the bigram table's Adam with momentum, on all rows", bigram_momentum=0.75),
     h(
@@ -369,7 +377,8 @@ def flags_on(one: Hypothesis, preset: str, num_steps: int | None = None) -> dict
     """What differs from `preset` when the hypothesis runs on it: its baseline's layers and flags, its own.
 
     num_steps: the baseline's; by default the seed's on the preset whose layers it has, on another that
-    preset's own. A hypothesis with another number of steps keeps its proportion to them.
+    preset's own. A hypothesis with another number of steps keeps its proportion to them. Where num_steps is
+    given, momentum warms up and cools down for the same share of the run as in the preset.
     """
     need(preset in tg.PRESETS, f"--on {preset}: choose from {', '.join(tg.PRESETS)}")
     baseline, sizes = BASELINES[one.seed], tg.PRESETS[preset]
@@ -378,6 +387,8 @@ def flags_on(one: Hypothesis, preset: str, num_steps: int | None = None) -> dict
     steps = round(base * (one.steps or baseline.steps) / baseline.steps)
     # Signs came after the seeds.
     wanted = layers | {"num_steps": steps, "bigram_signs": 0} | baseline.flags | one.flags
+    for name in ("momentum_warmup", "momentum_cooldown") if num_steps else ():
+        wanted.setdefault(name, round(getattr(sizes, name) * steps / sizes.num_steps))
     if wanted.get("untie_share"):
         wanted["spectral"] = 0.0  # what starts as one cannot start from counts
     return {name: value for name, value in wanted.items() if getattr(sizes, name, None) != value}

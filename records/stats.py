@@ -80,6 +80,37 @@ def stars(p: float) -> str:
     return "*" if p < 0.05 else ""
 
 
+@dataclass(frozen=True)
+class Slope:
+    """How losses fall where a run is made longer: by value * ln(steps / baseline's steps), value < 0."""
+
+    value: float
+    error: float  # its standard error
+    low: float  # the least and the largest ln(steps / baseline's steps) that it was fitted to
+    high: float
+
+
+def slope_of(points: list[tuple[float, float]]) -> Slope:
+    """Least squares through the origin of (ln of the ratio of steps, change of the loss), a point a run."""
+    squares = sum(x * x for x, _ in points)
+    value = sum(x * y for x, y in points) / squares
+    left = sum((y - value * x) ** 2 for x, y in points)
+    error = math.sqrt(left / max(1, len(points) - 1) / squares)
+    return Slope(value, error, min(x for x, _ in points), max(x for x, _ in points))
+
+
+def worth(differences: Sample, slope: Slope, level: float = 0.95) -> tuple[float, float, float]:
+    """What a change of losses is in steps: ln(steps / baseline's steps) with which the baseline has it too.
+
+    differences: the changed run's loss less that of the baseline's run with the same seed. Returns the
+    estimate and its limits at `level`, which hold the errors of both, to first order and as if independent.
+    """
+    x = differences.mean / slope.value
+    error = math.hypot(differences.std / math.sqrt(differences.n), x * slope.error) / abs(slope.value)
+    reach = float(extra("scipy.stats").t.ppf((1 + level) / 2, differences.n - 1)) * error
+    return x, x - reach, x + reach
+
+
 TESTS = {
     "two groups": "Welch's test of two groups of so many runs each, two-sided",
     "by seed": "paired test over so many shared seeds, two-sided; sd is that of the differences",

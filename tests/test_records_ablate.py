@@ -156,7 +156,7 @@ def test_no_two_hypotheses_are_the_same():
 def test_the_seeds_configurations_are_all_there():
     """Counted in the seeds' own text; layouts of seed 003 as tables and places."""
     by_seed = Counter(one.seed for one in hypotheses.HYPOTHESES)
-    assert by_seed == {"000": 24, "001": 6, "002": 8, "003": 23, "004": 5, "bigram": 3, "cpu": 34}
+    assert by_seed == {"000": 24, "001": 6, "002": 8, "003": 23, "004": 5, "bigram": 3, "cpu": 42}
     layouts = {one.name: hypotheses.flags_on(one, "short") for one in hypotheses.find(["003"])}
     for tables in range(3, 9):
         layout = layouts[f"003-{tables}"]["value_embeds"]
@@ -194,8 +194,8 @@ def test_a_missing_switch_is_one_clear_line(monkeypatch, tmp_path, capsys):
     future = hypotheses.h("000-future", "wants more than there is", no_such_switch=True)
     monkeypatch.setattr(hypotheses, "HYPOTHESES", (hypotheses.HYPOTHESES[0], future))
     with pytest.raises(UserError, match="^000-future: train_gpt.py has no flag --no_such_switch yet$"):
-        ablate.plan(["000-future"], "cpu", 1, tmp_path, None, [])
-    assert [job.name for job in ablate.plan(["000"], "cpu", 1, tmp_path, None, [])] == ["000-H0"]
+        ablate.plan(["000-future"], "cpu", range(1), tmp_path, None, [])
+    assert [job.name for job in ablate.plan(["000"], "cpu", range(1), tmp_path, None, [])] == ["000-H0"]
     assert "no_such_switch yet; left out" in capsys.readouterr().err
     ablate.main(["--list"])
     assert re.search(
@@ -345,7 +345,7 @@ def test_the_edit_that_clips_logits(edited, tiny_data, tmp_path, monkeypatch):
 
 
 def test_seeds_are_interleaved_and_each_round_begins_with_another(tmp_path):
-    plan = ablate.plan(["001-H0", "001-gates", "001-1825"], "cpu", 4, tmp_path, 100, ["--no-compile"])
+    plan = ablate.plan(["001-H0", "001-gates", "001-1825"], "cpu", range(4), tmp_path, 100, ["--no-compile"])
     assert [(job.name, job.seed) for job in plan[:6]] == [
         ("001-H0", 0),
         ("001-gates", 0),
@@ -373,6 +373,21 @@ def test_seeds_are_interleaved_and_each_round_begins_with_another(tmp_path):
     )
 
 
+def test_shorter_runs_keep_the_shape_of_momentum(tmp_path):
+    """--num_steps stretches momentum's warm-up and cooldown; a flag of the user's own wins."""
+    preset = tg.PRESETS["cpu"]
+    share = preset.momentum_warmup / preset.num_steps, preset.momentum_cooldown / preset.num_steps
+    for job in ablate.plan(["cpu-H0", "cpu-80", "cpu-110"], "cpu", range(7, 8), tmp_path, 100, []):
+        cfg, _ = tg.parse_config(list(job.flags))
+        assert cfg.num_steps == job.steps == {"cpu-H0": 100, "cpu-80": 80, "cpu-110": 110}[job.name]
+        warm = (cfg.momentum_warmup, cfg.momentum_cooldown)
+        assert warm == tuple(round(part * job.steps) for part in share) and cfg.seed == 7
+    (job,) = ablate.plan(["cpu-H0"], "cpu", range(1), tmp_path, None, [])
+    assert tg.parse_config(list(job.flags))[0] == replace(preset, seed=0)
+    (job,) = ablate.plan(["cpu-H0"], "cpu", range(1), tmp_path, 100, ["--momentum_warmup=9"])
+    assert tg.parse_config(list(job.flags))[0].momentum_warmup == 9
+
+
 def test_flags_are_refused_before_anything_runs(tmp_path):
     for more, words in (
         (["--muon_lr=-1"], "--muon_lr"),
@@ -380,7 +395,7 @@ def test_flags_are_refused_before_anything_runs(tmp_path):
         (["--num_steps=0"], "must lie between 1"),
     ):
         with pytest.raises(UserError, match=words):
-            ablate.plan(["001-H0"], "cpu", 1, tmp_path, None, more)
+            ablate.plan(["001-H0"], "cpu", range(1), tmp_path, None, more)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -114,6 +114,31 @@ def test_a_checkpoints_versions_are_taken_and_garbage_in_it_is_not():
     assert tg.operators_of(None) == {}
 
 
+@pytest.mark.parametrize("reference", [True, False])
+def test_layers_with_plain_attention_are_compiled_in_pieces(monkeypatch, reference):
+    """As a whole they are hundreds of operators, at which the compiler works for many minutes."""
+    monkeypatch.setattr(tg, "compile_failure", lambda cfg, device: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    fast = dict(attention=tg.triton_attention, prepare_qkv=tg.triton_prepare_qkv)
+    monkeypatch.setattr(tg, "choose_versions", lambda cfg, env, kernels, *rest: replace(kernels, **fast))
+    monkeypatch.setattr(tg, "operator_trials", lambda cfg, env: {})
+    gpu = object.__new__(tg.Gpu)
+    gpu.device, gpu.dtype = torch.device("cpu"), torch.bfloat16
+    kernels = gpu.choose_kernels(replace(tg.PRESETS["short"], reference=reference), None, {})
+    assert (kernels.compile_layers is None) == reference == (not kernels.compile_small)
+    if not reference:
+        assert kernels.attention is tg.triton_attention and kernels.prepare_qkv is tg.triton_prepare_qkv
+        return
+    assert kernels.attention.func is tg.banded_attention and kernels.prepare_qkv is not tg.prepare_qkv
+    softmax, gradient = kernels.attention.keywords["softmax"]
+    scores = torch.randn(2, 1, 4, 6)
+    first_key, query, key = torch.zeros(2, 1, 4, 1), torch.arange(4.0).view(1, 1, 4, 1), torch.arange(6.0)
+    torch.testing.assert_close(
+        softmax(scores, first_key, query, key, torch.float32),
+        tg.masked_softmax(scores, first_key, query, key, torch.float32),
+    )
+
+
 @pytest.mark.parametrize("reference, compiled", [(True, False), (False, True)])
 def test_a_long_validation_is_compiled_where_attention_is_a_kernel(monkeypatch, reference, compiled):
     """Plain attention takes a long sequence in hundreds of pieces, each of which the compiler unrolls."""

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import csv
 import importlib
 import io
 import itertools
@@ -34,9 +35,12 @@ MODULES = (
     *("data.text", "data.prepare", "data.fineweb", "data.corpus"),
     *("evals.loss", "evals.hellaswag", "evals.sample", "evals.export", "evals.plan"),
     *("records.record", "records.compare", "records.logs", "records.plot", "records.report"),
-    *("records.ablate", "records.embeddings"),
+    *("records.ablate", "records.embeddings", "records.transfer"),
 )
 VOCAB_SIZE = 300
+PUBLIC_GAINS = (ROOT / "records/numbers/public_gains.csv").read_bytes()
+WORTH = ("worth", "w.txt", "--lengths", "short")
+TRANSFER = ("g.csv", "w.txt", "--lengths", "short")
 BASE = (
     *("--preset", "cpu", "--no-compile", "--no-warmup", "--vocab_size", str(VOCAB_SIZE)),
     *("--bos_id", str(VOCAB_SIZE - 1), "--model_dim", "32", "--head_dim", "16", "--num_steps", "3"),
@@ -446,6 +450,18 @@ def uses_of_records(world: World, logs: Files) -> list[Use]:
     ]
 
 
+def worth_numbers() -> bytes:
+    """A baseline, it with other numbers of steps, and the ideas that somebody published, for `worth`."""
+    groups = {"base": (0.0, 100), "short": (0.1, 80)}
+    ideas = csv.DictReader(io.StringIO(PUBLIC_GAINS.decode()))
+    groups |= {row["group"]: (float(row["gain"]) / 200, 100) for row in ideas}
+    lines = []
+    for n, (name, (change, steps)) in enumerate(groups.items()):
+        losses = [4 + change + seed / 50 + n * seed % 3 / 1000 for seed in (1, 2, 3)]
+        lines += [f"{name}:", f"  losses = {losses}", "  seeds = [1, 2, 3]", f"  steps = {steps}"]
+    return "\n".join(lines).encode() + b"\n"
+
+
 def uses_of_compare(logs: Files) -> list[Use]:
     files = logs | {"numbers.txt": (ROOT / "records/numbers/seed_000.txt").read_bytes()}
     return [
@@ -456,6 +472,8 @@ def uses_of_compare(logs: Files) -> list[Use]:
         Use("records.compare power", ("power", "a", "--effect", "0.01"), files, (1,)),
         Use("records.compare side", ("side", "a/0.txt", "b/1.txt"), files, (1, 2)),
         Use("records.compare leaderboard", ("leaderboard", "."), files, (1,)),
+        Use("records.compare worth", WORTH, {"w.txt": worth_numbers()}, (1, 3)),
+        Use("records.transfer", TRANSFER, {"w.txt": worth_numbers(), "g.csv": PUBLIC_GAINS}, (0, 1, 3)),
     ]
 
 
@@ -680,7 +698,7 @@ def odd_tensor(t: torch.Tensor, rng: random.Random) -> object:
         lambda: t.reshape(-1)[:-1],
         lambda: t.unsqueeze(0),
         lambda: torch.zeros(0),
-        lambda: torch.zeros(1).expand(t.shape),
+        lambda: torch.zeros(()).expand(t.shape),
         lambda: t.to(torch.complex64),
         lambda: t.to(torch.int64),
         lambda: t.to_sparse(),
@@ -798,6 +816,8 @@ def log_cases(world: World, rng: random.Random) -> Cases:
         ("records.compare groups", ("groups", "n.txt", "a", "--numbers")),
         ("records.compare steps", ("steps", "n.txt", "--target", "3.28")),
         ("records.compare pairs", ("pairs", "n.txt")),
+        ("records.compare worth", WORTH),
+        ("records.transfer", TRANSFER),
     )
     for command, words in shuffled_for_ever(list(commands), rng):
         files = world.log_files(rng, "a") | world.log_files(rng, "b")
@@ -807,6 +827,10 @@ def log_cases(world: World, rng: random.Random) -> Cases:
         kind = "damaged log"
         if "n.txt" in words:
             kind, files["n.txt"] = "damaged numbers", damaged_lines(numbers, rng)
+        elif "w.txt" in words:
+            kind, files = "damaged numbers", {"w.txt": worth_numbers(), "g.csv": PUBLIC_GAINS}
+            odd = rng.choice(sorted(files) if "g.csv" in words else ["w.txt"])
+            files[odd] = damaged_lines(files[odd], rng)
         elif command.startswith("records.record") and words[0] != "package":
             files = record({name: content for name, content in files.items() if name.startswith("a/")})
         codes = (0, 1, 2) if command.startswith("records.record") else (0, 2)
