@@ -3,7 +3,6 @@
     python -m records.compare groups      GROUP GROUP...         time and loss of each; the first: baseline
     python -m records.compare steps       GROUP...               how many steps fewer still reach the target
     python -m records.compare pairs       GROUP GROUP...         each with each; --first: the first with each
-    python -m records.compare worth       GROUP GROUP... --lengths GROUP...  how many steps each is worth
     python -m records.compare crossing    GROUP... --level 2.92  when runs cross a loss, the earliest first
     python -m records.compare side        RUN RUN...             the validations of single runs, side by side
     python -m records.compare power [GROUP] --effect 0.002       how many runs find such a difference
@@ -41,15 +40,12 @@ from records.stats import (
     MOST_RUNS,
     TESTS,
     Sample,
-    Slope,
     below,
     holm,
     paired,
     runs_needed,
-    slope_of,
     stars,
     welch,
-    worth,
 )
 from records.tables import FORMATS, table
 
@@ -200,47 +196,6 @@ PAIRS_NOTE = (
 )
 
 
-def shared_differences(first: Group, other: Group) -> dict[int, float]:
-    """Seed -> the other group's loss less the first's, of the seeds that both have."""
-    seeds = sorted(first.by_seed.keys() & other.by_seed.keys())
-    return {seed: other.by_seed[seed] - first.by_seed[seed] for seed in seeds}
-
-
-def baseline_slope(first: Group, lengths: list[Group]) -> Slope:
-    """From the first group's runs and the same with other numbers of steps. UserError if that is not so."""
-    points = []
-    for group in lengths:
-        need(
-            len(first.steps) == len(group.steps) == 1 and group.steps != first.steps,
-            f"worth: {group.name} has {group.steps_text} steps, {first.name} {first.steps_text}; "
-            "--lengths are the first group with another number of steps each",
-        )
-        x = math.log(group.steps[0] / first.steps[0])
-        points += [(x, difference) for difference in shared_differences(first, group).values()]
-    need(len(points) > 1, f"worth: --lengths share fewer than two seeds with {first.name}")
-    slope = slope_of(points)
-    need(slope.value < 0, f"worth: {first.name} does not get better with more steps; nothing to compare with")
-    return slope
-
-
-def worth_table(groups: list[Group], slope: Slope, style: Style = Style()) -> str:
-    """For each group: how its loss differs by seed, p, and the steps of the first group that equal it."""
-    first, others = groups[0], groups[1:]
-    values = [paired(first.by_seed, group.by_seed) for group in others]
-    rows = []
-    for group, p, corrected in zip(others, values, holm(values), strict=True):
-        differences = Sample.of(list(shared_differences(first, group).values()))
-        known = differences.n > 1
-        x, low, high = worth(differences, slope) if known else (math.nan,) * 3
-        percent = [number(100 * math.exp(value), 1) for value in (x, low, high)]
-        if known and not min(slope.low, 0) <= x <= max(slope.high, 0):
-            percent[0] = "~" + percent[0]
-        numbers = [style.loss(differences.mean), style.loss(differences.std), style.p(p), style.p(corrected)]
-        rows.append([group.name, str(differences.n), *numbers, stars(corrected), *percent])
-    head = ["group", "seeds", "loss Δ", "σ of Δ", "p by seed", "p Holm", "sig", "as good as % of steps"]
-    return table(head + ["from", "to"], rows, style.form, left=(0, 6))
-
-
 @dataclass(frozen=True)
 class Crossing:
     step: float
@@ -338,7 +293,6 @@ USES = {  # flags of each comparison, beyond --format, --digits, --loss_digits a
     "groups": {"target", "step", "loss", "numbers"},
     "steps": {"target", "loss", "numbers"},
     "pairs": {"first", "step", "loss", "numbers"},
-    "worth": {"lengths", "loss", "numbers"},
     "crossing": {"level", "loss"},
     "side": {"loss"},
     "power": {"effect", "sd", "alpha", "step", "loss"},
@@ -354,12 +308,6 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--level", type=LOSS, help="of crossing: the loss to be crossed")
     parser.add_argument(
         "--first", action="store_true", help="pairs: only the first group with each of the others"
-    )
-    parser.add_argument(
-        "--lengths",
-        nargs="+",
-        metavar="GROUP",
-        help="worth: the first group with other numbers of steps; names of groups, or more groups",
     )
     parser.add_argument(
         "--step", type=STEP, metavar="N", help="compare at this step (default: the last planned)"
@@ -424,33 +372,6 @@ def main_groups(args: argparse.Namespace) -> None:
         say("\n" + numbers_text(groups))
 
 
-def main_worth(args: argparse.Namespace) -> None:
-    need(args.lengths, "worth: give --lengths, the baseline's runs with other numbers of steps")
-    key, style = args.loss or "val_loss", style_of(args)
-    found = read_groups(args.groups, None, key)
-    named = {group.name for group in found}
-    found += [group for text in args.lengths if text not in named for group in read_groups([text], None, key)]
-    for group in found:
-        need(group.by_seed, f"worth: {group.name}: its runs name no seeds, or one twice")
-    lengths = [group for group in found[1:] if group.name in args.lengths or group.name not in named]
-    groups = [group for group in found if group not in lengths]
-    need(len(groups) > 1, "worth: give at least two groups, the baseline first")
-    slope = baseline_slope(groups[0], lengths)
-    steps = ", ".join(group.steps_text for group in sorted(lengths, key=lambda group: group.steps))
-    note = (
-        f"{groups[0].name} at {groups[0].steps_text} steps, and at {steps}: 1 % more steps lower its loss by "
-        f"{-slope.value / 100:.5f} (± {slope.error / 100:.5f})\n"
-        "as good as %: the share of the first group's steps that gives the same loss, and its 95 % limits;\n"
-        "~ outside of what was run. p Holm decides, a paired test by seed, corrected for the number of lines"
-    )
-    show(worth_table(groups, slope, style), note, args.format)
-    for line in comparison_warnings(found):
-        warn(f"note: {line}")
-    show_notes()
-    if args.numbers:
-        say("\n" + numbers_text(found))
-
-
 def main_crossing(args: argparse.Namespace) -> None:
     need(args.level is not None, "crossing: give --level, the loss to be crossed")
     groups = []
@@ -503,7 +424,6 @@ MAINS: dict[str, Callable[[argparse.Namespace], None]] = {
     "groups": main_groups,
     "steps": main_groups,
     "pairs": main_groups,
-    "worth": main_worth,
     "crossing": main_crossing,
     "side": main_side,
     "power": main_power,

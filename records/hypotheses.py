@@ -354,6 +354,7 @@ HYPOTHESES = (
     h("cpu-mudd", "dense connections into the last layer", mudd_layers=1),
     h("cpu-muon-heads", "Muon on q and k by heads", muon_heads=1),
     h("cpu-ema", "a moving average of weights", ema_rate=0.02),
+    h("cpu-ema-11", "a moving average over about 11 steps, not 50", ema_rate=0.09),
     h("cpu-prefix", "a loss on prefixes", prefix_weight=0.25),
     h("cpu-sampled", "the softmax over a sample of half of the vocabulary", sampled_vocab=2048),
     h("cpu-sampled-1024", "of a quarter", sampled_vocab=1024),

@@ -99,7 +99,7 @@ def slope_of(points: list[tuple[float, float]]) -> Slope:
     return Slope(value, error, min(x for x, _ in points), max(x for x, _ in points))
 
 
-def worth(differences: Sample, slope: Slope, level: float = 0.95) -> tuple[float, float, float]:
+def in_steps(differences: Sample, slope: Slope, level: float = 0.95) -> tuple[float, float, float]:
     """What a change of losses is in steps: ln(steps / baseline's steps) with which the baseline has it too.
 
     differences: the changed run's loss less that of the baseline's run with the same seed. Returns the

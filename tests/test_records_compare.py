@@ -207,48 +207,6 @@ def test_raw_numbers_go_out_and_in_again(tmp_path, capsys):
     assert printed(capsys, "steps", tmp_path / "numbers.txt")[0][:3] == ["10", "0", "3"]
 
 
-def baseline_at(tmp_path, steps: dict[str, int], slope: float) -> None:
-    """A file of numbers: runs whose losses fall by `slope` for each unit of ln(steps), and differ by seed."""
-    own = {7: 0.0, 8: 0.02, 9: -0.01}
-    lines = []
-    for name, count in steps.items():
-        losses = [4 + at - slope * math.log(count / 100) for at in own.values()]
-        lines += [f"{name}:", f"  losses = {losses}", "  seeds = [7, 8, 9]", f"  steps = {count}"]
-    (tmp_path / "numbers.txt").write_text("\n".join(lines) + "\n")
-
-
-def test_worth_in_steps(tmp_path, capsys):
-    """What equals the baseline at 90 % of its steps is said to, in seeds' own order, and beyond with a ~."""
-    baseline_at(tmp_path, {"base": 100, "short": 80, "long": 125}, 0.5)
-    text = (tmp_path / "numbers.txt").read_text()
-    like_90 = [
-        4 + at + error - 0.5 * math.log(0.9) for at, error in ((-0.01, 0.001), (0.0, 0.0), (0.02, -0.001))
-    ]
-    far = [value + 0.5 for value in like_90]
-    text += f"like:\n  losses = {like_90}\n  seeds = [9, 7, 8]\n  steps = 100\n"
-    text += f"far:\n  losses = {far}\n  seeds = [9, 7, 8]\n  steps = 100\n"
-    (tmp_path / "numbers.txt").write_text(text)
-    rows = printed(capsys, "worth", tmp_path / "numbers.txt", "--lengths", "short", "long")
-    assert [row[0] for row in rows] == ["like", "far"]
-    assert rows[0][1:4] == ["3", "0.0527", "0.0010"] and rows[0][6:8] == ["**", "90.0"]
-    error = scipy.stats.t.ppf(0.975, 2) * 0.001 / math.sqrt(3) / 0.5
-    assert rows[0][8:] == [f"{90 * math.exp(-error):.1f}", f"{90 * math.exp(error):.1f}"]
-    assert rows[1][7] == f"~{100 * 0.9 * math.exp(-1):.1f}"
-
-
-def test_worth_of_what_has_no_slope(tmp_path):
-    baseline_at(tmp_path, {"base": 100, "other": 100, "longer": 125}, -0.5)
-    numbers = str(tmp_path / "numbers.txt")
-    with pytest.raises(UserError, match="other has 100 steps, base 100"):
-        compare.main(["worth", numbers, "--lengths", "other"])
-    with pytest.raises(UserError, match="base does not get better with more steps"):
-        compare.main(["worth", numbers, "--lengths", "longer"])
-    with pytest.raises(UserError, match="at least two groups"):
-        compare.main(["worth", numbers, "--lengths", "longer", "other"])
-    with pytest.raises(UserError, match="give --lengths"):
-        compare.main(["worth", numbers])
-
-
 def test_seeds_go_out_and_in_again(tmp_path, capsys):
     write_runs(tmp_path / "a", [3.0, 3.1, 3.2], [10.0, 11.0, 12.0])
     write_runs(tmp_path / "b", [3.0, 3.1, 3.3], [10.0, 11.0, 12.5])

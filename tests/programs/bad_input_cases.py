@@ -35,12 +35,12 @@ MODULES = (
     *("data.text", "data.prepare", "data.fineweb", "data.corpus"),
     *("evals.loss", "evals.hellaswag", "evals.sample", "evals.export", "evals.plan"),
     *("records.record", "records.compare", "records.logs", "records.plot", "records.report"),
-    *("records.ablate", "records.embeddings", "records.transfer"),
+    *("records.ablate", "records.embeddings", "records.worth"),
 )
 VOCAB_SIZE = 300
 PUBLIC_GAINS = (ROOT / "records/numbers/public_gains.csv").read_bytes()
-WORTH = ("worth", "w.txt", "--lengths", "short")
-TRANSFER = ("g.csv", "w.txt", "--lengths", "short")
+WORTH = ("w.txt", "--lengths", "short", "--out", "w.png")
+PUBLIC = ("w.txt", "--lengths", "short", "--public", "g.csv")
 BASE = (
     *("--preset", "cpu", "--no-compile", "--no-warmup", "--vocab_size", str(VOCAB_SIZE)),
     *("--bos_id", str(VOCAB_SIZE - 1), "--model_dim", "32", "--head_dim", "16", "--num_steps", "3"),
@@ -472,8 +472,8 @@ def uses_of_compare(logs: Files) -> list[Use]:
         Use("records.compare power", ("power", "a", "--effect", "0.01"), files, (1,)),
         Use("records.compare side", ("side", "a/0.txt", "b/1.txt"), files, (1, 2)),
         Use("records.compare leaderboard", ("leaderboard", "."), files, (1,)),
-        Use("records.compare worth", WORTH, {"w.txt": worth_numbers()}, (1, 3)),
-        Use("records.transfer", TRANSFER, {"w.txt": worth_numbers(), "g.csv": PUBLIC_GAINS}, (0, 1, 3)),
+        Use("records.worth", WORTH, {"w.txt": worth_numbers()}, (0, 2), (4,)),
+        Use("records.worth --public", PUBLIC, {"w.txt": worth_numbers(), "g.csv": PUBLIC_GAINS}, (0, 2, 4)),
     ]
 
 
@@ -816,8 +816,8 @@ def log_cases(world: World, rng: random.Random) -> Cases:
         ("records.compare groups", ("groups", "n.txt", "a", "--numbers")),
         ("records.compare steps", ("steps", "n.txt", "--target", "3.28")),
         ("records.compare pairs", ("pairs", "n.txt")),
-        ("records.compare worth", WORTH),
-        ("records.transfer", TRANSFER),
+        ("records.worth", WORTH),
+        ("records.worth --public", PUBLIC),
     )
     for command, words in shuffled_for_ever(list(commands), rng):
         files = world.log_files(rng, "a") | world.log_files(rng, "b")
