@@ -758,3 +758,6 @@ def test_where_the_time_of_a_small_run_goes(corpus_dir):
         run_command([sys.executable, "-m", "tests.programs.step_time", "--steps", 3, "--adam_every", 2]),
         "--steps 3",
     )
+    assert_user_error(
+        run_command([sys.executable, "-m", "tests.programs.step_time", "--stage", 4]), "--stage 4"
+    )

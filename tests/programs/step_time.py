@@ -1,10 +1,10 @@
 """Where the time of a training step goes on a CPU, and what the machine could do at best.
 
-    python -m tests.programs.step_time [--steps N] [FLAGS of train_gpt.py]
+    python -m tests.programs.step_time [--steps N] [--stage 3] [FLAGS of train_gpt.py]
 
-Prints the rate of large matrix products and of reading memory, the model's FLOPs a step, and a mean step by
-phase and kind of work. The profiler adds a few percent, so shares are meant, not milliseconds. No log is
-written, nothing is saved.
+Prints the rate of large matrix products and of reading memory, a step's time and the model's FLOPs, and a
+mean step by phase and kind of work. The profiler adds its own, so there shares are meant, not milliseconds.
+No log is written, nothing is saved.
 """
 
 import contextlib
@@ -28,7 +28,8 @@ MATRIX_PRODUCTS = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"}
 
 def main(argv: list[str]) -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--steps", type=int, default=10, help="measured steps, after three more")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps, after three more")
+    parser.add_argument("--stage", type=int, default=1, help="of the schedule, 1 is the first (default)")
     args, rest = parser.parse_known_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         cfg, _ = tg.parse_config(["--log_dir", folder, "--save_every", "0", *rest])
@@ -36,12 +37,15 @@ def main(argv: list[str]) -> None:
         share = f"must be a multiple of --adam_every {cfg.adam_every}, so that Adam has its share"
         need(whole, f"--steps {args.steps}: {share}")
         need(cfg.device == "cpu", f"--device {cfg.device}: only steps on a CPU are taken apart here")
-        enough = cfg.num_steps >= args.steps + 3
-        need(enough, f"--num_steps {cfg.num_steps}: must be at least --steps and three more")
+        need(1 <= args.stage <= len(cfg.stages), f"--stage {args.stage}: there are {len(cfg.stages)}")
+        schedule = tg.Schedule(cfg)
+        steps = [n for n in range(cfg.num_steps) if schedule.stage_index(n) == args.stage - 1]
+        enough = len(steps) >= 2 * args.steps + 3
+        need(enough, f"--num_steps {cfg.num_steps}: a stage must have at least twice --steps and three more")
         with contextlib.redirect_stdout(io.StringIO()):
             trainer = tg.Trainer(cfg, {})
             tg.warm_up(trainer)
-        print("\n".join([*machine_rates(trainer), *take_apart(trainer, args.steps)]))
+        print("\n".join([*machine_rates(trainer), *take_apart(trainer, steps[0], args.steps)]))
 
 
 def machine_rates(trainer: tg.Trainer) -> list[str]:
@@ -80,24 +84,26 @@ def named(name: str, function: Callable) -> Callable:
     return call
 
 
-def take_apart(trainer: tg.Trainer, steps: int) -> list[str]:
-    """A table of milliseconds a step, by phase and kind of work."""
-    trainer.model.forward = named("forward", trainer.model.forward)
-    trainer.optimizer.step = named("optimizer", trainer.optimizer.step)
+def take_apart(trainer: tg.Trainer, first: int, steps: int) -> list[str]:
+    """Three steps from `first` on, then so many that are timed, then as many profiled, by phase and kind.
+
+    Apart, since the profiler slows long steps down, some of them to twice the time.
+    """
     trainer.clock.start()
-    for step in range(3):
+    for step in range(first, first + 3):
         trainer.train_step(step)
     times, flops_before = [], trainer.flops
+    for step in range(first + 3, first + 3 + steps):
+        began = time.perf_counter()
+        trainer.train_step(step)
+        times.append(time.perf_counter() - began)
+    flops = (trainer.flops - flops_before) / steps
+    mean, ceiling = float(np.mean(times)), trainer.progress.ceiling
+    trainer.model.forward = named("forward", trainer.model.forward)
+    trainer.optimizer.step = named("optimizer", trainer.optimizer.step)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        for step in range(3, steps + 3):
-            began = time.perf_counter()
+        for step in range(first + 3 + steps, first + 3 + 2 * steps):
             trainer.train_step(step)
-            times.append(time.perf_counter() - began)
-    flops, mean, ceiling = (
-        (trainer.flops - flops_before) / steps,
-        float(np.mean(times)),
-        trainer.progress.ceiling,
-    )
     table = by_phase_and_kind(profiler.events(), steps)
     share = (
         f"{flops / mean / ceiling:.3f} of the ceiling that this run measured ({ceiling / 1e9:.0f} GFLOP/s)"
