@@ -351,6 +351,21 @@ HYPOTHESES = (
     # And what later public records added.
     h("cpu-final-lr", "the rate ends higher", final_lr=0.15),
     h("cpu-exclusive", "exclusive attention", exclusive=True),
+    h(
+        "cpu-three",
+        "exclusive attention, Muon by heads, a rate that ends higher",
+        exclusive=True,
+        muon_heads=1,
+        final_lr=0.15,
+    ),
+    h(
+        "cpu-four",
+        "these, and one table of value embeddings",
+        exclusive=True,
+        muon_heads=1,
+        final_lr=0.15,
+        value_embeds=".0.0",
+    ),
     h("cpu-mudd", "dense connections into the last layer", mudd_layers=1),
     h("cpu-muon-heads", "Muon on q and k by heads", muon_heads=1),
     h("cpu-ema", "a moving average of weights", ema_rate=0.02),

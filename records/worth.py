@@ -5,7 +5,7 @@
 GROUPs are those of records.compare, the baseline first; --lengths are the baseline with other numbers of
 steps, a group for each: names of some of the GROUPs, or further ones. Groups are compared by the seeds that
 they share, and a difference of losses becomes steps by the slope that --lengths show, on ln(steps). --out
-draws the table.
+draws what is printed.
 
 --public lays published gains beside: a CSV file with the columns `group`, `kind`, `gain` and `public`: a
 group's name; `add` (it has the change) or `remove` (it lacks it); how many percent of its steps the change
@@ -34,6 +34,7 @@ from records.tables import FORMATS, table
 COLUMNS = ("group", "kind", "gain", "public")  # of a file of published gains
 DRAWS = 10_000  # of the bootstrap; a fifth as many permutations
 MOST_IDEAS = 1000
+MOST_LN = 50.0  # of a ratio of steps: what is beyond is no number of steps any more
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def worth_of(first: Group, others: list[Group], slope: Slope) -> list[Worth]:
     for group, p, p_holm in zip(others, values, holm(values), strict=True):
         differences = Sample.of(list(shared_differences(first, group).values()))
         assert differences.n > 1, f"{group.name}: {differences}"
-        x, low, high = in_steps(differences, slope)
+        x, low, high = (max(-MOST_LN, min(MOST_LN, value)) for value in in_steps(differences, slope))
         is_beyond = not min(slope.low, 0) <= x <= max(slope.high, 0)
         found.append(Worth(group.name, differences, p, p_holm, x, low, high, is_beyond))
     return found
@@ -218,6 +219,33 @@ def beside_published(ideas: list[Idea], found: dict[str, Worth], form: str) -> s
     return "\n".join([table(head, rows, form, left=(0, 1, 7)), "", *lines])
 
 
+def draw_published(ideas: list[Idea], found: dict[str, Worth], title: str, out: Path) -> None:
+    """A point an idea: what it saved there, and what it saves here, with its limits."""
+    figure, axes = canvas(out)
+    figure.set_figheight(7)
+    points = [(idea, *saved(idea, found[idea.group])) for idea in ideas if idea.group in found]
+    for n, (idea, gain, low, high) in enumerate(sorted(points, key=lambda point: point[0].gain)):
+        axes.plot([idea.gain] * 2, [low, high], color="grey", linewidth=1)
+        axes.plot([idea.gain], [gain], "o", color="tab:blue")
+        label = idea.group.partition("-")[2] or idea.group
+        place = dict(textcoords="offset points", va="center", ha="left" if n % 2 else "right")
+        axes.annotate(label, (idea.gain, gain), (7 if n % 2 else -7, 0), **place, fontsize="small")
+    reach = max(max(abs(value) for value in (idea.gain, gain)) for idea, gain, _, _ in points)
+    axes.plot([0, reach], [0, reach], color="black", linewidth=0.8, label="the same here as there")
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.set_xscale("symlog", linthresh=1)
+    axes.set_yscale("symlog", linthresh=1)
+    axes.set_xlim(min(0.0, *(idea.gain for idea, _, _, _ in points)) - 0.2, 1.5 * reach)
+    axes.set_xlabel("percent of steps saved there, as published")
+    axes.set_ylabel("percent of steps saved here, and 95 % limits")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(extra("matplotlib.ticker").FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.suptitle(title)
+    save(figure, out)
+
+
 # ---- the command
 
 
@@ -227,7 +255,7 @@ def flags():
     parser.add_argument("--lengths", nargs="+", required=True, metavar="GROUP")
     parser.add_argument("--public", type=path_flag, metavar="GAINS", help="published gains, a CSV file")
     parser.add_argument("--out", type=path_flag, metavar="FILE", help="a picture, .png, .svg or .pdf")
-    parser.add_argument("--title", type=text_flag, default="How many steps is each change worth?")
+    parser.add_argument("--title", type=text_flag, default="", help="default: the picture's question")
     parser.add_argument("--loss", type=text_flag, default="val_loss", metavar="KEY", help="which loss")
     parser.add_argument("--numbers", action="store_true", help="print the raw numbers, too")
     parser.add_argument("--format", choices=FORMATS[:2], default="text")
@@ -261,8 +289,12 @@ def main(argv: list[str]) -> None:
     show_notes()
     if args.numbers:
         say("\n" + numbers_text(found))
-    if args.out:
-        draw_worth(worths, first, one_line(args.title), args.out)
+    if args.out and ideas is not None:
+        title = args.title or "Do changes save here what they saved there?"
+        draw_published(ideas, {one.name: one for one in worths}, one_line(title), args.out)
+    elif args.out:
+        title = args.title or "How many steps is each change worth?"
+        draw_worth(worths, first, one_line(title), args.out)
 
 
 if __name__ == "__main__":

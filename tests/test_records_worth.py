@@ -139,6 +139,15 @@ def test_worth_in_steps(tmp_path, capsys):
     assert rows[1][7] == f"~{100 * 0.9 * math.exp(-1):.1f}"
 
 
+def test_a_slope_of_next_to_nothing_makes_no_endless_numbers(tmp_path, capsys):
+    baseline_at(tmp_path, {"base": 100, "long": 125}, 1e-6)
+    text = (tmp_path / "numbers.txt").read_text()
+    text += "other:\n  losses = [5.0, 5.1, 5.3]\n  seeds = [7, 8, 9]\n  steps = 100\n"
+    (tmp_path / "numbers.txt").write_text(text)
+    worth.main([str(tmp_path / "numbers.txt"), "--lengths", "long", "--out", str(tmp_path / "w.png")])
+    assert "~0.0" in capsys.readouterr().out and (tmp_path / "w.png").exists()
+
+
 def test_worth_of_what_has_no_slope(tmp_path):
     baseline_at(tmp_path, {"base": 100, "other": 100, "longer": 125}, -0.5)
     numbers = str(tmp_path / "numbers.txt")
@@ -159,6 +168,11 @@ def test_the_picture_has_a_bar_for_each_group_and_is_no_other_file(tmp_path, cap
     worth.main([numbers, "--lengths", "short", "--out", str(tmp_path / "w.svg")])
     text = (tmp_path / "w.svg").read_text()
     assert all(f"<!-- {name} -->" in text for name in IDEAS) and "written: " in capsys.readouterr().out
+    gains = tmp_path / "gains.csv"
+    gains.write_text(HEAD + "".join(f"{name},{kind},{gain},there\n" for name, (kind, gain) in IDEAS.items()))
+    worth.main([numbers, "--lengths", "short", "--public", str(gains), "--out", str(tmp_path / "p.svg")])
+    text = (tmp_path / "p.svg").read_text()
+    assert all(f"<!-- {name} -->" in text for name in IDEAS) and "as published" in text
     (tmp_path / "mine.png").write_text("mine")
     with pytest.raises(UserError, match="none of these tools made it"):
         worth.main([numbers, "--lengths", "short", "--out", str(tmp_path / "mine.png")])
