@@ -120,7 +120,7 @@ def draw_worth(found: list[Worth], first: Group, title: str, out: Path) -> None:
         axes.plot([share], [row], "o", color=color, markerfacecolor=color if sure else "white")
     axes.axvline(100, color="black", linewidth=0.8)
     axes.set_yticks(range(len(ordered)), [in_words(one.name) for one in ordered], fontsize="small")
-    axes.invert_yaxis()
+    axes.set_ylim(len(ordered) - 0.5, -0.5)
     axes.set_xlabel(
         f"as good as {first.name} with so many percent of its steps\n"
         "bars: 95 % limits; filled: p < 0.01, paired by seed and corrected by Holm"
