@@ -4600,7 +4600,7 @@ class Gpu:
             pins = before | read_operators(cfg.operators)
             kernels = choose_versions(cfg, env, kernels, operator_trials(cfg, env), pins)
         self.compiles_validation = kernels.attention is not banded_attention
-        if self.compile_failure is None and kernels.attention is banded_attention:
+        if self.compile_failure is None and not self.compiles_validation:
             kernels = compile_in_pieces(kernels)
         torch.cuda.empty_cache()  # the trials' memory is not the run's
         torch.cuda.reset_peak_memory_stats()
@@ -5186,33 +5186,28 @@ def banded_attention(
     softmax: Softmax = (masked_softmax, softmax_gradient),
 ) -> Tensor:
     """reference_attention by blocks of queries and the keys they reach, window >= i - first_key[i] + 1."""
+    q = (q * scale).to(v.dtype)
     if len(q) <= SPAN or torch.is_grad_enabled():
-        return attend_in_blocks(q, k, v, first_key, window, scale, softmax)
+        return attend_in_blocks(q, k, v, first_key, window, softmax)
     parts = []
     for start in range(0, len(q), SPAN):
         begin = max(0, start - window + 1)  # the first key that this span reaches
         seen = slice(begin, start + SPAN)
         shifted = (first_key[seen] - begin).clamp_min(0)
-        part = attend_in_blocks(q[seen], k[seen], v[seen], shifted, window, scale, softmax)
+        part = attend_in_blocks(q[seen], k[seen], v[seen], shifted, window, softmax)
         parts.append(part[start - begin :])
     return torch.cat(parts)
 
 
 def attend_in_blocks(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    first_key: Tensor,
-    window: int,
-    scale: Tensor | float,
-    softmax: Softmax,
+    q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, window: int, softmax: Softmax
 ) -> Tensor:
-    """banded_attention of a whole sequence: work and memory are T x window."""
+    """banded_attention of a whole sequence, q scaled: work and memory are T x window."""
     T, H, d = q.shape
     back = -(-(min(window, T) - 1) // QUERY_BLOCK) * QUERY_BLOCK  # keys before a block's own
     blocks = -(-T // QUERY_BLOCK)
     missing = blocks * QUERY_BLOCK - T
-    q, k, v = (F.pad(t, (0, 0, 0, 0, 0, missing)) for t in ((q * scale).to(v.dtype), k, v))
+    q, k, v = (F.pad(t, (0, 0, 0, 0, 0, missing)) for t in (q, k, v))
     count = partial(torch.arange, dtype=torch.int32, device=q.device)
     query = count(blocks * QUERY_BLOCK).view(blocks, 1, QUERY_BLOCK, 1)
     key = query[:, :, :1] - back + count(back + QUERY_BLOCK)

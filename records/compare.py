@@ -36,17 +36,7 @@ from records.groups import (
 )
 from records.leaderboard import leaderboard
 from records.reader import Point, Run, read_logs
-from records.stats import (
-    MOST_RUNS,
-    TESTS,
-    Sample,
-    below,
-    holm,
-    paired,
-    runs_needed,
-    stars,
-    welch,
-)
+from records.stats import MOST_RUNS, TESTS, Sample, below, holm, paired, runs_needed, stars, welch
 from records.tables import FORMATS, table
 
 MOST_ROWS = 40  # of `side`

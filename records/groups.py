@@ -219,9 +219,8 @@ def seeds_of(group: dict, losses: Sample, where: str) -> dict[int, float]:
     seeds = group.get("seed", [])
     whole = all(0 <= seed < 2**63 and seed == int(seed) for seed in seeds)
     need(whole and len(set(seeds)) == len(seeds), f"{where}: seeds: give whole numbers, each once")
-    need(
-        len(seeds) in (0, len(losses.values)), f"{where}: {len(seeds)} seeds for {len(losses.values)} losses"
-    )
+    many = len(losses.values)
+    need(len(seeds) in (0, many), f"{where}: {len(seeds)} seeds for {many} losses")
     return {int(seed): loss for seed, loss in zip(seeds, losses.values[: len(seeds)], strict=True)}
 
 

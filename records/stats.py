@@ -53,13 +53,17 @@ def welch(a: Sample, b: Sample) -> float:
     return float(test(a.mean, a.std, a.n, b.mean, b.std, b.n, equal_var=False).pvalue)
 
 
+def differences_by_seed(a: dict[int, float], b: dict[int, float]) -> Sample:
+    """b less a, of the seeds that both have."""
+    return Sample.of([b[seed] - a[seed] for seed in sorted(a.keys() & b.keys())])
+
+
 def paired(a: dict[int, float], b: dict[int, float]) -> float:
     """p of a paired t-test over the seeds that both have, two-sided.
 
     nan for fewer than two, or differences that do not vary.
     """
-    differences = Sample.of([b[seed] - a[seed] for seed in sorted(a.keys() & b.keys())])
-    p = below(differences, 0)
+    p = below(differences_by_seed(a, b), 0)
     return math.nan if math.isnan(p) else min(1.0, 2 * min(p, 1 - p))
 
 

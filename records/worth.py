@@ -15,10 +15,12 @@ by permutation, and the 95 % interval of Spearman's from a bootstrap over the id
 their errors once more, so that it is rather too wide.
 """
 
+import argparse
 import csv
 import io
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +30,7 @@ from records.compare import number
 from records.files import extra, read_text, say, warn
 from records.groups import Group, comparison_warnings, numbers_text, read_groups
 from records.plot import canvas, in_words, save
-from records.stats import Sample, Slope, holm, in_steps, paired, slope_of, stars
+from records.stats import Sample, Slope, differences_by_seed, holm, in_steps, paired, slope_of, stars
 from records.tables import FORMATS, table
 
 COLUMNS = ("group", "kind", "gain", "public")  # of a file of published gains
@@ -51,12 +53,6 @@ class Worth:
     is_beyond: bool  # outside of the lengths that were run
 
 
-def shared_differences(first: Group, other: Group) -> dict[int, float]:
-    """Seed -> the other group's loss less the first's, of the seeds that both have."""
-    seeds = sorted(first.by_seed.keys() & other.by_seed.keys())
-    return {seed: other.by_seed[seed] - first.by_seed[seed] for seed in seeds}
-
-
 def baseline_slope(first: Group, lengths: list[Group]) -> Slope:
     """From the first group's runs and the same with other numbers of steps. UserError if that is not so."""
     points = []
@@ -67,7 +63,7 @@ def baseline_slope(first: Group, lengths: list[Group]) -> Slope:
             "--lengths are the first group with another number of steps each",
         )
         x = math.log(group.steps[0] / first.steps[0])
-        points += [(x, difference) for difference in shared_differences(first, group).values()]
+        points += [(x, difference) for difference in differences_by_seed(first.by_seed, group.by_seed).values]
     need(len(points) > 1, f"--lengths share fewer than two seeds with {first.name}")
     slope = slope_of(points)
     need(slope.value < 0, f"{first.name} does not get better with more steps; nothing to compare with")
@@ -78,7 +74,7 @@ def worth_of(first: Group, others: list[Group], slope: Slope) -> list[Worth]:
     found = []
     values = [paired(first.by_seed, group.by_seed) for group in others]
     for group, p, p_holm in zip(others, values, holm(values), strict=True):
-        differences = Sample.of(list(shared_differences(first, group).values()))
+        differences = differences_by_seed(first.by_seed, group.by_seed)
         assert differences.n > 1, f"{group.name}: {differences}"
         x, low, high = (max(-MOST_LN, min(MOST_LN, value)) for value in in_steps(differences, slope))
         is_beyond = not min(slope.low, 0) <= x <= max(slope.high, 0)
@@ -126,7 +122,7 @@ def draw_worth(found: list[Worth], first: Group, title: str, out: Path) -> None:
         "bars: 95 % limits; filled: p < 0.01, paired by seed and corrected by Holm"
     )
     axes.grid(alpha=0.3, axis="x")
-    figure.suptitle(title)
+    figure.suptitle(title or "How many steps is each change worth?")
     save(figure, out)
 
 
@@ -170,10 +166,25 @@ def percent(text: str, where: str) -> float:
     return value
 
 
-def saved(idea: Idea, one: Worth) -> tuple[float, float, float]:
-    """Percent of steps that an idea saves here, and its limits, as they are published."""
-    gain, *limits = (100 * (1 - math.exp(x if idea.removes else -x)) for x in (one.x, one.low, one.high))
-    return gain, min(limits), max(limits)
+@dataclass(frozen=True)
+class Saving:
+    """Percent of steps that an idea saves here, and its limits, as gains are published."""
+
+    idea: Idea
+    here: float
+    low: float
+    high: float
+
+
+def savings(ideas: list[Idea], worths: list[Worth]) -> list[Saving]:
+    """Of the ideas that have a group, those that saved most there first."""
+    found, by_name = [], {one.name: one for one in worths}
+    for idea in sorted((idea for idea in ideas if idea.group in by_name), key=lambda idea: -idea.gain):
+        one = by_name[idea.group]
+        here, *limits = (100 * (1 - math.exp(x if idea.removes else -x)) for x in (one.x, one.low, one.high))
+        found.append(Saving(idea, here, min(limits), max(limits)))
+    need(len(found) > 3, f"{len(found)} published ideas have a group here; ranks want four or more")
+    return found
 
 
 def correlations(theirs: list[float], ours: list[float], errors: list[float]) -> dict[str, float]:
@@ -195,61 +206,60 @@ def correlations(theirs: list[float], ours: list[float], errors: list[float]) ->
     return found
 
 
-def beside_published(ideas: list[Idea], found: dict[str, Worth], form: str) -> str:
-    known = sorted((idea for idea in ideas if idea.group in found), key=lambda idea: -idea.gain)
-    need(len(known) > 3, f"{len(known)} published ideas have a group here; ranks want four or more")
-    here = [saved(idea, found[idea.group]) for idea in known]
-    ranks = extra("scipy.stats").rankdata([-gain for gain, _, _ in here])
+def beside_published(found: list[Saving], ideas: list[Idea], form: str) -> str:
+    ranks = extra("scipy.stats").rankdata([-one.here for one in found])
     rows = []
-    for idea, gains, rank in zip(known, here, ranks, strict=True):
-        shown = [number(value, 1) for value in (idea.gain, *gains)]
-        rows.append([idea.group, "remove" if idea.removes else "add", *shown, f"{rank:g}", idea.public])
+    for one, rank in zip(found, ranks, strict=True):
+        kind = "remove" if one.idea.removes else "add"
+        shown = [number(value, 1) for value in (one.idea.gain, one.here, one.low, one.high)]
+        rows.append([one.idea.group, kind, *shown, f"{rank:g}", one.idea.public])
     head = ["group", "kind", "there %", "here %", "from", "to", "rank here", "public"]
     r = correlations(
-        [idea.gain for idea in known],
-        [gain for gain, _, _ in here],
-        [(high - low) / 4 for _, low, high in here],
+        [one.idea.gain for one in found],
+        [one.here for one in found],
+        [(one.high - one.low) / 4 for one in found],
     )
     lines = [
-        f"{len(known)} ideas; Spearman's rho {r['rho']:.2f} (95 % from {r['rho low']:.2f} to "
+        f"{len(found)} ideas; Spearman's rho {r['rho']:.2f} (95 % from {r['rho low']:.2f} to "
         f"{r['rho high']:.2f}), p {r['rho p']:.4f}; Kendall's tau {r['tau']:.2f}, p {r['tau p']:.4f}"
     ]
-    missing = [idea.group for idea in ideas if idea.group not in found]
+    known = {one.idea.group for one in found}
+    missing = [idea.group for idea in ideas if idea.group not in known]
     lines += [f"without numbers here: {', '.join(missing)}"] * bool(missing)
     return "\n".join([table(head, rows, form, left=(0, 1, 7)), "", *lines])
 
 
-def draw_published(ideas: list[Idea], found: dict[str, Worth], title: str, out: Path) -> None:
+def draw_published(found: list[Saving], title: str, out: Path) -> None:
     """A point an idea: what it saved there, and what it saves here, with its limits."""
     figure, axes = canvas(out)
     figure.set_figheight(7)
-    points = [(idea, *saved(idea, found[idea.group])) for idea in ideas if idea.group in found]
-    for n, (idea, gain, low, high) in enumerate(sorted(points, key=lambda point: point[0].gain)):
-        axes.plot([idea.gain] * 2, [low, high], color="grey", linewidth=1)
-        axes.plot([idea.gain], [gain], "o", color="tab:blue")
-        label = idea.group.partition("-")[2] or idea.group
+    for n, one in enumerate(reversed(found)):
+        there = one.idea.gain
+        axes.plot([there, there], [one.low, one.high], color="grey", linewidth=1)
+        axes.plot([there], [one.here], "o", color="tab:blue")
+        label = one.idea.group.partition("-")[2] or one.idea.group
         place = dict(textcoords="offset points", va="center", ha="left" if n % 2 else "right")
-        axes.annotate(label, (idea.gain, gain), (7 if n % 2 else -7, 0), **place, fontsize="small")
-    reach = max(max(abs(value) for value in (idea.gain, gain)) for idea, gain, _, _ in points)
+        axes.annotate(label, (there, one.here), (7 if n % 2 else -7, 0), **place, fontsize="small")
+    reach = max(max(abs(one.idea.gain), abs(one.here)) for one in found)
     axes.plot([0, reach], [0, reach], color="black", linewidth=0.8, label="the same here as there")
     axes.axhline(0, color="grey", linewidth=0.8)
     axes.set_xscale("symlog", linthresh=1)
     axes.set_yscale("symlog", linthresh=1)
-    axes.set_xlim(min(0.0, *(idea.gain for idea, _, _, _ in points)) - 0.2, 1.5 * reach)
+    axes.set_xlim(min(0.0, *(one.idea.gain for one in found)) - 0.2, 1.5 * reach)
     axes.set_xlabel("percent of steps saved there, as published")
     axes.set_ylabel("percent of steps saved here, and 95 % limits")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(extra("matplotlib.ticker").FuncFormatter(lambda value, _: f"{value:g}"))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    figure.suptitle(title)
+    figure.suptitle(title or "Do changes save here what they saved there?")
     save(figure, out)
 
 
 # ---- the command
 
 
-def flags():
+def flags() -> argparse.ArgumentParser:
     parser = arguments(__doc__)
     parser.add_argument("groups", nargs="+", metavar="GROUP")
     parser.add_argument("--lengths", nargs="+", required=True, metavar="GROUP")
@@ -265,36 +275,36 @@ def flags():
 def main(argv: list[str]) -> None:
     args = flags().parse_intermixed_args(argv)
     ideas = read_ideas(args.public) if args.public else None
-    found = read_groups(args.groups, None, args.loss)
-    named = {group.name for group in found}
-    for text in args.lengths:
-        found += [] if text in named else read_groups([text], None, args.loss)
+    groups = read_groups(args.groups, None, args.loss)
+    named = {group.name: group for group in groups}
+    further = [g for text in args.lengths if text not in named for g in read_groups([text], None, args.loss)]
+    lengths = [named[text] for text in args.lengths if text in named] + further
+    found = groups + further
     for group in found:
         need(group.by_seed, f"{group.name}: its runs name no seeds, or one twice")
-    first = found[0]
-    lengths = [group for group in found[1:] if group.name in args.lengths or group.name not in named]
-    others = [group for group in found[1:] if group not in lengths]
-    for group in [group for group in others if len(shared_differences(first, group)) < 2]:
-        warn(f"{group.name}: fewer than two seeds in common with {first.name}; left out")
-        others.remove(group)
+    first, others = groups[0], []
+    for group in [group for group in groups[1:] if group.name not in args.lengths]:
+        if differences_by_seed(first.by_seed, group.by_seed).n > 1:
+            others.append(group)
+        else:
+            warn(f"{group.name}: fewer than two seeds in common with {first.name}; left out")
     need(others, "give at least two groups besides --lengths, the baseline first")
     slope = baseline_slope(first, lengths)
     worths = worth_of(first, others, slope)
-    if ideas is not None:
-        say(beside_published(ideas, {one.name: one for one in worths}, args.format))
+    if ideas is None:
+        text = f"{worth_table(worths, args.format)}\n\n{worth_note(first, lengths, slope)}"
+        draw = partial(draw_worth, worths, first)
     else:
-        say(worth_table(worths, args.format) + "\n\n" + worth_note(first, lengths, slope))
+        saved = savings(ideas, worths)
+        text, draw = beside_published(saved, ideas, args.format), partial(draw_published, saved)
+    say(text)
     for line in comparison_warnings(found):
         warn(f"note: {line}")
     show_notes()
     if args.numbers:
         say("\n" + numbers_text(found))
-    if args.out and ideas is not None:
-        title = args.title or "Do changes save here what they saved there?"
-        draw_published(ideas, {one.name: one for one in worths}, one_line(title), args.out)
-    elif args.out:
-        title = args.title or "How many steps is each change worth?"
-        draw_worth(worths, first, one_line(title), args.out)
+    if args.out:
+        draw(one_line(args.title), args.out)
 
 
 if __name__ == "__main__":

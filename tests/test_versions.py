@@ -114,9 +114,8 @@ def test_a_checkpoints_versions_are_taken_and_garbage_in_it_is_not():
     assert tg.operators_of(None) == {}
 
 
-@pytest.mark.parametrize("reference", [True, False])
-def test_layers_with_plain_attention_are_compiled_in_pieces(monkeypatch, reference):
-    """As a whole they are hundreds of operators, at which the compiler works for many minutes."""
+def gpu_that_chose(monkeypatch, reference: bool) -> tuple[tg.Gpu, tg.Kernels]:
+    """Without a GPU: what it takes where our attention is right, or with --reference."""
     monkeypatch.setattr(tg, "compile_failure", lambda cfg, device: None)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     fast = dict(attention=tg.triton_attention, prepare_qkv=tg.triton_prepare_qkv)
@@ -124,7 +123,13 @@ def test_layers_with_plain_attention_are_compiled_in_pieces(monkeypatch, referen
     monkeypatch.setattr(tg, "operator_trials", lambda cfg, env: {})
     gpu = object.__new__(tg.Gpu)
     gpu.device, gpu.dtype = torch.device("cpu"), torch.bfloat16
-    kernels = gpu.choose_kernels(replace(tg.PRESETS["short"], reference=reference), None, {})
+    return gpu, gpu.choose_kernels(replace(tg.PRESETS["short"], reference=reference), None, {})
+
+
+@pytest.mark.parametrize("reference", [True, False])
+def test_layers_with_plain_attention_are_compiled_in_pieces(monkeypatch, reference):
+    """As a whole they are hundreds of operators, at which the compiler works for many minutes."""
+    _, kernels = gpu_that_chose(monkeypatch, reference)
     assert (kernels.compile_layers is None) == reference == (not kernels.compile_small)
     if not reference:
         assert kernels.attention is tg.triton_attention and kernels.prepare_qkv is tg.triton_prepare_qkv
@@ -142,14 +147,7 @@ def test_layers_with_plain_attention_are_compiled_in_pieces(monkeypatch, referen
 @pytest.mark.parametrize("reference, compiled", [(True, False), (False, True)])
 def test_a_long_validation_is_compiled_where_attention_is_a_kernel(monkeypatch, reference, compiled):
     """Plain attention takes a long sequence in hundreds of pieces, each of which the compiler unrolls."""
-    monkeypatch.setattr(tg, "compile_failure", lambda cfg, device: None)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
-    fast = tg.plain_kernels(attention=tg.triton_attention)
-    monkeypatch.setattr(tg, "choose_versions", lambda cfg, env, kernels, *rest: fast)
-    monkeypatch.setattr(tg, "operator_trials", lambda cfg, env: {})
-    gpu, calls = object.__new__(tg.Gpu), []
-    gpu.device, gpu.dtype = torch.device("cpu"), torch.bfloat16
-    gpu.choose_kernels(replace(tg.PRESETS["short"], reference=reference), None, {})
+    gpu, calls = gpu_that_chose(monkeypatch, reference)[0], []
 
     @partial(torch.compile, backend=lambda graph, inputs: calls.append(1) or graph.forward)
     def twice(x: torch.Tensor) -> torch.Tensor:

@@ -38,14 +38,13 @@ def main(argv: list[str]) -> None:
         need(whole, f"--steps {args.steps}: {share}")
         need(cfg.device == "cpu", f"--device {cfg.device}: only steps on a CPU are taken apart here")
         need(1 <= args.stage <= len(cfg.stages), f"--stage {args.stage}: there are {len(cfg.stages)}")
-        schedule = tg.Schedule(cfg)
-        steps = [n for n in range(cfg.num_steps) if schedule.stage_index(n) == args.stage - 1]
-        enough = len(steps) >= 2 * args.steps + 3
+        first, end = [0, *tg.Schedule(cfg).ends][args.stage - 1 : args.stage + 1]
+        enough = end - first >= 2 * args.steps + 3
         need(enough, f"--num_steps {cfg.num_steps}: a stage must have at least twice --steps and three more")
         with contextlib.redirect_stdout(io.StringIO()):
             trainer = tg.Trainer(cfg, {})
             tg.warm_up(trainer)
-        print("\n".join([*machine_rates(trainer), *take_apart(trainer, steps[0], args.steps)]))
+        print("\n".join([*machine_rates(trainer), *take_apart(trainer, first, args.steps)]))
 
 
 def machine_rates(trainer: tg.Trainer) -> list[str]:
