@@ -1910,10 +1910,11 @@ class Trainer:
         self.log = Log(cfg, self.env, saved)
         self.clock = Clock(self.machine)
         ceiling = self.machine.matrix_ceiling() * self.env.world_size  # measured before compilers start
-        self.joined = cfg.join or joined_by_memory(cfg, self.machine, self.env.world_size)
-        joined_cfg = replace(cfg, join=self.joined)
-        kernels = self.machine.choose_kernels(joined_cfg, self.env, operators_of(saved))
-        self.model = GPT(joined_cfg, self.machine.dtype, kernels).to(self.env.device)
+        most = cfg.join or joined_by_memory(cfg, self.machine, self.env.world_size)
+        kernels = self.machine.choose_kernels(replace(cfg, join=most), self.env, operators_of(saved))
+        # Plain attention takes several times a kernel's memory.
+        self.joined = cfg.join or (most if kernels.attention is triton_attention else 1)
+        self.model = GPT(replace(cfg, join=self.joined), self.machine.dtype, kernels).to(self.env.device)
         if cfg.prefix_weight:
             self.model.prefixes = read_prefixes(cfg).to(self.env.device)
         if cfg.spectral and not saved:  # training time
@@ -4475,9 +4476,9 @@ def joined_by_memory(cfg: Config, machine: "Gpu | Cpu", world_size: int) -> int:
     """How many of a rank's micro-batches a GPU computes together: 1, 2, 4, ...
 
     A token takes 28 values of the model's width a layer, by what an H100 reserved for `short`, graphs among
-    it (records/gpu); all is to fit into seven tenths of the memory. Plain attention takes several times that.
+    it (records/gpu); all is to fit into seven tenths of the memory.
     """
-    if cfg.device == "cpu" or cfg.reference:
+    if cfg.device == "cpu":
         return 1
     needed = least_memory(cfg, machine.dtype, world_size)
     fixed = needed["parameters and gradients"] + needed["the optimizer"]

@@ -223,8 +223,22 @@ def test_the_loss_on_joined_sequences_is_the_mean_of_theirs():
 def test_how_many_are_joined_by_a_gpus_memory(preset, gib, world_size, joined):
     machine = SimpleNamespace(dtype=torch.bfloat16, total_memory=lambda: int(gib * 0.98 * 2**30))
     assert tg.joined_by_memory(tg.PRESETS[preset], machine, world_size) == joined
-    plain = replace(tg.PRESETS[preset], reference=True)  # attention's softmax is kept then
-    assert tg.joined_by_memory(plain, machine, world_size) == 1
+
+
+@pytest.mark.parametrize(
+    "attention, asked_for, joined", [("kernel", 0, 4), ("plain", 0, 1), ("kernel", 2, 2), ("plain", 2, 2)]
+)
+def test_what_plain_attention_would_keep_is_not_joined(
+    tiny_data, tmp_path, monkeypatch, attention, asked_for, joined
+):
+    """Whyever it is plain: --reference, --dtype, --operators, or a kernel that is wrong on this GPU."""
+    chosen = {"kernel": tg.triton_attention, "plain": tg.banded_attention}[attention]
+    monkeypatch.setattr(tg, "joined_by_memory", lambda *facts: 4)
+    choose = tg.Cpu.choose_kernels
+    monkeypatch.setattr(tg.Cpu, "choose_kernels", lambda *a: replace(choose(*a), attention=chosen))
+    run = tiny_run(tiny_data, tmp_path, micro_batches=4, join=asked_for)
+    assert run.joined == run.model.cfg.join == joined
+    run.close(failed=False)
 
 
 # A document with a few tokens that stand nowhere else, among others that fill the step.

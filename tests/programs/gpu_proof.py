@@ -2,6 +2,7 @@
 
     python -m tests.programs.gpu_proof --out FOLDER                             about eight minutes
     python -m tests.programs.gpu_proof --out FOLDER --sections machine operators
+    python -m tests.programs.gpu_proof --out FOLDER --sections short --more="--join 1 --fp8_mlp"
 
 Prints a row for every figure as soon as it is known, and keeps them all in FOLDER/proof.json. A section is a
 process of its own with a time limit, since a fault of the GPU ends the process that made it: it is a row
@@ -24,6 +25,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -70,14 +72,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--sections", nargs="+", choices=LIMITS, default=DEFAULT, metavar="SECTION")
     parser.add_argument("--quick", action="store_true", help="small sizes, for the null device")
     parser.add_argument(
-        "--join", type=int, default=0, help="micro-batches in a pass of a preset; 0: what fits"
+        "--more", type=shlex.split, default=[], metavar="FLAGS", help="further flags of presets, as one text"
     )
     parser.add_argument("--inside", choices=LIMITS, help="this process is the section")
     args = parser.parse_args(argv)
     if args.inside:
         rows = Rows(args.out / f"{args.inside}.jsonl", is_null())
         try:
-            run_section(args.inside, rows, args.quick, args.join)
+            run_section(args.inside, rows, args.quick, args.more)
         except Exception:
             traceback.print_exc()
             return 1
@@ -86,8 +88,8 @@ def main(argv: list[str]) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     failed = 0
     for section in args.sections:
-        flags = ["--out", str(args.out), "--inside", section, "--join", str(args.join)]
-        flags += ["--quick"] if args.quick else []
+        flags = ["--out", str(args.out), "--inside", section]
+        flags += [f"--more={shlex.join(args.more)}"] + (["--quick"] if args.quick else [])
         own = [sys.executable, "-m", "tests.programs.gpu_proof", *flags]
         failed += supervise(section, own, args.out, LIMITS[section])
     print(f"{failed} rows FAIL" if failed else "no row FAILs")
@@ -146,7 +148,8 @@ def is_null() -> bool:
     return torch.cuda.is_available() and "NULL" in torch.cuda.get_device_name()
 
 
-def run_section(section: str, rows: Rows, quick: bool, join: int) -> None:
+def run_section(section: str, rows: Rows, quick: bool, more: list[str]) -> None:
+    """more: flags of a preset."""
     add = partial(rows.add, section)
     if section == "machine":
         machine(add, quick)
@@ -155,7 +158,7 @@ def run_section(section: str, rows: Rows, quick: bool, join: int) -> None:
     elif section == "train":
         train(add, rows.path.parent, quick)
     else:
-        preset(add, section, join)
+        preset(add, section, more)
 
 
 # What the machine can do.
@@ -558,23 +561,14 @@ def table_rows(add: Callable, cfg: tg.Config, quick: bool) -> None:
 # A preset's steps.
 
 
-def preset(add: Callable, name: str, join: int) -> None:
+def preset(add: Callable, name: str, more: list[str]) -> None:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         make_data(Path(folder))
         stages = len(tg.PRESETS[name].stages)
         flags = ["--preset", name, "--num_steps", str(2 * stages), "--extension_share", str(1 / stages)]
-        flags += ["--join", str(join)]
-        flags += [
-            "--data_dir",
-            folder,
-            "--log_dir",
-            folder,
-            "--val_every",
-            "0",
-            "--val_tokens",
-            str(2 * 2**18),
-        ]
+        flags += ["--data_dir", folder, "--log_dir", folder, "--val_every", "0"]
+        flags += ["--val_tokens", str(2 * 2**18), *more]
         cfg, overrides = tg.parse_config(flags)
         if is_null():  # no result can be right
             tg.differs_from_plain = lambda *arguments: ""
