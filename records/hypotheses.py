@@ -119,6 +119,16 @@ COMMON_TOKENS = (
 )
 
 
+# q and k of three quarters of a head's dimensions, rotary pairs and others alike, as if there were no more.
+NARROW_QK = (
+    (
+        "        q, k = norm(q), norm(k)\n",
+        "        kept = torch.arange(q.size(-1), device=q.device) % 16 < 12\n"
+        "        q, k = (0.75**0.5 * norm(kept * t) for t in (q, k))\n",
+    ),
+)
+
+
 def value_embed_decay(times: float) -> tuple:
     """Weight decay of the value embeddings, in Adam's, 5 in train_gpt.py."""
     start = "init=normal(cfg.value_embed_std), **"
@@ -351,6 +361,7 @@ HYPOTHESES = (
     # And what later public records added.
     h("cpu-final-lr", "the rate ends higher", final_lr=0.15),
     h("cpu-exclusive", "exclusive attention", exclusive=True),
+    h("cpu-narrow-qk", "q and k of 48 of a head's 64 dimensions (takes as long here)", edits=NARROW_QK),
     h(
         "cpu-three",
         "exclusive attention, Muon by heads, a rate that ends higher",
