@@ -242,7 +242,7 @@ def random(*shape: int) -> torch.Tensor:
 def test_every_edit_fits():
     source = (ROOT / "train_gpt.py").read_text()
     names = [one.name for one in hypotheses.HYPOTHESES if one.edits]
-    assert len(names) == 7 and all(
+    assert len(names) == 8 and all(
         compile(hypotheses.source_of(one, source), one.name, "exec") for one in hypotheses.find(names)
     )
     with pytest.raises(
@@ -255,6 +255,22 @@ def test_the_edit_that_centres_norms(edited):
     x = random(5, 16) + 3
     known = torch.nn.functional.layer_norm(x, (16,), eps=1e-7)
     torch.testing.assert_close(edited("000-H3").norm(x), known, rtol=1e-4, atol=1e-4)
+
+
+def test_the_edit_that_narrows_q_and_k(edited):
+    """48 of 64 dimensions are as they would be with no others, through rotary; the rest is nothing."""
+    qkv, angles = random(5, 3, 2, 64), random(5, 16)
+    is_first = torch.zeros(5, dtype=torch.bool)
+    given = [is_first, angles.cos(), angles.sin(), False, False, True]
+    kept = torch.arange(64) % 16 < 12
+    q, k, v = edited("cpu-narrow-qk").prepare_qkv(qkv, None, *given)
+    first = torch.arange(16) % 8 < 6  # of the angles, of adjacent pairs
+    given[1:3] = angles[:, first].cos(), angles[:, first].sin()
+    narrow = tg.prepare_qkv(qkv[..., kept], None, *given)
+    for wide, known in zip((q, k), narrow, strict=False):
+        torch.testing.assert_close(wide[..., kept], known)
+        assert not wide[..., ~kept].any()
+    assert torch.equal(v, qkv[:, 2])
 
 
 def test_the_edit_that_centres_attention(edited):
