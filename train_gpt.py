@@ -1912,8 +1912,9 @@ class Trainer:
         ceiling = self.machine.matrix_ceiling() * self.env.world_size  # measured before compilers start
         most = cfg.join or joined_by_memory(cfg, self.machine, self.env.world_size)
         kernels = self.machine.choose_kernels(replace(cfg, join=most), self.env, operators_of(saved))
-        # Plain attention takes several times a kernel's memory.
-        self.joined = cfg.join or (most if kernels.attention is triton_attention else 1)
+        if kernels.attention is not triton_attention:  # plain: too much memory, as joined_by_memory says
+            most = cfg.join or 1
+        self.joined = most
         self.model = GPT(replace(cfg, join=self.joined), self.machine.dtype, kernels).to(self.env.device)
         if cfg.prefix_weight:
             self.model.prefixes = read_prefixes(cfg).to(self.env.device)
@@ -4473,9 +4474,9 @@ def joined_by_memory(cfg: Config, machine: "Gpu | Cpu", world_size: int) -> int:
     """How many of a rank's micro-batches a GPU computes together: 1, 2, 4, ...
 
     A token takes 28 values of the model's width a layer, by what an H100 reserved for `short`, graphs among
-    it (records/gpu); all is to fit into seven tenths of the memory.
+    it (records/gpu); all is to fit into seven tenths of the memory. Plain attention takes several times that.
     """
-    if cfg.device == "cpu":
+    if cfg.device == "cpu" or cfg.reference:
         return 1
     needed = least_memory(cfg, machine.dtype, world_size)
     fixed = needed["parameters and gradients"] + needed["the optimizer"]

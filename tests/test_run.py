@@ -223,6 +223,8 @@ def test_the_loss_on_joined_sequences_is_the_mean_of_theirs():
 def test_how_many_are_joined_by_a_gpus_memory(preset, gib, world_size, joined):
     machine = SimpleNamespace(dtype=torch.bfloat16, total_memory=lambda: int(gib * 0.98 * 2**30))
     assert tg.joined_by_memory(tg.PRESETS[preset], machine, world_size) == joined
+    plain = replace(tg.PRESETS[preset], reference=True)  # attention's softmax is kept then
+    assert tg.joined_by_memory(plain, machine, world_size) == 1
 
 
 @pytest.mark.parametrize(
