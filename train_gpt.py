@@ -372,8 +372,8 @@ MEDIUM_2025 = replace(
     extra_inputs=1,
 )
 
-# Two CPU cores and the embedded corpus, minutes instead of GPUs: all that `short` has, in four thin layers.
-# Its losses compare only with its own.
+# Two CPU cores and the embedded corpus, minutes instead of GPUs: all that `short` has, in four thin layers,
+# and dense connections into the last one. Its losses compare only with its own.
 CPU = replace(
     SHORT,
     preset="cpu",
@@ -391,21 +391,25 @@ CPU = replace(
     bos_id=4095,
     model_dim=128,
     head_dim=64,
-    bigram_rows=20,
+    bigram_rows=40,
     bigram_momentum=0.0,
     bigram_signs=8192,
+    softmax_scale=0.125,
+    mudd_layers=1,
     softcap=0.0,
     final_long_window=512,
     embed_std=0.15,
     spectral=50.0,
     untie_share=0.0,
-    num_steps=540,
+    num_steps=470,
     extension_share=0.0,
-    muon_lr=0.035,
+    final_lr=0.15,
+    muon_lr=0.028,
     momentum_warmup=250,
     momentum_cooldown=83,
     adam_lr=0.012,
     adam_every=1,
+    x0_lr=10.0,
     data_dir="data/corpus",
     micro_batches=1,
     val_tokens=262144,
@@ -431,6 +435,7 @@ CPU_ADAMW = replace(
     qk_norm=False,
     rotary_share=1.0,
     softmax_scale=1 / 8,
+    mudd_layers=0,
     activation="gelu",
     embed_std=0.02,
     spectral=0.0,
@@ -4788,13 +4793,15 @@ def choose_versions(
     torch.compiler.assume_constant_result(compute_capability)  # here: the compiler takes seconds to import
     names, notes, fields_of_kernels = [], [], {}
     for name, trial in trials.items():
-        plain, right, wrong = getattr(kernels, name), {}, ""
+        plain, right, wrong = getattr(kernels, name), {}, []
         for version, fast in trial.fast.items():
             tolerance = trial.tolerance.get(version, 0.02)
             functions = trial.shows(plain), trial.shows(fast)
             reason = differs_from_plain(*functions, trial.small, trial.leaves, env.device, tolerance)
-            right |= {} if reason else {version: fast}
-            wrong += f"{version}: {reason}" if reason else ""
+            if reason:
+                wrong.append(f"{version}: {reason}")
+            else:
+                right[version] = fast
         right["plain"] = plain
         if pins.get(name) in right:
             version, note = pins[name], "as asked for"
@@ -4806,7 +4813,7 @@ def choose_versions(
             fields_of_kernels |= trial.needs
         fields_of_kernels[name] = right[version]
         names.append(f"{name}={version}")
-        reasons = "; ".join(filter(None, (wrong, note)))
+        reasons = "; ".join(filter(None, (*wrong, note)))
         notes.append(f"{name}={version}" + (f" ({reasons})" if reasons else ""))
     return replace(kernels, versions=",".join(names), note=", ".join(notes), **fields_of_kernels)
 

@@ -59,7 +59,7 @@ BASELINES = {
     ),
     "004": Baseline("medium-2025", 6000, dict(extra_inputs=0)),
     "bigram": Baseline("short", 1547, {}),  # of no seed: `short` as it is
-    "cpu": Baseline("cpu", 540, dict(bigram_signs=8192)),  # of no seed: the preset itself
+    "cpu": Baseline("cpu", 470, dict(bigram_signs=8192)),  # of no seed: the preset itself
 }
 
 
@@ -301,9 +301,9 @@ HYPOTHESES = (
     h("bigram-signs", "with the sign trick: pairs that share a row can be told apart", bigram_signs=8192),
     # The cpu preset: the seeds' questions at its size, then each of its features taken away alone.
     h("cpu-H0", "the preset: value embeddings in U-Net form, std 0.01"),
-    h("cpu-80", "the preset, 80 % of its steps", 432),
-    h("cpu-90", "the preset, 90 % of its steps", 486),
-    h("cpu-110", "the preset, 110 % of its steps", 594),
+    h("cpu-80", "the preset, 80 % of its steps", 376),
+    h("cpu-90", "the preset, 90 % of its steps", 423),
+    h("cpu-110", "the preset, 110 % of its steps", 517),
     h("cpu-ve-none", "no value embeddings", value_embeds="...."),
     h("cpu-ve-untied", "a table of its own for the last layer", value_embeds="01.2"),
     h(
@@ -334,7 +334,8 @@ HYPOTHESES = (
     ),
     h("cpu-bigram-none", "no bigram table", bigram_rows=0),
     h("cpu-bigram-plain", "no signs: pairs that share a row cannot be told apart", bigram_signs=0),
-    h("cpu-bigram-5", "a quarter of the bigram table's rows", bigram_rows=5),
+    h("cpu-bigram-20", "half of the bigram table's rows", bigram_rows=20),
+    h("cpu-bigram-5", "an eighth of them", bigram_rows=5),
     h("cpu-inputs-1", "one further input embedding, seed 004", extra_inputs=1),
     h("cpu-inputs-2", "two", extra_inputs=2),
     h("cpu-no-short", "every window is the long one", windows="llll"),
@@ -359,25 +360,10 @@ HYPOTHESES = (
         untie_share=2 / 3,
     ),
     # And what later public records added.
-    h("cpu-final-lr", "the rate ends higher", final_lr=0.15),
+    h("cpu-no-mudd", "no dense connections into the last layer", mudd_layers=0),
+    h("cpu-final-lr-10", "the rate ends at a tenth, as in `short`", final_lr=0.1),
     h("cpu-exclusive", "exclusive attention", exclusive=True),
     h("cpu-narrow-qk", "q and k of 48 of a head's 64 dimensions (takes as long here)", edits=NARROW_QK),
-    h(
-        "cpu-three",
-        "exclusive attention, Muon by heads, a rate that ends higher",
-        exclusive=True,
-        muon_heads=1,
-        final_lr=0.15,
-    ),
-    h(
-        "cpu-four",
-        "these, and one table of value embeddings",
-        exclusive=True,
-        muon_heads=1,
-        final_lr=0.15,
-        value_embeds=".0.0",
-    ),
-    h("cpu-mudd", "dense connections into the last layer", mudd_layers=1),
     h("cpu-muon-heads", "Muon on q and k by heads", muon_heads=1),
     h("cpu-ema", "a moving average of weights", ema_rate=0.02),
     h("cpu-ema-11", "a moving average over about 11 steps, not 50", ema_rate=0.09),

@@ -5,16 +5,17 @@
 
 A GROUP is a folder of logs or one log; NAME=PATH names it. Of a group with several runs loss draws the mean
 and a band of one standard deviation, over the steps (or, against time, between the first and last second)
-that all its runs have; --each draws every run, --difference what each differs from the first group. scalars
-draws a line a scalar, the mean over a group's runs, as in seed 004. The file's ending is its format. A
-picture that these tools made is replaced; another file is not.
+that all its runs have; --each draws every run, --difference what each differs from the first group, --smooth
+20 means over 20 values, for training losses, say. scalars draws a line a scalar, the mean over a group's
+runs, as in seed 004. The file's ending is its format. A picture that these tools made is replaced; another
+file is not.
 """
 
 import argparse
 import math
 import textwrap
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 from cli import arguments, command, need, one_line, path_flag, text_flag
@@ -47,6 +48,14 @@ def curve(run: Run, key: str, x: str) -> Curve:
     points = dict(zip(steps if x == "step" else seconds, values, strict=True))
     kept = [(at, value) for at, value in points.items() if math.isfinite(at) and math.isfinite(value)]
     return [at for at, _ in kept], [value for _, value in kept]
+
+
+def smoothed(points: Curve, count: int) -> Curve:
+    """Each value the mean of the last `count`; at the beginning, of as many as there are."""
+    x, values = points
+    sums = [0.0, *accumulate(values)]
+    begins = [max(0, n + 1 - count) for n in range(len(values))]
+    return x, [(sums[n + 1] - sums[begin]) / (n + 1 - begin) for n, begin in enumerate(begins)]
 
 
 def mean_and_deviation(samples: list[Sample]) -> tuple[list[float], list[float]]:
@@ -122,6 +131,8 @@ def lines_of(groups: list[tuple[str, list[Run]]], args: argparse.Namespace) -> l
             curves = less_first(runs, groups[0][1], args.loss)
         else:
             curves = [curve(run, args.loss, args.x) for run in runs]
+        if args.smooth > 1:
+            curves = [smoothed(one, args.smooth) for one in curves]
         curves = [one for one in curves if len(one[0]) > (0 if args.x == "step" else 1)]
         if not curves:
             warn(f"{name}: no run has {args.loss} against {args.x}")
@@ -191,7 +202,8 @@ def draw_losses(panel_axes: list, panel_lines: list[list[Line]], args: argparse.
         axes.set_xlabel(
             ("step" if args.x == "step" else "training time, seconds") + " (logarithmic)" * args.log
         )
-        axes.set_ylabel(f"{args.loss}, nats a token" + f"\nless that of {args.first}" * args.difference)
+        mean = f", mean of {args.smooth:g}" * (args.smooth > 1)
+        axes.set_ylabel(f"{args.loss}, nats a token{mean}" + f"\nless that of {args.first}" * args.difference)
         axes.grid(alpha=0.3)
         name_curves(axes, shown, len(lines) <= MOST_DIRECT_LABELS, len(panel_axes))
     has_band = any(any(deviation) for line in lines for _, _, deviation in line.lines)
@@ -357,6 +369,8 @@ def flags() -> argparse.ArgumentParser:
         "--loss", type=text_flag, default="val_loss", metavar="KEY", help="which loss of an event line"
     )
     parser.add_argument("--target", type=LOSS, help="a line at this loss")
+    smooth = "means over so many values of a run, one after the other"
+    parser.add_argument("--smooth", type=number_flag(1, 1e6, whole=True), default=1, metavar="N", help=smooth)
     parser.add_argument("--each", action="store_true", help="every run, not their mean")
     parser.add_argument(
         "--difference", action="store_true", help="from the first group, at each step, by seed"

@@ -41,8 +41,8 @@ from records.files import (
 from records.groups import Group, group_of, numbers_text
 from records.plot import canvas, save, time_axis
 from records.reader import read_logs, result
-from records.rules import ROOT, TRACKS, Finding, Submission, check
-from records.stats import below, welch
+from records.rules import ROOT, TRACKS, Finding, Submission, check, time_test
+from records.stats import below
 from records.tables import FORMATS, table
 
 
@@ -124,6 +124,20 @@ def history(track: Path) -> list[tuple[Group, Group | None]]:
     return found
 
 
+def speedups(records: list[tuple[Group, Group | None]], by_card: bool) -> list[tuple[float, float]]:
+    """Of each record: how many times as fast as the one before it by runs side by side, and as the first.
+
+    The second is a product of the first ones: records need not be of one machine.
+    """
+    found, so_far = [], {}
+    for one, before in records:
+        card = card_of(one) if by_card else ""
+        gain = before.times.mean / one.times.mean if before else math.nan
+        so_far[card] = so_far[card] * gain if card in so_far else 1.0
+        found.append((gain, so_far[card]))
+    return found
+
+
 def history_table(
     records: list[tuple[Group, Group | None]], target: float, form: str = "text", by_card: bool = False
 ) -> str:
@@ -131,11 +145,9 @@ def history_table(
 
     p: of a mean so far under the target, and of a time so unlike the baseline's.
     """
-    rows, firsts = [], {}
-    for one, before in records:
-        first = firsts.setdefault(card_of(one) if by_card else "", one.times.mean)
-        gain = before.times.mean / one.times.mean if before else math.nan
-        p = welch(one.times, before.times) if before else math.nan
+    rows = []
+    for (one, before), (gain, in_all) in zip(records, speedups(records, by_card), strict=True):
+        p = time_test(one, before)[0] if before else math.nan
         date, _, name = one.name.partition("_")
         card = [card_of(one)] if by_card else []
         rows.append(
@@ -151,7 +163,7 @@ def history_table(
                 number(one.times.std, 1),
                 number(gain, 2),
                 number(p, 4),
-                number(first / one.times.mean, 1),
+                number(in_all, 1),
             ]
         )
     losses = ["loss μ", "loss σ", f"p under {target:g}"]
@@ -168,15 +180,18 @@ def draw_history(records: list[tuple[Group, Group | None]], track: str, target: 
     for card in dict.fromkeys(cards):
         places = [n for n in range(len(records)) if cards[n] == card]
         axes.plot(places, [means[n] for n in places], color="grey", linewidth=1, zorder=1)
+    in_all = [times for _, times in speedups(records, TRACKS[track].by_card)]
     for n, (one, _) in enumerate(records):
         axes.scatter([n] * one.times.n, one.times.values, s=18)
         first = cards.index(cards[n])
         words = f"{one.times.mean:.1f} s" + (f"\n{cards[n]}" if cards[n] and first == n else "")
-        words += f"\n{means[first] / one.times.mean:.1f} times as fast" if first < n else ""
+        words += f"\n{in_all[n]:.1f} times\nas fast" if first < n else ""
         axes.annotate(words, (n, one.times.mean), (8, 8), textcoords="offset points")
     time_axis(axes.yaxis)
-    axes.set_xticks(range(len(records)), [one.name.replace("_", "\n", 1) for one, _ in records])
-    axes.margins(x=0.3, y=0.15)
+    axes.set_xticks(
+        range(len(records)), [one.name.replace("_", "\n", 1) for one, _ in records], fontsize="small"
+    )
+    axes.margins(x=0.7 / len(records), y=0.15)
     axes.set_ylabel("training time of a run, seconds (logarithmic)")
     axes.set_title(f"How long does a run of the {track} track take to a validation loss of {target:g}?")
     axes.grid(alpha=0.3)

@@ -63,7 +63,12 @@ def paired(a: dict[int, float], b: dict[int, float]) -> float:
 
     nan for fewer than two, or differences that do not vary.
     """
-    p = below(differences_by_seed(a, b), 0)
+    return unlike_zero(differences_by_seed(a, b))
+
+
+def unlike_zero(sample: Sample) -> float:
+    """p of a one-sample t-test against 0, two-sided; nan as `below`."""
+    p = below(sample, 0)
     return math.nan if math.isnan(p) else min(1.0, 2 * min(p, 1 - p))
 
 

@@ -39,7 +39,7 @@ TINY_STAGES = (
 )
 
 
-# What only short-next has on, or no preset.
+# What is on in short-next, or in no preset.
 LATER_SWITCHES = dict(
     exclusive=True, mudd_layers=1, muon_heads=2, ema_rate=0.3, prefix_weight=0.25, sampled_vocab=128
 )
@@ -70,6 +70,9 @@ def tiny(**changes) -> tg.Config:
         bigram_rows=5,
         bigram_signs=0,
         bigram_momentum=0.75,
+        softmax_scale=0.1,
+        mudd_layers=0,
+        x0_lr=5.0,
         adam_every=2,
         softcap=23.0,
         untie_share=2 / 3,

@@ -115,6 +115,16 @@ def test_losses_are_drawn_zoomed_with_a_target(tmp_path, drawn, capsys):
     assert (tmp_path / "y.svg").stat().st_size > 1000
 
 
+def test_smooth_takes_means_of_the_last_values(tmp_path, drawn):
+    write_run(tmp_path / "0.txt", [4.0, 3.0, 5.0, 1.0], 5)
+    plot.main(["loss", str(tmp_path), "--smooth", "3", "--from", "10", "--out", str(tmp_path / "x.png")])
+    line, axes = drawn().lines[0], drawn()
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([10, 20, 30], pytest.approx([3.5, 4.0, 3.0]))
+    assert axes.get_ylabel() == "val_loss, nats a token, mean of 3"
+    with pytest.raises(UserError, match="--smooth: '0': give a whole number"):
+        plot.main(["loss", str(tmp_path), "--smooth", "0", "--out", str(tmp_path / "y.png")])
+
+
 def test_scalars_are_drawn(tmp_path, drawn):
     write_run(
         tmp_path / "0.txt", [4.0, 3.0], 5, {"resid_scale": [1.0, 2.0, 3.0], "x0_scale": [0.5, 0.25, -1.0]}

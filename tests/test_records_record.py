@@ -92,7 +92,25 @@ def test_a_good_record_counts(folder, capsys):
     code, out = verify(folder, capsys)
     assert code == 0 and out.count("  ok  ") == len(out.splitlines()) == 7
     assert "mean 4.1820 of 5 runs, target 4.2, p = 0.0000" in out
-    assert "2.000 s faster (211.002 to 209.002), Welch p = 0.0000" in out
+    assert "2.000 s faster (211.002 to 209.002), p = 0.0000 by turns" in out
+
+
+def test_times_of_runs_in_turns_are_compared_turn_by_turn(folder, capsys):
+    """A machine that is slow for a while is so for both; without turns, one sees nothing then."""
+    for n, slow in enumerate([1.0, 1.0, 1.4, 1.41, 1.39]):
+        for name, seconds in (("baseline", 100 + n / 10), ("this", 90 + n / 7)):
+            path = folder / name / f"{n}.txt"
+            path.write_text(
+                re.sub(r"train_time:2\d+ms", f"train_time:{1000 * slow * seconds:.0f}ms", path.read_text())
+            )
+    code, out = verify(folder, capsys)
+    assert code == 0 and re.search(r"faster \(124.272 to 111.988\), p = 0.0000 by turns", out), out
+    this, baseline = record.group("this", folder / "this"), record.group("baseline", folder / "baseline")
+    assert len(rules.in_turns(this, baseline)) == 5
+    (folder / "baseline" / "4.txt").unlink()
+    one_less = record.group("baseline", folder / "baseline")
+    assert rules.in_turns(this, one_less) == [] and rules.time_test(this, one_less)[1] == "by Welch's test"
+    assert rules.time_test(this, one_less)[0] > 0.2
 
 
 def rewrite(folder: Path, **changes) -> None:
@@ -301,7 +319,7 @@ def test_the_history_of_a_track(folder, capsys, tmp_path):
     assert head == "date,record,runs,loss μ,loss σ,p under 4.2,time μ,time σ,x before,p,x first"
     assert rows == [
         "2026-02-01,First,2,4.1950,0.0071,0.2500,2090.0,0.0,-,-,1.0",
-        "2026-03-01,Faster,5,4.1820,0.0016,0.0000,209.0,0.0,1.01,0.0000,10.0",
+        "2026-03-01,Faster,5,4.1820,0.0016,0.0000,209.0,0.0,1.01,0.0000,1.0",
     ]
     assert written == f"written: {tmp_path / 'h.png'}" and (tmp_path / "h.png").read_bytes()[:4] == b"\x89PNG"
     for wrong, word in (
@@ -312,18 +330,17 @@ def test_the_history_of_a_track(folder, capsys, tmp_path):
         assert_user_error(run_command([sys.executable, "-m", "records.record", *wrong]), word)
 
 
-def card_record(records: Path, name: str, card: str, seconds: int, baseline: str = "") -> Path:
-    """A record of the track one-gpu: five runs, between them five of the record before, if it names one."""
+def card_record(records: Path, name: str, card: str, seconds: int, before: int = 0) -> Path:
+    """A record of the track one-gpu: five runs, between them five of `before` seconds, if given."""
     folder = records / "one-gpu" / name
     line = f"NVIDIA {card}; 1 process(es), 8 thread(s) each"
     for n in range(5):
         same = dict(hardware=line, preset="one-gpu", overrides={"seed": n, "join": 1 + n % 2})
         ms, hour = 1000 * seconds + n, f"2026-03-01T0{n}"
         write_run(folder / "this" / f"{n}.txt", 3.27 + n / 1000, ms, started=f"{hour}:30:00Z", **same)
-        if baseline:
-            write_run(
-                folder / "baseline" / f"{n}.txt", 3.27 + n / 999, ms + 9000, started=f"{hour}:00:00Z", **same
-            )
+        if before:
+            ms, path = 1000 * before + n, folder / "baseline" / f"{n}.txt"
+            write_run(path, 3.27 + n / 999, ms, started=f"{hour}:00:00Z", **same)
     (folder / "train_gpt.py").write_text(SOURCE)
     return folder
 
@@ -333,7 +350,7 @@ def test_on_one_gpu_each_kind_of_card_has_its_history(tmp_path, capsys):
     records = tmp_path / "records"
     card_record(records, "2026-03-01_First", "H100", 700)
     small = card_record(records, "2026-03-02_Small", "RTX 4090", 3000)
-    faster = card_record(records, "2026-03-03_Faster", "H100", 600, baseline="2026-03-01_First")
+    faster = card_record(records, "2026-03-03_Faster", "H100", 600, before=720)
     alone = card_record(records, "2026-03-04_Alone", "H100", 500)
     looked = ["--reviewed", "1", "--by", "me: the same stream"]  # of a source that is not this repository's
     for folder, code in ((small, 0), (faster, 0), (alone, 1)):
@@ -347,7 +364,7 @@ def test_on_one_gpu_each_kind_of_card_has_its_history(tmp_path, capsys):
     assert found == [
         ("NVIDIA H100", "First", "1.0"),
         ("NVIDIA H100", "Faster", "1.2"),
-        ("NVIDIA H100", "Alone", "1.4"),
+        ("NVIDIA H100", "Alone", "-"),
         ("NVIDIA RTX 4090", "Small", "1.0"),
     ]
 

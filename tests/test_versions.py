@@ -31,13 +31,13 @@ def equal(x, up, down, activation):
     return tg.mlp(x, up, down, activation)
 
 
-def choose(monkeypatch, fast, times=(), pins=None, **changes) -> tg.Kernels:
+def choose(monkeypatch, fast, times=(), pins=None, fp8=None, **changes) -> tg.Kernels:
     """Of the MLP, whose versions take `times`, the plain one's last."""
     cfg = tiny(**changes)
     trials = tg.operator_trials(cfg, ALONE)
     taken = iter(times)
     monkeypatch.setattr(tg, "milliseconds", lambda *arguments: next(taken))
-    trial = replace(trials["mlp"], fast={"kernel": fast})
+    trial = replace(trials["mlp"], fast=({"fp8": fp8} if fp8 else {}) | {"kernel": fast})
     return tg.choose_versions(cfg, ALONE, tg.plain_kernels(), {"mlp": trial}, pins or {})
 
 
@@ -65,6 +65,11 @@ def test_a_wrong_version_never_runs_even_if_it_is_asked_for(monkeypatch, wrong, 
         kernels = choose(monkeypatch, wrong, pins=pins, warmup=True)
         assert kernels.mlp is tg.mlp
         assert kernels.note == f"mlp=plain (kernel: {reason})"
+
+
+def test_each_wrong_version_has_its_reason(monkeypatch):
+    note = choose(monkeypatch, double, fp8=raises, warmup=True).note
+    assert note == "mlp=plain (fp8: RuntimeError: no such instruction; kernel: relative error 1)"
 
 
 def test_no_rank_takes_what_is_wrong_on_another(monkeypatch):
