@@ -231,18 +231,19 @@ def time_test(this: Group, baseline: Group) -> tuple[float, str]:
 
 def in_turns(this: Group, baseline: Group) -> list[tuple[float, float]]:
     """Seconds of the first run of each, of the second of each, ..; [] if their order is no such turns."""
-    runs = this.runs + baseline.runs
-    known = all("started" in run.facts for run in runs) and len(this.runs) == len(baseline.runs) >= 3
-    timed = (
-        this.times.n == baseline.times.n == len(this.runs)
-        and min(*this.times.values, *baseline.times.values) > 0
-    )
-    if not known or not timed or interleaved(this.runs, baseline.runs).state != "ok":
+    groups, runs = (this, baseline), this.runs + baseline.runs
+    counts = {n for group in groups for n in (len(group.runs), group.times.n)}  # times: where logs have one
+    if len(counts) > 1 or min(counts) < 3 or not all("started" in run.facts for run in runs):
+        return []
+    if (
+        interleaved(this.runs, baseline.runs).state != "ok"
+        or min(this.times.values + baseline.times.values) <= 0
+    ):
         return []
     ordered = []
-    for group in (this, baseline):
-        pairs = zip((run.facts["started"] for run in group.runs), group.times.values, strict=True)
-        ordered.append([seconds for _, seconds in sorted(pairs)])
+    for group in groups:
+        timed = zip((run.facts["started"] for run in group.runs), group.times.values, strict=True)
+        ordered.append([seconds for _, seconds in sorted(timed)])
     return list(zip(*ordered, strict=True))
 
 

@@ -8,14 +8,13 @@ probability), nats a token. Pairs with white space alone, half a character or BO
 stands beside them decides. Each pair goes through the tokenizer, which takes most of the time.
 """
 
-import argparse
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 import train_gpt as tg
-from cli import command, need
+from cli import arguments, command, need
 from evals.model import Trained, load, model_arguments
 
 
@@ -40,9 +39,7 @@ def possible_after(token: int, words: list[bytes], encode: Callable[[str], list[
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__)
     model_arguments(parser)
     parser.add_argument("--tokens", type=int, default=4096, help="of the validation")
     args = parser.parse_args(argv)
