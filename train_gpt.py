@@ -164,8 +164,11 @@ class Config:
     mlp_ratio: int = flag(4, "width of the MLP's hidden layer, in model_dim", 1, 64)
     extra_inputs: int = flag(0, "further input embeddings, seed 004", 0, 16)
     bigram_rows: int = flag(5, "rows of the bigram table, in vocabularies; 0: no table", 0, 1000)
+    bigram_lr: float = flag(75.0, "of its rows, times adam_lr", 0, 1e4)
     bigram_momentum: float = flag(0.75, "beta1 of its Adam; 0: a CPU moves only touched rows", 0, 0.9999)
+    bigram_by_row: bool = flag(False, "no momentum, and each of its rows counts its own steps")
     bigram_signs: int = flag(0, "rows of the sign table (8192 in later records); 0: no sign trick", 0, 2**20)
+    ngrams: int = flag(2, "longest n-grams with rows in the bigram table, tokens; 3: triples, too", 2, 4)
     # Gates on chunks of the residual stream, seed 001
     smear_chunk: str = flag("0:12", "first:last dimensions that the smear gate reads; '': no smear")
     skip_chunk: str = flag("6:18", "of the skip gate; '': the skip keeps its scalar")
@@ -444,7 +447,7 @@ CPU_ADAMW = replace(
     o_std=0.64,
     resid_scale=1.0,
     matrix_optimizer="adamw",
-    num_steps=3600,
+    num_steps=4400,
     epochs=16,
     final_lr=0.0,
     untie_share=1.0,
@@ -454,7 +457,7 @@ CPU_ADAMW = replace(
     scalar_lr=0.0,
     x0_lr=0.0,
     embed_beta1=0.9,
-    val_every=900,
+    val_every=1100,
 )
 
 PRESETS = {
@@ -692,7 +695,7 @@ def embedding_table(cfg: Config) -> list[ParamSpec]:
     V, D = cfg.vocab_rows, cfg.model_dim
     embed = dict(init=normal(cfg.embed_std), sharded=True, betas=(cfg.embed_beta1, 0.95), wd=150.0)
     table = dict(sharded=True, betas=(cfg.table_beta1, 0.95), lr=75.0, wd=5.0)
-    bigram = table | dict(betas=(cfg.bigram_momentum, 0.95))
+    bigram = table | dict(betas=(cfg.bigram_momentum, 0.95), lr=cfg.bigram_lr)
     inputs = [f"input_embed_{k}" for k in range(cfg.extra_inputs)]
     values = [f"value_embed_{name}" for name in value_tables(cfg)]
     return [
@@ -986,15 +989,18 @@ class GPT(nn.Module):
         return streams
 
     def bigrams(self, tokens: Tensor, docs: Documents) -> Tensor:
-        """-> (T, D), a row for each pair of neighbours, by hash; signs tell apart pairs that share a row."""
-        rows = bigram_rows(tokens, docs.is_first, len(self.bigram_embed))
-        sparse = self.kernels.sparse_bigram_grad
-        x = self.kernels.look_up(self.bigram_embed, rows, self.row_order(rows), sparse)
-        if self.cfg.bigram_signs:
-            now = tokens.to(torch.int32)
-            pair = now ^ previous_token(now, docs.is_first)
-            x = x * self.bigram_sign[pair.remainder(self.cfg.bigram_signs)]
-        return x
+        """-> (T, D), a row for each pair of neighbours, by hash; signs tell apart pairs that share a row.
+
+        Further rows for triples, ..: as far as ngrams says.
+        """
+        num_rows, sparse = len(self.bigram_embed), self.kernels.sparse_bigram_grad
+        total = None
+        for rows, key in ngram_rows(tokens, docs.is_first, num_rows, self.cfg.ngrams):
+            x = self.kernels.look_up(self.bigram_embed, rows, self.row_order(rows), sparse)
+            if self.cfg.bigram_signs:
+                x = x * self.bigram_sign[key.remainder(self.cfg.bigram_signs)]
+            total = x if total is None else total + x
+        return total
 
     def positions(self, layer: Layer, docs: Documents, windows: tuple[int, int]) -> Positions:
         """Of a kind of layer."""
@@ -1176,11 +1182,23 @@ def previous_token(x: Tensor, is_first: Tensor) -> Tensor:
     return shifted.masked_fill(is_first.view(-1, *[1] * (x.dim() - 1)), 0)
 
 
-def bigram_rows(tokens: Tensor, is_first: Tensor, num_rows: int) -> Tensor:
-    """tokens (T,) -> rows of the bigram table (T,) int32; a document's first token has the last row."""
-    now = tokens.to(torch.int32)  # wraps: the hash is defined on 32 bits
-    hashed = (36313 * now) ^ (27191 * previous_token(now, is_first))
-    return torch.where(is_first, num_rows - 1, hashed.remainder(num_rows - 1))
+NGRAM_HASH = (36313, 27191, 51749, 44617)  # of a token, of the one before, ..
+
+
+def ngram_rows(tokens: Tensor, is_first: Tensor, num_rows: int, longest: int) -> list[tuple[Tensor, Tensor]]:
+    """tokens (T,) -> of pairs, of triples, ..: rows of the bigram table and keys of signs, (T,) int32 each.
+
+    What ends with a token is at its place; a document's first token has the last row.
+    """
+    token = key = tokens.to(torch.int32)
+    hashed = NGRAM_HASH[0] * token  # wraps: the hash is defined on 32 bits
+    found = []
+    for factor in NGRAM_HASH[1:longest]:
+        token = previous_token(token, is_first)
+        hashed, key = hashed ^ (factor * token), key ^ token
+        rows = torch.where(is_first, num_rows - 1, hashed.remainder(num_rows - 1))
+        found.append((rows, key))
+    return found
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -1263,13 +1281,16 @@ class Optimizer:
         else:
             second_moment = torch.zeros_like(momentum_buffer)
         state = {"momentum_buffer": momentum_buffer, "second_moment": second_moment}
+        if name == "bigram_embed" and self.cfg.bigram_by_row:  # see adam_rows_
+            state = {"second_moment": torch.zeros_like(p[:, :1], dtype=torch.float32)}
+            state["moves"] = state["second_moment"].clone()
+        elif name == "bigram_embed" and self.kernels.lazy_bigrams:
+            state["last_step"] = torch.zeros(len(p), 1)  # in place of momentum, see lazy_adam_
+            del state["momentum_buffer"]
         if p.dtype == torch.bfloat16:
             state["mantissa_lo"] = self.kernels.new_mantissa(p)
         if self.cfg.ema_rate:
             state["mean"] = p.float().clone()
-        if name == "bigram_embed" and self.kernels.lazy_bigrams:
-            state["last_step"] = torch.zeros(len(p), 1)  # in place of momentum, see lazy_adam_
-            del state["momentum_buffer"]
         return state
 
     def new_matrix_lrs(self, name: str) -> Tensor:
@@ -1390,18 +1411,17 @@ class Optimizer:
                 dtype=self.kernels.muon_dtype,
             )
         else:
-            adam_ = partial(
-                self.kernels.adam_,
-                lr=cfg.adam_lr * spec.lr * self.lr_mul,
-                wd=cfg.adam_wd * spec.wd,
-                betas=spec.betas,
-                eps=cfg.adam_eps,
-                steps=self.adam_steps,
-            )
-            if "last_step" in state:
+            rates = dict(lr=cfg.adam_lr * spec.lr * self.lr_mul, wd=cfg.adam_wd * spec.wd)
+            rates |= dict(betas=spec.betas, eps=cfg.adam_eps)
+            if "moves" in state:
+                memory = state["second_moment"], state["moves"]
+                self.kernels.adam_rows_(p, mantissa_lo, grad, *memory, **rates)
+            elif "last_step" in state:
+                adam_ = partial(self.kernels.adam_, steps=self.adam_steps, **rates)
                 lazy_adam_(adam_, p, mantissa_lo, grad, state, self.adam_steps, beta2=spec.betas[1])
             else:
-                adam_(p, mantissa_lo, grad, state["momentum_buffer"], state["second_moment"])
+                memory = state["momentum_buffer"], state["second_moment"]
+                self.kernels.adam_(p, mantissa_lo, grad, *memory, steps=self.adam_steps, **rates)
         if cfg.ema_rate:  # of all steps: what moves on every other one counts twice
             rate = cfg.ema_rate * (1 if spec.optimizer == "muon" else cfg.adam_every)
             state["mean"].lerp_(fp32_weight(p, mantissa_lo), rate)
@@ -1592,6 +1612,34 @@ def adam_(
     # The decay follows the square of the rate, as in the record.
     kept = 1 - wd * lr**2 * (update * weight > 0)
     store_fp32_weight_(p, mantissa_lo, kept.mul_(weight).sub_(update.mul_(lr / (1 - betas[0] ** steps))))
+
+
+def adam_rows_(
+    p: Tensor,
+    mantissa_lo: Tensor | None,
+    grad: Tensor,
+    second_moment: Tensor,
+    moves: Tensor,
+    *,
+    lr: Tensor | float,
+    wd: float,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """Adam without momentum for a table of which a step touches few rows, in place.
+
+    p, grad (rows, D); second_moment, moves (rows, 1): each row has one second moment, the mean over its
+    values, and counts its own steps, those on which it has a gradient. By the count of all steps a row's
+    first gradient would weigh 1 / sqrt(1 - beta2) times as much, and of its values the signs alone.
+    """
+    grad, beta2 = grad.float(), betas[1]
+    square = grad.square().mean(dim=1, keepdim=True)
+    moves.add_(square > 0)
+    second_moment.lerp_(square, (1 - beta2) * (square > 0))
+    update = grad / (second_moment / (1 - beta2 ** moves.clamp_min(1))).sqrt_().add_(eps)
+    weight = fp32_weight(p, mantissa_lo)
+    kept = 1 - wd * lr**2 * (update * weight > 0)
+    store_fp32_weight_(p, mantissa_lo, kept.mul_(weight).sub_(update.mul_(lr)))
 
 
 def fp32_weight(p: Tensor, mantissa_lo: Tensor | None) -> Tensor:
@@ -2198,6 +2246,7 @@ class Kernels:
     look_up: Callable
     normuon_: Callable
     adam_: Callable
+    adam_rows_: Callable
     new_mantissa: Callable[[Tensor], Tensor]  # a bfloat16 parameter -> what is kept beside it (fp32_weight)
     reads_window: bool = True  # attention asks for its window besides first_key, and is compiled for each
     compile: Callable = lambda f: f  # wraps each piece of the model
@@ -2224,6 +2273,7 @@ def plain_kernels(**changes: Any) -> Kernels:
         look_up=look_up,
         normuon_=normuon_,
         adam_=adam_,
+        adam_rows_=adam_rows_,
         new_mantissa=lambda p: torch.zeros_like(p, dtype=torch.int16),
     )
     return replace(plain, **changes)
@@ -3757,10 +3807,11 @@ class Prefetcher:
     def touched_rows(self, sequences: list[tuple[Tensor, Tensor]]) -> np.ndarray:
         cfg = self.schedule.cfg
         num_rows = cfg.bigram_rows * cfg.vocab_rows
-        rows = []
+        touched = []
         for tokens, _ in sequences:
-            rows.append(bigram_rows(tokens, Documents.find(tokens, cfg.bos_id).is_first, num_rows))
-        return torch.cat(rows).numpy()
+            is_first = Documents.find(tokens, cfg.bos_id).is_first
+            touched += [rows for rows, _ in ngram_rows(tokens, is_first, num_rows, cfg.ngrams)]
+        return torch.cat(touched).numpy()
 
     def close(self) -> None:
         self.worker.shutdown(wait=False, cancel_futures=True)
@@ -4466,9 +4517,10 @@ def least_memory(cfg: Config, dtype: torch.dtype, world_size: int) -> dict[str, 
     needed = {"parameters and gradients": 0, "the optimizer": 0}
     for spec in parameter_table(cfg):
         values, size = math.prod(spec.full_shape), 4 if spec.fp32 else dtype.itemsize
-        by_rows = spec.name == "bigram_embed" and cfg.bigram_momentum == 0  # see lazy_adam_
-        needed["parameters and gradients"] += values * size * (1 if by_rows else 2)
-        moments = values * 4 * (1 if by_rows else 2)
+        lazy = spec.name == "bigram_embed" and (cfg.bigram_momentum == 0 or cfg.bigram_by_row)
+        needed["parameters and gradients"] += values * size * (1 if lazy else 2)
+        by_row = spec.name == "bigram_embed" and cfg.bigram_by_row
+        moments = values * 4 * (0 if by_row else 1 if lazy else 2)
         needed["the optimizer"] += moments // (world_size if spec.sharded else 1)
     of_a_layer = 8 * cfg.model_dim * dtype.itemsize  # a token's x, q, k, v, and the MLP's hidden values
     together = max(1, cfg.join) * most_tokens(cfg)
@@ -4599,6 +4651,7 @@ class Gpu:
                 compile_layers=compile_for_any_length,
                 normuon_=torch.compile(normuon_, dynamic=False),
                 adam_=torch.compile(adam_, dynamic=False),
+                adam_rows_=torch.compile(adam_rows_, dynamic=False),
             )
         if self.dtype == torch.bfloat16 and not cfg.reference:
             pins = before | read_operators(cfg.operators)
@@ -5091,8 +5144,9 @@ class Cpu:
 
     def choose_kernels(self, cfg: Config, env: DistEnv, before: dict[str, str]) -> Kernels:
         self.compile_failure = compile_failure(cfg, self.device)
-        lazy = cfg.bigram_momentum == 0
+        lazy = cfg.bigram_momentum == 0 or cfg.bigram_by_row
         kernels = plain_kernels(
+            adam_rows_=partial(move_touched_rows_, adam_rows_),
             new_mantissa=new_float32_copy,
             lazy_bigrams=lazy,
             sparse_bigram_grad=lazy and env.world_size == 1,  # ranks exchange rows of a dense gradient
@@ -5103,6 +5157,7 @@ class Cpu:
                 compile_in_pieces(kernels),
                 compile=partial(torch.compile, dynamic=False, fullgraph=True),
                 adam_=flat_adam(),
+                adam_rows_=partial(move_touched_rows_, torch.compile(adam_rows_, dynamic=True)),
             )
         return kernels
 
@@ -5316,6 +5371,30 @@ def lazy_adam_(
         mantissa_lo.index_copy_(0, rows, low)
     second_moment.index_copy_(0, rows, faded)
     last_step.index_copy_(0, rows, steps.expand(len(rows), 1))
+
+
+def move_touched_rows_(
+    adam_rows_: Callable,
+    p: Tensor,
+    mantissa_lo: Tensor | None,
+    grad: Tensor,
+    second_moment: Tensor,
+    moves: Tensor,
+    **rates: Any,
+) -> None:
+    """adam_rows_ of rows with a gradient alone: a step costs what its tokens cost, not what a table does."""
+    if grad.is_sparse:
+        grad = grad.coalesce()
+        rows, values = grad.indices()[0], grad.values().clone()  # torch compiles no views of sparse tensors
+    else:
+        rows = grad.any(dim=1).nonzero()[:, 0]
+        values = grad[rows]
+    wholes = [t for t in (p, mantissa_lo, second_moment, moves) if t is not None]
+    parts = [whole[rows] for whole in wholes]
+    low = parts[1] if mantissa_lo is not None else None
+    adam_rows_(parts[0], low, values, *parts[-2:], **rates)
+    for whole, part in zip(wholes, parts, strict=True):
+        whole.index_copy_(0, rows, part)
 
 
 SPECTRAL_NEIGHBOURS = ((1, 1.0), (2, 0.7), (-1, 0.7))  # how far behind a token, how much that one counts

@@ -52,7 +52,7 @@ def long_rows(matrix: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of all layers of a stream, and the one token that the next looks back at."""
+    """Keys and values of all layers of a stream, and the last tokens, which the next looks back at."""
 
     def __init__(self, trained: Trained, capacity: int):
         """capacity: tokens that the stream may grow to."""
@@ -64,7 +64,7 @@ class KVCache:
         self.decode_weights, self.scale = decode_weights(model), float(model.softmax_scale)
         self.length = 0  # tokens so far
         self.document_start = 0  # where the last one's document starts
-        self.last_token = torch.empty(0, dtype=torch.int64, device=trained.device)
+        self.last_tokens = torch.empty(0, dtype=torch.int64, device=trained.device)
         self.last_key: dict[int, Tensor] = {}  # of a layer, as it was before the key offset
         empty = partial(torch.empty, dtype=model.dtype, device=trained.device)
         self.keys_values: dict[int, Tensor] = {}  # of a layer: (1, 2, heads, places, d)
@@ -90,13 +90,13 @@ class KVCache:
         room = self.capacity - self.length
         assert 0 < len(tokens) <= room, f"{len(tokens)} tokens after {self.length} of {self.capacity}"
         return torch.cat(
-            [self.feed_chunk(part) for part in tokens.to(self.last_token.device).split(FEED_CHUNK)]
+            [self.feed_chunk(part) for part in tokens.to(self.last_tokens.device).split(FEED_CHUNK)]
         )
 
     def feed_chunk(self, tokens: Tensor) -> Tensor:
         model, cfg = self.model, self.model.cfg
         # Smear and bigrams look back.
-        stream, num_prev = torch.cat((self.last_token, tokens)), len(self.last_token)
+        stream, num_prev = torch.cat((self.last_tokens, tokens)), len(self.last_tokens)
         docs = tg.Documents.find(stream, cfg.bos_id)
         chunk = Chunk(self, tokens, is_first=docs.is_first[num_prev:])
         x = F.embedding(stream, model.embed)
@@ -134,7 +134,8 @@ class KVCache:
             if layer.backout:
                 x = x - model.backout_scale[0] * output
         self.length += len(tokens)
-        self.document_start, self.last_token = chunk.document_starts[-1], tokens[-1:]
+        self.document_start = chunk.document_starts[-1]
+        self.last_tokens = stream[1 - cfg.ngrams :]
         return tg.norm(x)
 
 

@@ -183,7 +183,7 @@ def update_cost(cfg: tg.Config, world_size: int, tied: bool, tokens: int) -> Upd
         cost.moved += here * p.nbytes * passes + turn * (2 * state + 3 * shard.nbytes)
         reduced = rows.nbytes
         if name == "bigram_embed":
-            touched = min(cfg.adam_every * here * tokens, len(p))
+            touched = min(cfg.adam_every * here * tokens * (cfg.ngrams - 1), len(p))
             reduced = touched * (8 + p[0].nbytes)  # rows, with an index each
         cost.sent += turn * (reduced + rows.nbytes) * (1 - 1 / world_size)
     return cost

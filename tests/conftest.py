@@ -41,7 +41,7 @@ TINY_STAGES = (
 
 # What is on in short-next, or in no preset.
 LATER_SWITCHES = dict(
-    exclusive=True, mudd_layers=1, muon_heads=2, ema_rate=0.3, prefix_weight=0.25, sampled_vocab=128
+    exclusive=True, mudd_layers=1, muon_heads=2, ema_rate=0.3, prefix_weight=0.25, sampled_vocab=128, ngrams=3
 )
 
 

@@ -87,7 +87,7 @@ def checkpoint(folder, vocab: dict[bytes, int], step: int = 8, run: str = "run",
 @pytest.mark.parametrize("windows", WINDOWS)
 @pytest.mark.parametrize("sizes", ["one by one", "uneven"])
 def test_a_cache_says_what_a_full_pass_says(windows, sizes):
-    """Over edges of windows and documents: smear, bigrams, key offset look one token back."""
+    """Over edges of windows and documents: smear, bigrams, key offset look one token back, triples two."""
     it, tokens = trained(windows), stream(140)
     want = it.logits(it.hidden(tokens))
     past = kv_cache.KVCache(it, 140)
@@ -112,6 +112,8 @@ FEATURES = {
     ),
     "a layer without attention": dict(windows="sl-ssl", value_embeds=".0..23"),
     "signs": dict(bigram_signs=64),
+    "triples": dict(bigram_signs=64, ngrams=3),
+    "four tokens in a row": dict(ngrams=4),
     "no cap": dict(softcap=0.0),
     "exclusive attention": dict(exclusive=True),
     "dynamic dense connections": dict(mudd_layers=2),

@@ -1,5 +1,8 @@
 """Embedding and head that start from counts, and the table of which only touched rows move."""
 
+import math
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -118,9 +121,69 @@ def test_rows_move_as_in_adam_over_the_whole_table(dtype, sparse):
     assert (results[0] != 0).any(1).sum() > 300
 
 
-def test_a_model_that_moves_rows_learns_and_gives_its_table_a_sparse_gradient():
-    cfg = tiny(bigram_momentum=0.0, adam_every=1)
-    model = tg.GPT(cfg, kernels=tg.plain_kernels(lazy_bigrams=True, sparse_bigram_grad=True))
+def row_steps(count: int, rows: int, width: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Gradients of a table on so many steps, each of a few rows, (rows, width)."""
+    rng, grads = torch.Generator().manual_seed(0), []
+    for _ in range(count):
+        grad, touched = torch.zeros(rows, width), torch.randint(rows, (rows // 4,), generator=rng)
+        grad[touched] = torch.randn(len(touched), width, generator=rng)
+        grads.append(grad.to(dtype))
+    return grads
+
+
+def test_each_row_counts_its_own_steps_and_has_one_second_moment():
+    """Adam's formula in Python's floats, a row at a time, as if the others were not there."""
+    table = torch.randn(12, 5, generator=torch.Generator().manual_seed(1))
+    expected = table.double().tolist()
+    second_moment, moves = torch.zeros(12, 1), torch.zeros(12, 1)
+    memory = [(0.0, 0)] * 12
+    lr, wd, beta2, eps = 0.3, 0.2, 0.95, 1e-10
+    for grad in row_steps(40, 12, 5, torch.float32):
+        rates = dict(lr=lr, wd=wd, betas=(0.0, beta2), eps=eps)
+        tg.adam_rows_(table, None, grad, second_moment, moves, **rates)
+        for row, g in enumerate(grad.double().tolist()):
+            if not any(g):
+                continue
+            v, n = memory[row]
+            v, n = beta2 * v + (1 - beta2) * sum(x * x for x in g) / 5, n + 1
+            memory[row] = v, n
+            for k, x in enumerate(g):
+                update = x / (math.sqrt(v / (1 - beta2**n)) + eps)
+                kept = 1 - wd * lr**2 if update * expected[row][k] > 0 else 1.0
+                expected[row][k] = kept * expected[row][k] - lr * update
+    torch.testing.assert_close(table.double(), torch.tensor(expected).double(), rtol=1e-4, atol=1e-4)
+    assert moves.flatten().tolist() == [n for _, n in memory] and min(n for _, n in memory) > 1
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moving_touched_rows_alone_is_moving_the_whole_table(dtype, sparse):
+    """The same gradients to both."""
+    cfg, results = tiny(bigram_by_row=True, adam_every=1), []
+    for adam_rows_ in (tg.adam_rows_, partial(tg.move_touched_rows_, tg.adam_rows_)):
+        kernels = tg.plain_kernels(new_mantissa=tg.new_float32_copy, adam_rows_=adam_rows_)
+        model = tg.GPT(cfg, dtype, kernels)
+        optimizer, name = tg.Optimizer(cfg, model, ONE_PROCESS), "bigram_embed"
+        state = optimizer.state[name]
+        assert "moves" in state and "momentum_buffer" not in state
+        optimizer.lr_mul.fill_(1.0)
+        for grad in row_steps(30, len(model.bigram_embed), cfg.model_dim, dtype):
+            by_rows = sparse and adam_rows_ is not tg.adam_rows_
+            with torch.no_grad():
+                wait = optimizer.update_param(name, grad.to_sparse(1) if by_rows else grad)
+                wait()
+        results.append([model.bigram_embed.detach(), *state.values()])
+    for a, b in zip(*results, strict=True):  # a mean over a row may be rounded otherwise
+        torch.testing.assert_close(a, b, rtol=1e-2 if a.dtype == torch.bfloat16 else 1e-4, atol=1e-4)
+    assert (results[0][0] != 0).any(1).sum() > 300
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_a_model_that_moves_rows_learns_and_gives_its_table_a_sparse_gradient(by_row):
+    cfg = tiny(bigram_momentum=0.0, bigram_by_row=by_row, ngrams=3, adam_every=1)
+    touched = partial(tg.move_touched_rows_, tg.adam_rows_)
+    kernels = tg.plain_kernels(lazy_bigrams=True, sparse_bigram_grad=True, adam_rows_=touched)
+    model = tg.GPT(cfg, kernels=kernels)
     optimizer = tg.Optimizer(cfg, model, ONE_PROCESS)
     tokens, targets = tg.split_targets(made_up_text(257))
     losses = []

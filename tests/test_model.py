@@ -381,7 +381,8 @@ def test_a_position_sees_exactly_its_reach(case):
     model = randomise(tg.GPT(cfg))
     T, at = 64, 45
     tokens = torch.randperm(BOS, generator=torch.Generator().manual_seed(2))[:T]
-    rows = tg.bigram_rows(tokens, torch.arange(T) == 0, 400 * 256).long()
+    ((rows, _),) = tg.ngram_rows(tokens, torch.arange(T) == 0, 400 * 256, longest=2)
+    rows = rows.long()
     assert len(rows.unique()) == T, "the test wants a row of its own for each pair: another seed"
     output = stream(model, tokens, windows)[at]
     (output * torch.randn(64, generator=torch.Generator().manual_seed(3))).sum().backward()
@@ -650,6 +651,7 @@ ATTENTION = "qkvo qkv_scale o_scale attn_gate"
         case(bigram_rows=0, gone="bigram_embed bigram_scale"),
         case(bigram_rows=2, reshaped="bigram_embed"),
         case(bigram_signs=64),
+        case(ngrams=3),
         case(extra_inputs=0, gone="input_embed_0 input_scale"),
         case(extra_inputs=2, new="input_embed_1", reshaped="input_scale"),
         case(key_offset=False),
@@ -869,16 +871,23 @@ def test_bigram_hash_is_that_of_wrapping_32_bit_integers(vocab):
     tokens = rng.integers(vocab // 2, vocab, 2000)
     first = rng.random(2000) < 0.05
     first[0], rows = True, 5 * vocab
+    hashed = key = before = tokens.astype(np.int32)
     with np.errstate(over="ignore"):
-        now = np.int32(36313) * tokens.astype(np.int32)
-        last = np.int32(27191) * np.roll(tokens, 1).astype(np.int32)
-    assert (vocab < 65536) == np.array_equal(now.astype(np.int64), 36313 * tokens), (
+        hashed = np.int32(36313) * hashed
+    assert (vocab < 65536) == np.array_equal(hashed.astype(np.int64), 36313 * tokens), (
         "only 65536 tokens make it wrap"
     )
-    expected = np.where(first, rows - 1, (now ^ last) % (rows - 1))
-    got = tg.bigram_rows(torch.tensor(tokens), torch.tensor(first), rows).numpy()
-    assert np.array_equal(got, expected) and got.min() >= 0
-    assert (got[first] == rows - 1).all() and (got[~first] < rows - 1).all()
+    found = tg.ngram_rows(torch.tensor(tokens), torch.tensor(first), rows, longest=4)
+    for factor, (got, got_key) in zip((27191, 51749, 44617), found, strict=True):
+        before = np.where(first, np.int32(0), np.roll(before, 1))
+        with np.errstate(over="ignore"):
+            hashed, key = hashed ^ (np.int32(factor) * before), key ^ before
+        got = got.numpy()
+        assert np.array_equal(got, np.where(first, rows - 1, hashed % (rows - 1))) and got.min() >= 0
+        assert (got[first] == rows - 1).all() and (got[~first] < rows - 1).all()
+        assert np.array_equal(got_key.numpy(), key)
+    ((pairs, _),) = tg.ngram_rows(torch.tensor(tokens), torch.tensor(first), rows, longest=2)
+    assert torch.equal(pairs, found[0][0])
 
 
 def test_bigram_rows_get_the_sign_of_their_pair():
@@ -886,7 +895,7 @@ def test_bigram_rows_get_the_sign_of_their_pair():
     tokens, _ = text(100, (0, 40))
     docs = tg.Documents.find(tokens, BOS)
     got = model.bigrams(tokens, docs)
-    rows = tg.bigram_rows(tokens, docs.is_first, 5 * 256)
+    ((rows, _),) = tg.ngram_rows(tokens, docs.is_first, 5 * 256, longest=2)
     for t in range(100):
         # Of a first token, nothing before it.
         pair = int(tokens[t]) ^ (int(tokens[t - 1]) if t not in (0, 40) else 0)
@@ -995,6 +1004,7 @@ PLAIN = dict(
     extra_inputs=2,
     bigram_rows=3,
     bigram_signs=24,
+    ngrams=4,
     smear_chunk="0:12",
     skip_chunk="10:22",
     attn_chunk="22:34",
@@ -1038,9 +1048,13 @@ def plain_loss(P, signs, tokens, targets, weights, windows, freqs, scale):
     x = x0
     B, bigram = len(P["bigram_embed"]), []
     for t in range(T):
-        # Too small to wrap.
-        hashed = ((36313 * ids[t]) ^ (27191 * ids[t - 1])) % (B - 1) if start[t] < t else B - 1
-        bigram.append(P["bigram_embed"][hashed] * signs[(ids[t] ^ (ids[t - 1] if start[t] < t else 0)) % 24])
+        hashed, key, rows = 36313 * ids[t], ids[t], []
+        for back, factor in ((1, 27191), (2, 51749), (3, 44617)):
+            before = ids[t - back] if t - back >= start[t] else 0
+            hashed, key = hashed ^ (factor * before), key ^ before  # too small to wrap
+            row = hashed % (B - 1) if start[t] < t else B - 1
+            rows.append(P["bigram_embed"][row] * signs[key % 24])
+        bigram.append(sum(rows))
     bigram, extra = torch.stack(bigram), [n(P[f"input_embed_{k}"][tokens]) for k in range(2)]
 
     outputs, attending, valued, skipping, lone = [], 0, 0, 0, 0

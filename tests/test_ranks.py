@@ -439,7 +439,7 @@ def run_config(tiny_data, tmp_path_factory) -> tg.Config:
         val_every=0,
         data_dir=str(tiny_data),
         log_dir=str(tmp_path_factory.mktemp("logs")),
-        **LATER_SWITCHES | dict(mudd_layers=2),
+        **LATER_SWITCHES | dict(mudd_layers=2, bigram_by_row=True),
     )
 
 

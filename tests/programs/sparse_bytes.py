@@ -49,7 +49,9 @@ def rows_by_rank(loader: tg.Loader, stage: tg.Stage, ranks: int) -> list[np.ndar
     for _ in range(2):
         for n, (tokens, _) in enumerate(loader.load_batches(stage)):
             is_first = tg.Documents.find(tokens, SHORT.bos_id).is_first
-            touched[n % ranks].append(tg.bigram_rows(tokens, is_first, TABLE_ROWS))
+            touched[n % ranks] += [
+                rows for rows, _ in tg.ngram_rows(tokens, is_first, TABLE_ROWS, SHORT.ngrams)
+            ]
     return [torch.cat(rows).unique().numpy() for rows in touched]
 
 

@@ -36,6 +36,7 @@ if __name__ == "__main__":
         os.environ.setdefault("GOMP_SPINCOUNT", "300")
 
 import argparse
+import base64
 import contextlib
 import ctypes
 import fcntl
@@ -57,6 +58,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -204,6 +206,11 @@ class Config:
     final_lr: float = flag(0.1, "times muon_lr and adam_lr, at the end", 0, 10)
     untie_share: float = flag(2 / 3, "of the schedule: embed and lm_head are one until then; 1: always", 0, 1)
     max_predict: int = flag(3, "next tokens that a stage may ask for; 1: no multi-token prediction", 1, 16)
+    prefix_weight: float = flag(
+        0.0, "first weight of a loss on the next token's longest beginning that is a token; ends at 0", 0, 10
+    )
+    sampled_vocab: int = flag(0, "tokens that a step's softmax is over, a multiple of 128; 0: all", 0, 10**6)
+    sampled_share: float = flag(0.93, "of the schedule that --sampled_vocab holds for; then all", 0, 1)
     ema_rate: float = flag(0.0, "a step's share in the mean of weights that is validated; 0: no mean", 0, 0.5)
     # NorMuon
     matrix_optimizer: str = flag("normuon", "adamw: Adam for matrices too", choices="normuon adamw")
@@ -292,6 +299,8 @@ SHORT_NEXT = replace(
     mudd_layers=1,
     muon_heads=2,
     ema_rate=0.02,
+    prefix_weight=0.25,
+    sampled_vocab=16384,
 )
 
 
@@ -390,7 +399,7 @@ CPU = replace(
     embed_std=0.15,
     spectral=50.0,
     untie_share=0.0,
-    num_steps=500,
+    num_steps=540,
     extension_share=0.0,
     muon_lr=0.035,
     momentum_warmup=250,
@@ -430,7 +439,7 @@ CPU_ADAMW = replace(
     o_std=0.64,
     resid_scale=1.0,
     matrix_optimizer="adamw",
-    num_steps=3600,
+    num_steps=4400,
     epochs=16,
     final_lr=0.0,
     untie_share=1.0,
@@ -440,7 +449,7 @@ CPU_ADAMW = replace(
     scalar_lr=0.0,
     x0_lr=0.0,
     embed_beta1=0.9,
-    val_every=900,
+    val_every=1100,
 )
 
 PRESETS = {
@@ -553,6 +562,8 @@ def check_sizes(cfg: Config) -> None:
     need(own, f"--ve_own_dims {cfg.ve_own_dims}: must lie between 0 and --model_dim {cfg.model_dim}")
     inside = cfg.bos_id < cfg.vocab_size
     need(inside, f"--bos_id {cfg.bos_id}: must lie in the vocabulary, --vocab_size {cfg.vocab_size}")
+    whole = cfg.sampled_vocab % 128 == 0
+    need(whole, f"--sampled_vocab {cfg.sampled_vocab}: must be a multiple of 128")
     if cfg.spectral:
         needs = f"--spectral {cfg.spectral}: needs"
         need(cfg.spectral >= 1e-3, f"--spectral {cfg.spectral}: give 0, or 0.001 and more")
@@ -809,11 +820,12 @@ class GPT(nn.Module):
         compiled, piece = self.kernels.compile, self.kernels.compile
         if self.kernels.compile_layers:  # what a stream's gradient gathers is added in passing
             self.run_layers, piece = self.kernels.compile_layers(self.run_layers), lambda f: f
+        small = piece if self.kernels.compile_small else lambda f: f
         # Layers are alike: each of these compiles once, and serves all of them.
-        self.smear, self.norm, self.mix, self.skip = map(piece, (smear, norm, mix, skip))
-        self.project_qkv, self.gate_value = piece(project_qkv), piece(gate_value)
-        self.attend, self.project_output = piece(attend), piece(project_output)
-        self.exclude, self.mudd = piece(exclude), piece(mudd)
+        self.smear, self.norm, self.mix, self.skip = map(small, (smear, norm, mix, skip))
+        self.project_qkv, self.gate_value = small(project_qkv), small(gate_value)
+        self.attend, self.project_output = small(attend), small(project_output)
+        self.exclude, self.mudd = small(exclude), small(mudd)
         self.mlp_block, self.head_chunk = piece(mlp_block), compiled(self.kernels.head_chunk)
 
     def add_parameter(self, spec: ParamSpec) -> None:
@@ -848,6 +860,7 @@ class GPT(nn.Module):
                 fixed = torch.Generator().manual_seed(0)
                 signs = torch.randint(0, 2, signs.shape, generator=fixed) * 2 - 1
             self.register_buffer("bigram_sign", signs.to(self.dtype), persistent=False)
+        self.register_buffer("prefixes", None, persistent=False)  # what read_prefixes gives, to train with it
         self.update_rotary()
 
     @torch.no_grad()
@@ -894,16 +907,20 @@ class GPT(nn.Module):
         windows: tuple[int, int],
         learn: bool = True,
         joined: int = 1,
+        candidates: int = 0,
     ) -> Tensor:
         """-> the mean loss, nats a token.
 
-        tokens, targets: (T,) ids. loss_weights: (n,), of the losses on the next n tokens. windows: short and
-        long, tokens. learn: with its gradient. joined: sequences of equal length, each of which begins with a
-        document, that the T tokens are.
+        tokens, targets: (T,) ids. loss_weights: (n,), of the losses on the next n tokens; while training with
+        prefixes the last is of the loss on the next one's. windows: short and long, tokens. learn: with its
+        gradient. joined: sequences of equal length, each of which begins with a document, that the T tokens
+        are. candidates: of the softmax, see sample_vocab; 0: the whole vocabulary.
         """
         x = self.hidden(tokens, windows)
         cap = (self.cfg.softcap, self.cfg.softcap_shift, self.cfg.softcap_width)
-        return head_loss(x, self.lm_head, targets, loss_weights, cap, self.head_chunk, learn, joined)
+        prefixes = self.prefixes if learn else None
+        head = self.lm_head, targets, loss_weights, cap, self.head_chunk
+        return head_loss(x, *head, learn, joined, prefixes, candidates)
 
     def hidden(self, tokens: Tensor, windows: tuple[int, int]) -> Tensor:
         """tokens (T,) -> what the head reads, (T, D)."""
@@ -1828,13 +1845,34 @@ class Schedule:
         return cfg.momentum_min + (cfg.momentum_max - cfg.momentum_min) * min(1.0, rising, falling)
 
     def predict(self, step: int) -> tuple[float, ...]:
-        """Weights of the losses on the next tokens; each moves on a line through its stage."""
+        """Weights of the losses on the next tokens, each on a line through its stage.
+
+        With a prefix_weight that of the loss on the next token's prefix comes last.
+        """
         cfg, i = self.cfg, self.stage_index(step)
         begin = self.ends[i - 1] if i else 0
         done = (step - begin) / max(self.ends[i] - begin, 1)
         weights = [start + done * (end - start) for start, end in cfg.stages[i].predict[: cfg.max_predict]]
         most = min(cfg.max_predict, max(len(stage.predict) for stage in cfg.stages))
-        return (*weights, *[0.0] * (most - len(weights)))  # always as many: one compiled graph for all stages
+        prefix = [cfg.prefix_weight * (1 - step / cfg.num_steps)] if cfg.prefix_weight else []
+        # Always as many: one compiled graph for all stages.
+        return (*weights, *[0.0] * (most - len(weights)), *prefix)
+
+    @property
+    def parts(self) -> list[tuple[int, int]]:
+        """(begin, end) of the parts of the run whose steps are of a kind."""
+        return list(pairwise(sorted({0, *self.ends, self.full_softmax_step})))
+
+    @property
+    def full_softmax_step(self) -> int:
+        """The first step whose softmax is over the whole vocabulary."""
+        cfg = self.cfg
+        samples = 0 < cfg.sampled_vocab < cfg.vocab_rows
+        return round(cfg.sampled_share * cfg.scheduled_steps) if samples else 0
+
+    def candidates(self, step: int) -> int:
+        """Tokens that a step's softmax is over; 0: all."""
+        return self.cfg.sampled_vocab if step < self.full_softmax_step else 0
 
     @property
     def untie_step(self) -> int:
@@ -1872,10 +1910,14 @@ class Trainer:
         self.log = Log(cfg, self.env, saved)
         self.clock = Clock(self.machine)
         ceiling = self.machine.matrix_ceiling() * self.env.world_size  # measured before compilers start
-        self.joined = cfg.join or joined_by_memory(cfg, self.machine, self.env.world_size)
-        joined_cfg = replace(cfg, join=self.joined)
-        kernels = self.machine.choose_kernels(joined_cfg, self.env, operators_of(saved))
-        self.model = GPT(joined_cfg, self.machine.dtype, kernels).to(self.env.device)
+        most = cfg.join or joined_by_memory(cfg, self.machine, self.env.world_size)
+        kernels = self.machine.choose_kernels(replace(cfg, join=most), self.env, operators_of(saved))
+        if kernels.attention is not triton_attention:  # plain: too much memory, as joined_by_memory says
+            most = cfg.join or 1
+        self.joined = most
+        self.model = GPT(replace(cfg, join=self.joined), self.machine.dtype, kernels).to(self.env.device)
+        if cfg.prefix_weight:
+            self.model.prefixes = read_prefixes(cfg).to(self.env.device)
         if cfg.spectral and not saved:  # training time
             self.clock.start()
             start_from_counts(cfg, self.model, self.loader.tokens, self.env)
@@ -1936,9 +1978,8 @@ class Trainer:
         asked_to_stop = float(self.signals.name is not None)
         copy_to_device(torch.tensor([*self.schedule.predict(step), asked_to_stop]), self.step_scalars)
         joined = join_sequences(batch.sequences, self.joined)
-        sequences, windows = self.machine.copy_batches(joined), self.schedule.windows(step)
-        kind = (len(sequences[0][0]), windows)
-        self.graphs.run(kind, lambda: self.accumulate_gradients(sequences, windows))
+        sequences, kind = self.machine.copy_batches(joined), self.step_kind(step)
+        self.graphs.run(kind, lambda: self.accumulate_gradients(sequences, *kind[1:]))
         self.optimizer.step(
             step,
             self.schedule.lr_mul(step),
@@ -1953,12 +1994,21 @@ class Trainer:
         wait = self.env.all_reduce(self.result.clone())
         return wait()
 
-    def accumulate_gradients(self, sequences: list[tuple[Tensor, Tensor]], windows: tuple[int, int]) -> None:
+    def step_kind(self, step: int) -> "StepKind":
+        """Steps of a kind are the same work, on other tokens."""
+        length = self.joined * self.schedule.stage(step).batch_tokens // self.cfg.micro_batches
+        return length, self.schedule.windows(step), self.schedule.candidates(step)
+
+    def accumulate_gradients(
+        self, sequences: list[tuple[Tensor, Tensor]], windows: tuple[int, int], candidates: int = 0
+    ) -> None:
         """Forward and backward of these micro-batches: gradients add up, the loss goes to self.result."""
         loss_weights = self.step_scalars[:-1]
         self.result.copy_(F.pad(self.step_scalars[-1:], (1, 0)))
         for tokens, targets in sequences:
-            loss = self.model(tokens, targets, loss_weights, windows, joined=self.joined)
+            loss = self.model(
+                tokens, targets, loss_weights, windows, joined=self.joined, candidates=candidates
+            )
             summed = len(tokens) / LOSS_SHARES * loss
             summed.backward()
             self.result[0] += loss.detach() * (self.joined / self.cfg.micro_batches)
@@ -1993,7 +2043,7 @@ class Trainer:
         """One sequence's loss."""
         device = self.env.device
         plain_loss = torch.ones(1, device=device)
-        with self.machine.validating():
+        with validating(self.machine):
             return self.model(tokens.to(device), targets.to(device), plain_loss, windows, learn=False)
 
     def save_or_stop(self) -> None:
@@ -2146,6 +2196,7 @@ class Kernels:
     new_mantissa: Callable[[Tensor], Tensor]  # a bfloat16 parameter -> what is kept beside it (fp32_weight)
     reads_window: bool = True  # attention asks for its window besides first_key, and is compiled for each
     compile: Callable = lambda f: f  # wraps each piece of the model
+    compile_small: bool = True  # also the pieces that are cheap; attention then is compiled inside of them
     compile_layers: Callable | None = None  # wraps all layers at once, which are one piece then
     sorted_lookups: bool = False  # look_up needs a RowOrder
     static_grads: bool = False  # gradients keep their memory, since graphs write there
@@ -2815,8 +2866,7 @@ class ReLU2MLP(torch.autograd.Function):
         if fp8:
             hidden, hidden8 = relu2_product_fp8(to_fp8(x, X_SCALE), to_fp8(up, HEAD_SCALE), x.dtype)
             scales = (x.new_full((), scale, dtype=torch.float32) for scale in (HIDDEN_SCALE, HEAD_SCALE))
-            by_column = to_fp8(down, HEAD_SCALE).T.contiguous().T
-            y = torch._scaled_mm(hidden8, by_column, *scales, out_dtype=x.dtype, use_fast_accum=True)
+            y = fp8_product(hidden8, to_fp8(down, HEAD_SCALE), *scales, x.dtype)
         else:
             hidden = relu2_product(x, up, None)
             y = hidden @ down
@@ -2865,36 +2915,98 @@ def head_loss(
     head_chunk: Callable | None = None,
     learn: bool = True,
     joined: int = 1,
+    prefixes: Tensor | None = None,
+    candidates: int = 0,
 ) -> Tensor:
     """reference_head_loss by chunks of tokens: float32 logits of a whole sequence never exist at once.
 
-    Of several joined sequences, equally long, the mean.
+    Of several joined sequences, equally long, the mean. prefixes (V,): the last weight is of the loss on the
+    next token's prefix, where it has one. candidates: the softmax is over so many tokens, see sample_vocab.
     """
     T, length = len(targets), len(targets) // joined
+    if prefixes is not None:
+        weights, prefix_weight = weights[:-1], weights[-1]
     ahead = torch.arange(len(weights), device=x.device)
     place = torch.arange(T, device=x.device)[:, None] + ahead  # (T, n)
     inside = place % length >= ahead  # of a token's own sequence; none is shorter than `ahead`
     weights = torch.where(inside & (place < T), weights / T, 0)  # no loss on what is past the end
     targets = targets[place.clamp_max(T - 1)]
+    if prefixes is not None:
+        shorter = prefixes[targets[:, :1]]
+        weights = torch.cat([weights, torch.where(shorter >= 0, prefix_weight / T, 0)], dim=1)
+        targets = torch.cat([targets, shorter.clamp_min(0)], dim=1)
     with_grad = learn and torch.is_grad_enabled()
-    return HeadLoss.apply(x, head, targets, weights, cap, head_chunk or plain_kernels().head_chunk, with_grad)
+    head_chunk = head_chunk or plain_kernels().head_chunk
+    return HeadLoss.apply(x, head, targets, weights, cap, head_chunk, with_grad, candidates)
+
+
+def sample_vocab(targets: Tensor, vocab_rows: int, count: int) -> tuple[Tensor, Tensor]:
+    """targets (c, n) -> the tokens, (count,), that the softmax is over, and what is added to their logits.
+
+    The targets, and others drawn evenly, which stand for all that are left out: the log of how many each
+    stands for is added, so that the softmax's denominator has the right mean (1412.2007). The draw follows
+    from the targets alone: a run that is resumed, or has other ranks, draws the same.
+    """
+    token = torch.arange(vocab_rows, device=targets.device)
+    is_target = torch.zeros_like(token).index_fill_(0, targets.flatten(), 1)
+    salt = (targets[:, 0] * torch.arange(1, len(targets) + 1, device=targets.device)).sum()
+    hashed = (token + 1) * 0x9E3779B1 + salt * 0x85EBCA6B
+    hashed = ((hashed >> 15) ^ hashed) * 0xC2B2AE35
+    hashed = ((hashed >> 13) ^ hashed) & 0x7FFFFFFF
+    key = ((is_target << 31) + hashed) * vocab_rows + token  # no two are the same
+    tokens = (key.topk(count).values % vocab_rows).sort().values
+    known = is_target.sum()
+    stands_for = (vocab_rows - known) / (count - known).clamp_min(1)
+    return tokens, torch.where(is_target[tokens] > 0, 0.0, stands_for.log())
+
+
+def read_prefixes(cfg: Config) -> Tensor:
+    """(vocab_rows,): each token's longest proper beginning that is a token, too, or -1. UserError.
+
+    By the vocabulary that data/ writes beside shards, `base64 rank` a line.
+    """
+    path, ranks = find_data(cfg) / "vocab.tiktoken", {}
+    about, again = f"--prefix_weight {cfg.prefix_weight:g}: {path}", "make the data again"
+    try:
+        need(path.is_file() and path.stat().st_size < 10**8, f"{about}: there is no such vocabulary; {again}")
+        for line in path.read_text("ascii").splitlines():
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)[:1000]] = int(rank)  # no real token is as long
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not `base64 rank` a line"
+        raise UserError(f"{about}: {reason}; {again}") from None
+    known = set(ranks.values()) <= set(range(cfg.vocab_size))
+    need(known, f"{about}: not of {cfg.vocab_size} tokens; {again}")
+    prefixes = [-1] * cfg.vocab_rows
+    for token, rank in ranks.items():
+        beginnings = (token[:length] for length in range(len(token) - 1, 0, -1))
+        prefixes[rank] = next((ranks[part] for part in beginnings if part in ranks), -1)
+    return torch.tensor(prefixes)
 
 
 class HeadLoss(torch.autograd.Function):
     """The gradient is made with the loss, while a chunk's logits are at hand; backward only scales it."""
 
     @staticmethod
-    def forward(ctx, x, head, targets, weights, cap, head_chunk, with_grad):
+    def forward(ctx, x, head, targets, weights, cap, head_chunk, with_grad, candidates):
         size = HEAD_CHUNK[x.device.type]
         loss, dx, d_head = 0.0, [], None
-        for chunk in zip(x.split(size), targets.split(size), weights.split(size), strict=True):
-            x_chunk, targets_and_weights = chunk[0], chunk[1:]
-            chunk_loss, chunk_dx, chunk_d_head = head_chunk(
-                x_chunk, head, *targets_and_weights, cap, with_grad
-            )
+        if candidates and with_grad:
+            d_head = torch.zeros_like(head, dtype=torch.float32)
+        for x_chunk, *chunk in zip(x.split(size), targets.split(size), weights.split(size), strict=True):
+            if candidates:
+                tokens, offsets = sample_vocab(chunk[0], head.size(1), candidates)
+                part, chunk = head.index_select(1, tokens), places(tokens, *chunk)
+                chunk_loss, chunk_dx, d_part = head_chunk(
+                    x_chunk, part, *chunk, cap, with_grad, offsets=offsets
+                )
+                if with_grad:
+                    d_head.index_add_(1, tokens, d_part)
+            else:
+                chunk_loss, chunk_dx, d_part = head_chunk(x_chunk, head, *chunk, cap, with_grad)
+                d_head = d_part if d_head is None else d_head.add_(d_part)
             loss = loss + chunk_loss
             dx.append(chunk_dx)
-            d_head = chunk_d_head if d_head is None else d_head.add_(chunk_d_head)
         if with_grad:
             ctx.save_for_backward(torch.cat(dx), d_head.to(head.dtype))
         return loss
@@ -2902,7 +3014,13 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dx, d_head = ctx.saved_tensors
-        return (grad * dx).to(dx.dtype), (grad * d_head).to(d_head.dtype), None, None, None, None, None
+        return (grad * dx).to(dx.dtype), (grad * d_head).to(d_head.dtype), *[None] * 6
+
+
+def places(tokens: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Where in tokens, which ascend, the targets are; the weights of those that are there, of others 0."""
+    place = torch.searchsorted(tokens, targets).clamp_max(len(tokens) - 1)
+    return place, torch.where(tokens[place] == targets, weights, 0)
 
 
 # Loss, gradients by x (c, D) and head (D, V), float32.
@@ -2910,20 +3028,33 @@ ChunkLoss = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 def head_chunk(
-    x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, cap: Cap, with_grad: bool, fp8: bool = False
+    x: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    cap: Cap,
+    with_grad: bool,
+    fp8: bool = False,
+    offsets: Tensor | None = None,
 ) -> ChunkLoss:
-    """x (c, D), targets and weights (c, n); fp8 is for GPUs."""
-    loss, dz = cross_entropy((x @ head).float(), targets, weights, cap)
+    """x (c, D), targets and weights (c, n), offsets (V,) of logits, of targets 0; fp8 is for GPUs."""
+    loss, dz = cross_entropy((x @ head).float(), targets, weights, cap, offsets)
     if not with_grad:
         return loss, None, None
     dz = dz.to(x.dtype)
     return loss, dz @ head.T, (x.T @ dz).float()
 
 
-def cross_entropy(z: Tensor, targets: Tensor, weights: Tensor, cap: Cap) -> tuple[Tensor, Tensor]:
-    """z (c, V) before the cap; targets, weights (c, n) -> weighted cross-entropy, gradient by z (c, V)."""
+def cross_entropy(
+    z: Tensor, targets: Tensor, weights: Tensor, cap: Cap, offsets: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """z (c, V) before the cap; targets, weights (c, n) -> weighted cross-entropy, gradient by z (c, V).
+
+    offsets (V,): added to capped logits.
+    """
     s = torch.sigmoid((z + cap[1]) / cap[2]) if cap[0] else None
     logits = cap[0] * s if cap[0] else z
+    logits = logits if offsets is None else logits + offsets
     top = logits.amax(dim=-1, keepdim=True)
     exp = (logits - top).exp()
     total = exp.sum(dim=-1, keepdim=True)
@@ -2951,6 +3082,7 @@ def cross_entropy_kernel(
     z,
     targets,
     weights,
+    offsets,
     loss,
     log_totals,
     V,
@@ -2962,7 +3094,10 @@ def cross_entropy_kernel(
     AHEAD: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """One row: z (V,) before the cap; targets, weights (N,) -> its loss; z becomes its gradient."""
+    """One row: z (V,) before the cap; targets, weights (N,) -> its loss; z becomes its gradient.
+
+    offsets: None, or (V,), of logits in bits, of targets 0.
+    """
     row = tl.program_id(0).to(tl.int64)
     z += row * V
     lane = tl.arange(0, BLOCK_V)
@@ -2976,6 +3111,8 @@ def cross_entropy_kernel(
         inside = start + lane < V
         z_block = tl.load(z + start + lane, mask=inside, other=0).to(tl.float32)
         logit, _ = capped_logit(z_block, CAP, SHIFT, WIDTH)
+        if offsets is not None:
+            logit += tl.load(offsets + start + lane, mask=inside, other=0)
         logit = tl.where(inside, logit, float("-inf"))
         if CAP == 0 or CAP > 64:
             m_ij = tl.maximum(m_i, logit)
@@ -2995,6 +3132,8 @@ def cross_entropy_kernel(
             inside = start + lane < V
             z_block = tl.load(z + start + lane, mask=inside, other=0).to(tl.float32)
             logit, slope = capped_logit(z_block, CAP, SHIFT, WIDTH)
+            if offsets is not None:
+                logit += tl.load(offsets + start + lane, mask=inside, other=0)
             dz = all_weight * tl.exp2(logit - log_total) * slope
             tl.store(z + start + lane, dz.to(z.dtype.element_ty), mask=inside)
         tl.debug_barrier()
@@ -3004,20 +3143,24 @@ def cross_entropy_kernel(
 
 @torch.library.custom_op("train_gpt::cross_entropy_", mutates_args={"z"})
 def cross_entropy_(
-    z: Tensor, targets: Tensor, weights: Tensor, cap: list[float], with_grad: bool
+    z: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    cap: list[float],
+    with_grad: bool,
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """cross_entropy in a kernel: z (c, V) -> losses, log-sum-exps in bits (c,).
 
-    with_grad: z becomes its gradient.
+    with_grad: z becomes its gradient. offsets (V,): in bits.
     """
     tensors = (z, targets, weights)
     assert all(t.is_contiguous() for t in tensors), [t.stride() for t in tensors]
     n = targets.size(1)
     loss, log_totals = (z.new_empty(len(z), dtype=torch.float32) for _ in range(2))
     AHEAD = triton.next_power_of_2(n)
-    cross_entropy_kernel[(len(z),)](
-        z, targets, weights, loss, log_totals, z.size(1), n, *cap, with_grad, AHEAD, BLOCK_V=4096, num_warps=8
-    )
+    inputs = (z, targets, weights, offsets, loss, log_totals, z.size(1), n)
+    cross_entropy_kernel[(len(z),)](*inputs, *cap, with_grad, AHEAD, BLOCK_V=4096, num_warps=8)
     return loss, log_totals
 
 
@@ -3031,6 +3174,7 @@ def logit_gradient_kernel(
     z,
     log_totals,
     row_weights,
+    offsets,
     dz,
     dz_t,
     rows,
@@ -3052,6 +3196,8 @@ def logit_gradient_kernel(
     column = tl.arange(0, BLOCK_V)
     origin = first_row.to(tl.int64) * V + first_column
     words = tl.zeros([BLOCK_M // 4, BLOCK_V], tl.uint32)
+    if offsets is not None:
+        offset = tl.load(offsets + first_column + column, mask=first_column + column < V, other=0)
     for i in tl.static_range(4):
         row = 4 * quarter + i
         inside = (first_row + row[:, None] < rows) & (first_column + column < V)
@@ -3060,6 +3206,8 @@ def logit_gradient_kernel(
         log_total = tl.load(log_totals + first_row + row, mask=first_row + row < rows, other=0)
         weight = tl.load(row_weights + first_row + row, mask=first_row + row < rows, other=0)
         logit, slope = capped_logit(z_block, CAP, SHIFT, WIDTH)
+        if offsets is not None:
+            logit += offset
         y = weight[:, None] * tl.exp2(logit - log_total[:, None]) * slope
         half = y.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
         byte = (half + 0x7F + (half >> 8 & 1)) >> 8
@@ -3114,11 +3262,17 @@ def target_gradient_kernel(
 
 @torch.library.custom_op("train_gpt::logit_gradient", mutates_args=())
 def logit_gradient(
-    z: Tensor, log_totals: Tensor, targets: Tensor, weights: Tensor, cap: list[float], scale: Tensor
+    z: Tensor,
+    log_totals: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    cap: list[float],
+    scale: Tensor,
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """z (c, V), and cross_entropy_'s log-sum-exps -> its gradient over scale, E5M2: (c, V), and (V, c).
 
-    c is a multiple of 4.
+    c is a multiple of 4. offsets: as cross_entropy_ had them.
     """
     BLOCK_M, BLOCK_V, warps = 128, 64, 4
     rows, V = z.shape
@@ -3129,7 +3283,7 @@ def logit_gradient(
     blocks = triton.cdiv(V, BLOCK_V), triton.cdiv(rows, BLOCK_M)
     to = dz.view(torch.uint8), dz_t.view(torch.int32)
     logit_gradient_kernel[blocks](
-        z, log_totals, row_weights, *to, rows, V, *cap, BLOCK_M, BLOCK_V, num_warps=warps
+        z, log_totals, row_weights, offsets, *to, rows, V, *cap, BLOCK_M, BLOCK_V, num_warps=warps
     )
     inputs = (z, log_totals, row_weights, targets, weights, scale)
     AHEAD = triton.next_power_of_2(n)
@@ -3152,28 +3306,42 @@ def to_fp8(x: Tensor, scale: float) -> Tensor:
     return (x * (1 / scale)).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
 
 
+def fp8_product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """a (T, K) times b (K, N), whose columns must be contiguous there, times both scales."""
+    return torch._scaled_mm(a, b.T.contiguous().T, a_scale, b_scale, out_dtype=dtype, use_fast_accum=True)
+
+
 def triton_head_chunk(
-    x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, cap: Cap, with_grad: bool, fp8: bool = True
+    x: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    cap: Cap,
+    with_grad: bool,
+    fp8: bool = True,
+    offsets: Tensor | None = None,
 ) -> ChunkLoss:
     """head_chunk without float32 logits in memory. fp8: in training its products are FP8's, from 89 on."""
+    bits = None if offsets is None else offsets / math.log(2)
     if with_grad and fp8 and compute_capability() >= 89 and len(x) % 16 == 0:
-        return fp8_head_chunk(x, head, targets, weights, cap)
+        return fp8_head_chunk(x, head, targets, weights, cap, bits)
     z = x @ head
-    losses, _ = cross_entropy_(z, targets, weights, cap, with_grad)
+    losses, _ = cross_entropy_(z, targets, weights, cap, with_grad, bits)
     loss = losses.sum()
     return (loss, z @ head.T, (x.T @ z).float()) if with_grad else (loss, None, None)
 
 
-def fp8_head_chunk(x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, cap: Cap) -> ChunkLoss:
-    """Three FP8 products, as the record's. A second matrix must have its columns contiguous."""
+def fp8_head_chunk(
+    x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, cap: Cap, offsets: Tensor | None
+) -> ChunkLoss:
+    """Three FP8 products, as the record's. offsets: in bits."""
     x8, head8 = to_fp8(x, X_SCALE), to_fp8(head, HEAD_SCALE)
     x_scale, head_scale = (x.new_full((), s, dtype=torch.float32) for s in (X_SCALE, HEAD_SCALE))
     product = torch._scaled_mm
-    by_column = head8.T.contiguous().T
-    z = product(x8, by_column, x_scale, head_scale, out_dtype=x.dtype, use_fast_accum=True)
-    losses, log_totals = cross_entropy_(z, targets, weights, cap, False)
+    z = fp8_product(x8, head8, x_scale, head_scale, x.dtype)
+    losses, log_totals = cross_entropy_(z, targets, weights, cap, False, offsets)
     dz_scale = weights.sum(1).amax().clamp_min(1e-30) / 2**14  # E5M2 ends at 57,344
-    dz, dz_t = logit_gradient(z, log_totals, targets, weights, cap, dz_scale)
+    dz, dz_t = logit_gradient(z, log_totals, targets, weights, cap, dz_scale, offsets)
     dx = product(dz, head8.T, dz_scale, head_scale, out_dtype=x.dtype)
     d_head = product(x8.T.contiguous(), dz_t.T, x_scale, dz_scale, out_dtype=torch.float32)
     return losses.sum(), dx, d_head
@@ -3458,7 +3626,7 @@ class DistEnv:
         return wait
 
     def reduce_scatter(self, x: Tensor) -> Callable[[], Tensor]:
-        """x (rows, ...) -> this rank's shard of the sum: in float32, and always in the order of ranks."""
+        """x (rows, ...) -> this rank's shard of the sum, in float32, to the same bits whenever it is run."""
         if self.world_size == 1:
             return lambda: x
         parts = torch.empty_like(x)
@@ -3466,10 +3634,7 @@ class DistEnv:
 
         def wait() -> Tensor:
             work.wait()
-            total = None
-            for part in parts.view(self.world_size, -1, *x.shape[1:]):
-                total = part.float() if total is None else total + part.float()
-            return total
+            return parts.view(self.world_size, -1, *x.shape[1:]).sum(0, dtype=torch.float32)  # in one pass
 
         return wait
 
@@ -3580,7 +3745,8 @@ class Prefetcher:
         rows = np.empty(0, dtype=np.int64)
         if self.sparse_grad is not None:
             rows = self.touched_rows(sequences)
-        flops = sum(step_flops(self.schedule.cfg, sequences, stage.windows).values())
+        candidates = self.schedule.candidates(step)
+        flops = sum(step_flops(self.schedule.cfg, sequences, stage.windows, candidates).values())
         return StepBatch(sequences, position, rows, flops)
 
     def touched_rows(self, sequences: list[tuple[Tensor, Tensor]]) -> np.ndarray:
@@ -3965,10 +4131,16 @@ def attended_pairs(tokens: np.ndarray, bos_id: int, window: int, paired: bool) -
     return int(sum(np.minimum(keys, window).sum() for keys in visible))
 
 
-def step_flops(cfg: Config, batches: list[tuple[Tensor, Tensor]], windows: tuple[int, int]) -> dict[str, int]:
-    """FLOPs of the model on these micro-batches by part, 3 x forward, without recomputation."""
+def step_flops(
+    cfg: Config, batches: list[tuple[Tensor, Tensor]], windows: tuple[int, int], candidates: int = 0
+) -> dict[str, int]:
+    """FLOPs of the model on these micro-batches by part, 3 x forward, without recomputation.
+
+    candidates: tokens that the softmax is over; 0: all.
+    """
     count = len(batches) * len(batches[0][0])
     parts = {part: 3 * count * flops for part, flops in matrix_flops(cfg).items()}
+    parts["head"] = parts["head"] * (candidates or cfg.vocab_rows) // cfg.vocab_rows
     parts["attention"] = 0
     kinds = Counter((layer.window, layer.paired) for layer in topology(cfg) if layer.attends)
     for tokens, _ in batches:
@@ -4302,9 +4474,9 @@ def joined_by_memory(cfg: Config, machine: "Gpu | Cpu", world_size: int) -> int:
     """How many of a rank's micro-batches a GPU computes together: 1, 2, 4, ...
 
     A token takes 28 values of the model's width a layer, by what an H100 reserved for `short`, graphs among
-    it (records/gpu); all is to fit into seven tenths of the memory.
+    it (records/gpu); all is to fit into seven tenths of the memory. Plain attention takes several times that.
     """
-    if cfg.device == "cpu":
+    if cfg.device == "cpu" or cfg.reference:
         return 1
     needed = least_memory(cfg, machine.dtype, world_size)
     fixed = needed["parameters and gradients"] + needed["the optimizer"]
@@ -4340,17 +4512,26 @@ def compile_failure(cfg: Config, device: torch.device) -> str | None:
     return None
 
 
-def compile_for_any_length(run_layers: Callable) -> Callable:
-    """GPT.run_layers as one graph, compiled once for sequences of all lengths."""
-    compiled = torch.compile(run_layers, fullgraph=True)
+def compile_for_any_length(f: Callable) -> Callable:
+    """f as one graph, compiled once for all sizes of its tensors' first dimension."""
+    compiled = torch.compile(f, fullgraph=True)
 
-    def call(x: Tensor, extras: list, values: dict, is_first: Tensor, positions: dict) -> Tensor:
-        places = [t for p in positions.values() for t in (p.first_key, p.cos, p.sin)]
-        for t in (x, *extras, *values.values(), is_first, *places):
-            torch._dynamo.maybe_mark_dynamic(t, 0)
-        return compiled(x, extras, values, is_first, positions)
+    def call(*arguments: Any) -> Any:
+        for t in tensors_in(arguments):
+            if t.dim():
+                torch._dynamo.maybe_mark_dynamic(t, 0)
+        return compiled(*arguments)
 
     return call
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, dict, Positions)):
+        inner = vars(value) if isinstance(value, Positions) else value
+        for item in inner.values() if isinstance(inner, dict) else inner:
+            yield from tensors_in(item)
 
 
 def matrix_ceiling(
@@ -4414,10 +4595,12 @@ class Gpu:
                 normuon_=torch.compile(normuon_, dynamic=False),
                 adam_=torch.compile(adam_, dynamic=False),
             )
-        if cfg.reference or self.dtype != torch.bfloat16:
-            return kernels
-        pins = before | read_operators(cfg.operators)
-        kernels = choose_versions(cfg, env, kernels, operator_trials(cfg, env), pins)
+        if self.dtype == torch.bfloat16 and not cfg.reference:
+            pins = before | read_operators(cfg.operators)
+            kernels = choose_versions(cfg, env, kernels, operator_trials(cfg, env), pins)
+        self.compiles_validation = kernels.attention is not banded_attention
+        if self.compile_failure is None and not self.compiles_validation:
+            kernels = compile_in_pieces(kernels)
         torch.cuda.empty_cache()  # the trials' memory is not the run's
         torch.cuda.reset_peak_memory_stats()
         return kernels
@@ -4442,9 +4625,6 @@ class Gpu:
         host.copy_(x, non_blocking=True)
         event.record()
         return host, event.synchronize
-
-    def validating(self) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext()
 
     def peak_memory(self) -> int:
         """Bytes."""
@@ -4804,26 +4984,23 @@ def warm_up(trainer: Trainer) -> None:
     trainer.log.write(f"warm-up: {seconds:.1f} s outside the clock, {len(inputs)} kind(s) of step")
 
 
-StepKind = tuple[int, tuple[int, int]]  # tokens of a micro-batch, (short, long) window
+# Tokens of a pass, (short, long) window, tokens that the softmax is over (0: all).
+StepKind = tuple[int, tuple[int, int], int]
 
 
 def run_dummy_steps(trainer: Trainer) -> dict[StepKind, list[tuple[Tensor, Tensor]]]:
     """A micro-batch of each kind of step -> the memory that each kind reads its sequences from."""
     cfg, schedule = trainer.cfg, trainer.schedule
     copy_to_device(torch.tensor([*schedule.predict(0), 0.0]), trainer.step_scalars)
-    kinds = set()
-    for end in schedule.ends:
-        if end > 0:
-            stage = schedule.stage(end - 1)
-            kinds.add((trainer.joined * stage.batch_tokens // cfg.micro_batches, stage.windows))
+    kinds = {trainer.step_kind(begin) for begin, _ in schedule.parts}
     inputs = {}
     for kind in sorted(kinds, reverse=True):  # the largest first: the others find room in its memory
-        length, windows = kind
+        length = kind[0]
         passes = cfg.micro_batches // trainer.env.world_size // trainer.joined
         sequences = [dummy_sequence(cfg, length)] * passes
         inputs[kind] = trainer.machine.copy_batches(sequences)
         trainer.log.live.show(f"compiling {len(inputs)} of {len(kinds) + 2}: a step on {length} tokens ...")
-        trainer.accumulate_gradients(inputs[kind][:1], windows)
+        trainer.accumulate_gradients(inputs[kind][:1], *kind[1:])
     return inputs
 
 
@@ -4850,7 +5027,7 @@ def capture_graphs(trainer: Trainer, inputs: dict[StepKind, list[tuple[Tensor, T
     """A graph for each kind of step, and for each kind of update."""
     optimizer = trainer.optimizer
     for kind, sequences in inputs.items():
-        trainer.graphs.capture(kind, partial(trainer.accumulate_gradients, sequences, kind[1]))
+        trainer.graphs.capture(kind, partial(trainer.accumulate_gradients, sequences, *kind[1:]))
     for is_tied in dict.fromkeys((tied, False)):
         optimizer.tied = is_tied
         for adam_turn in (False, True):
@@ -4915,8 +5092,11 @@ class Cpu:
             muon_dtype=torch.bfloat16 if multiplies_bfloat16("cpu") else torch.float32,
         )
         if self.compile_failure is None:
-            whole = partial(torch.compile, dynamic=False, fullgraph=True)
-            kernels = replace(kernels, compile=whole, adam_=flat_adam())
+            kernels = replace(
+                compile_in_pieces(kernels),
+                compile=partial(torch.compile, dynamic=False, fullgraph=True),
+                adam_=flat_adam(),
+            )
         return kernels
 
     def new_graphs(self, log: Log) -> NoGraphs:
@@ -4928,15 +5108,34 @@ class Cpu:
     def copy_to_host(self, x: Tensor) -> tuple[Tensor, Callable[[], None]]:
         return x, lambda: None
 
-    def validating(self) -> contextlib.AbstractContextManager:
-        """Uncompiled: another length would compile for longer than all validation takes."""
-        compiled = self.compile_failure is None
-        return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
-
     def peak_memory(self) -> int:
         """Bytes."""
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return resident if sys.platform == "darwin" else 1024 * resident
+
+
+def compile_in_pieces(kernels: Kernels) -> Kernels:
+    """For plain attention, which is hundreds of operators: not layers as a whole, but the pieces that cost.
+
+    The others take minutes to compile, for a few percent of a step.
+    """
+    softmax = compile_for_any_length(masked_softmax), compile_for_any_length(softmax_gradient)
+    plain = kernels.prepare_qkv is prepare_qkv
+    return replace(
+        kernels,
+        compile_layers=None,
+        compile_small=False,
+        prepare_qkv=compile_for_any_length(prepare_qkv) if plain else kernels.prepare_qkv,
+        attention=partial(banded_attention, softmax=softmax),
+    )
+
+
+def validating(machine: Gpu | Cpu) -> contextlib.AbstractContextManager:
+    """Uncompiled, unless the machine compiles it: its length takes longer to compile than a validation takes,
+    and plain attention of a long sequence is hundreds of pieces for the compiler.
+    """
+    eager = machine.compile_failure is None and not machine.compiles_validation
+    return torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext()
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -4958,26 +5157,51 @@ QUERY_BLOCK = 128
 SPAN = 16384  # queries that attend at once where nothing is kept for a backward pass
 
 
+def masked_softmax(
+    scores: Tensor, first_key: Tensor, query: Tensor, key: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """scores (blocks, H, queries, keys) -> their softmax over the keys from first_key to the query's own."""
+    masked = (key < first_key) | (key > query)
+    return scores.float().masked_fill(masked, float("-inf")).softmax(dim=-1).to(dtype)
+
+
+def softmax_gradient(d_weights: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient by the scores, from that by the weights. What is masked has a weight of 0."""
+    d_weights = d_weights.float()
+    return (weights * (d_weights - (d_weights * weights).sum(dim=-1, keepdim=True))).to(dtype)
+
+
+# masked_softmax and softmax_gradient, or what they compile to.
+Softmax = tuple[Callable, Callable]
+
+
 def banded_attention(
-    q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, window: int, scale: Tensor | float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first_key: Tensor,
+    window: int,
+    scale: Tensor | float,
+    softmax: Softmax = (masked_softmax, softmax_gradient),
 ) -> Tensor:
     """reference_attention by blocks of queries and the keys they reach, window >= i - first_key[i] + 1."""
+    q = (q * scale).to(v.dtype)
     if len(q) <= SPAN or torch.is_grad_enabled():
-        return attend_in_blocks(q, k, v, first_key, window, scale)
+        return attend_in_blocks(q, k, v, first_key, window, softmax)
     parts = []
     for start in range(0, len(q), SPAN):
         begin = max(0, start - window + 1)  # the first key that this span reaches
         seen = slice(begin, start + SPAN)
         shifted = (first_key[seen] - begin).clamp_min(0)
-        part = attend_in_blocks(q[seen], k[seen], v[seen], shifted, window, scale)
+        part = attend_in_blocks(q[seen], k[seen], v[seen], shifted, window, softmax)
         parts.append(part[start - begin :])
     return torch.cat(parts)
 
 
 def attend_in_blocks(
-    q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, window: int, scale: Tensor | float
+    q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, window: int, softmax: Softmax
 ) -> Tensor:
-    """banded_attention of a whole sequence: work and memory are T x window."""
+    """banded_attention of a whole sequence, q scaled: work and memory are T x window."""
     T, H, d = q.shape
     back = -(-(min(window, T) - 1) // QUERY_BLOCK) * QUERY_BLOCK  # keys before a block's own
     blocks = -(-T // QUERY_BLOCK)
@@ -4987,36 +5211,56 @@ def attend_in_blocks(
     query = count(blocks * QUERY_BLOCK).view(blocks, 1, QUERY_BLOCK, 1)
     key = query[:, :, :1] - back + count(back + QUERY_BLOCK)
     first_key = F.pad(first_key.to(torch.int32), (0, missing)).view(blocks, 1, QUERY_BLOCK, 1)
-    q = (q * scale).to(v.dtype).view(blocks, QUERY_BLOCK, H, d).transpose(1, 2)  # (blocks, H, QUERY_BLOCK, d)
-    k, v = key_blocks(k, back), key_blocks(v, back)  # (blocks, H, back + QUERY_BLOCK, d)
-    masked = (key < first_key) | (key > query)
-    return BlockAttention.apply(q, k, v, masked).transpose(1, 2).reshape(-1, H, d)[:T]
+    return BlockAttention.apply(q, k, v, first_key, query, key, back, softmax)[:T]
 
 
 class BlockAttention(torch.autograd.Function):
-    """The softmax is kept in the dtype of v: on a CPU that costs less than to compute it again."""
+    """q, k, v (T, H, d), T in whole blocks -> (T, H, d).
+
+    The softmax is kept in the dtype of v: on a CPU that costs less than to compute it again.
+    """
 
     @staticmethod
-    def forward(ctx, q, k, v, masked):
-        weights = (q @ k.mT).float().masked_fill(masked, float("-inf")).softmax(dim=-1).to(v.dtype)
+    def forward(ctx, q, k, v, first_key, query, key, back, softmax):
+        q = query_blocks(q)
+        k, v = key_blocks(k, back), key_blocks(v, back)  # (blocks, H, back + QUERY_BLOCK, d)
+        weights = softmax[0](q @ k.mT, first_key, query, key, v.dtype)
         ctx.save_for_backward(q, k, v, weights)
-        return weights @ v
+        ctx.softmax_gradient = softmax[1]
+        return (weights @ v).transpose(1, 2).flatten(0, 1)
 
     @staticmethod
     def backward(ctx, dy):
         q, k, v, weights = ctx.saved_tensors
-        d_weights = (dy @ v.mT).float()
-        d_scores = (weights * (d_weights - (d_weights * weights).sum(dim=-1, keepdim=True))).to(v.dtype)
-        return d_scores @ k, d_scores.mT @ q, weights.mT @ dy, None
+        dy = query_blocks(dy)
+        d_scores = ctx.softmax_gradient(dy @ v.mT, weights, v.dtype)
+        dq = (d_scores @ k).transpose(1, 2).flatten(0, 1)
+        return dq, add_key_blocks(d_scores.mT @ q), add_key_blocks(weights.mT @ dy), *[None] * 5
+
+
+def query_blocks(x: Tensor) -> Tensor:
+    """x (T, H, d) -> (blocks, H, QUERY_BLOCK, d), in this order: products would copy it each time."""
+    return x.unflatten(0, (-1, QUERY_BLOCK)).transpose(1, 2).contiguous()
 
 
 def key_blocks(x: Tensor, back: int) -> Tensor:
     """x (T, H, d) -> for each block of queries the rows from `back` before it to its end."""
     padded = F.pad(x, (0, 0, 0, 0, back, 0))
-    shifted = []  # slices have cheap gradients
+    shifted = []
     for start in range(0, back + 1, QUERY_BLOCK):
-        shifted.append(padded[start : start + len(x)].unflatten(0, (-1, QUERY_BLOCK)))
-    return torch.cat(shifted, dim=1).transpose(1, 2)
+        block = padded[start : start + len(x)].unflatten(0, (-1, QUERY_BLOCK))
+        shifted.append(block.transpose(1, 2))
+    return torch.cat(shifted, dim=2)
+
+
+def add_key_blocks(parts: Tensor) -> Tensor:
+    """key_blocks backwards: parts (blocks, H, back + QUERY_BLOCK, d) -> (T, H, d), sums over blocks."""
+    blocks, H, keys, d = parts.shape
+    before = keys // QUERY_BLOCK - 1  # blocks of keys before a block's own
+    total = parts.new_zeros(before + blocks, H, QUERY_BLOCK, d)
+    for i, part in enumerate(parts.split(QUERY_BLOCK, dim=2)):
+        total[i : i + blocks] += part
+    return total[before:].transpose(1, 2).flatten(0, 1)
 
 
 def new_float32_copy(p: Tensor) -> Tensor:
