@@ -1608,10 +1608,7 @@ def adam_(
     momentum_buffer.lerp_(grad, 1 - betas[0])
     second_moment.lerp_(grad.square(), 1 - betas[1])
     update = momentum_buffer / (second_moment / (1 - betas[1] ** steps)).sqrt_().add_(eps)
-    weight = fp32_weight(p, mantissa_lo)
-    # The decay follows the square of the rate, as in the record.
-    kept = 1 - wd * lr**2 * (update * weight > 0)
-    store_fp32_weight_(p, mantissa_lo, kept.mul_(weight).sub_(update.mul_(lr / (1 - betas[0] ** steps))))
+    decay_and_move_(p, mantissa_lo, update, lr, wd, step_size=lr / (1 - betas[0] ** steps))
 
 
 def adam_rows_(
@@ -1637,9 +1634,22 @@ def adam_rows_(
     moves.add_(square > 0)
     second_moment.lerp_(square, (1 - beta2) * (square > 0))
     update = grad / (second_moment / (1 - beta2 ** moves.clamp_min(1))).sqrt_().add_(eps)
+    decay_and_move_(p, mantissa_lo, update, lr, wd, step_size=lr)
+
+
+def decay_and_move_(
+    p: Tensor,
+    mantissa_lo: Tensor | None,
+    update: Tensor,
+    lr: Tensor | float,
+    wd: float,
+    step_size: Tensor | float,
+) -> None:
+    """p less step_size times the update, which is used up, after cautious weight decay."""
     weight = fp32_weight(p, mantissa_lo)
+    # The decay follows the square of the rate, as in the record.
     kept = 1 - wd * lr**2 * (update * weight > 0)
-    store_fp32_weight_(p, mantissa_lo, kept.mul_(weight).sub_(update.mul_(lr)))
+    store_fp32_weight_(p, mantissa_lo, kept.mul_(weight).sub_(update.mul_(step_size)))
 
 
 def fp32_weight(p: Tensor, mantissa_lo: Tensor | None) -> Tensor:
@@ -5347,6 +5357,12 @@ def flat_adam() -> Callable:
     return flat_adam_
 
 
+def rows_with_gradient(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """grad (rows, D), dense or sparse -> (n,) the rows that it has, (n, D) their values."""
+    grad = (grad if grad.is_sparse else grad.to_sparse(1)).coalesce()
+    return grad.indices()[0], grad.values().clone()  # torch compiles no views of sparse tensors
+
+
 def lazy_adam_(
     adam_: Callable,
     p: Tensor,
@@ -5361,8 +5377,7 @@ def lazy_adam_(
     Here that waits until the row moves again: a step costs what its tokens cost, and not what the table does.
     """
     second_moment, last_step = state["second_moment"], state["last_step"]
-    grad = (grad if grad.is_sparse else grad.to_sparse(1)).coalesce()
-    rows, values = grad.indices()[0], grad.values().clone()  # torch compiles no views of sparse tensors
+    rows, values = rows_with_gradient(grad)
     faded = second_moment[rows] * beta2 ** (steps - 1 - last_step[rows])
     moved, low = p[rows], None if mantissa_lo is None else mantissa_lo[rows]
     adam_(moved, low, values, torch.zeros_like(faded), faded)
@@ -5383,12 +5398,7 @@ def move_touched_rows_(
     **rates: Any,
 ) -> None:
     """adam_rows_ of rows with a gradient alone: a step costs what its tokens cost, not what a table does."""
-    if grad.is_sparse:
-        grad = grad.coalesce()
-        rows, values = grad.indices()[0], grad.values().clone()  # torch compiles no views of sparse tensors
-    else:
-        rows = grad.any(dim=1).nonzero()[:, 0]
-        values = grad[rows]
+    rows, values = rows_with_gradient(grad)
     wholes = [t for t in (p, mantissa_lo, second_moment, moves) if t is not None]
     parts = [whole[rows] for whole in wholes]
     low = parts[1] if mantissa_lo is not None else None
