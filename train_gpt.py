@@ -165,7 +165,7 @@ class Config:
     extra_inputs: int = flag(0, "further input embeddings, seed 004", 0, 16)
     bigram_rows: int = flag(5, "rows of the bigram table, in vocabularies; 0: no table", 0, 1000)
     bigram_lr: float = flag(75.0, "of its rows, times adam_lr", 0, 1e4)
-    bigram_momentum: float = flag(0.75, "beta1 of its Adam; 0: a CPU moves only touched rows", 0, 0.9999)
+    bigram_momentum: float = flag(0.75, "beta1 of its Adam", 0, 0.9999)
     bigram_by_row: bool = flag(False, "no momentum, and each of its rows counts its own steps")
     bigram_signs: int = flag(0, "rows of the sign table (8192 in later records); 0: no sign trick", 0, 2**20)
     ngrams: int = flag(2, "longest n-grams with rows in the bigram table, tokens; 3: triples, too", 2, 4)
@@ -196,6 +196,7 @@ class Config:
     # Initial values
     embed_std: float = flag(0.005, "of embed, and of lm_head, its transpose", 0, 100)
     spectral: float = flag(0.0, "smoothing of counts from which embed and lm_head start; 0: random", 0, 1e6)
+    ngram_start: float = flag(0.0, "with --spectral: scale of the bigram table's start; 0: zeros", 0, 1e4)
     value_embed_std: float = flag(0.01, "seed 000; 0 before", 0, 100)
     input_embed_std: float = flag(1.0, "of the further input embeddings", 0, 100)
     matrix_std: float = flag(0.5, "of the MLP's first matrix, over sqrt(model_dim); the second: 0", 0, 100)
@@ -394,8 +395,10 @@ CPU = replace(
     bos_id=4095,
     model_dim=128,
     head_dim=64,
-    bigram_rows=40,
-    bigram_momentum=0.0,
+    ngrams=3,
+    bigram_rows=160,
+    bigram_lr=30.0,
+    bigram_by_row=True,
     bigram_signs=8192,
     softmax_scale=0.125,
     mudd_layers=1,
@@ -403,13 +406,14 @@ CPU = replace(
     final_long_window=512,
     embed_std=0.15,
     spectral=50.0,
+    ngram_start=16.0,
     untie_share=0.0,
-    num_steps=470,
+    num_steps=360,
     extension_share=0.0,
     final_lr=0.15,
     muon_lr=0.028,
-    momentum_warmup=250,
-    momentum_cooldown=83,
+    momentum_warmup=192,
+    momentum_cooldown=64,
     adam_lr=0.012,
     adam_every=1,
     x0_lr=10.0,
@@ -442,6 +446,7 @@ CPU_ADAMW = replace(
     activation="gelu",
     embed_std=0.02,
     spectral=0.0,
+    ngram_start=0.0,
     matrix_std=0.64,
     qkv_std=0.64,
     o_std=0.64,
@@ -1284,9 +1289,6 @@ class Optimizer:
         if name == "bigram_embed" and self.cfg.bigram_by_row:  # see adam_rows_
             state = {"second_moment": torch.zeros_like(p[:, :1], dtype=torch.float32)}
             state["moves"] = state["second_moment"].clone()
-        elif name == "bigram_embed" and self.kernels.lazy_bigrams:
-            state["last_step"] = torch.zeros(len(p), 1)  # in place of momentum, see lazy_adam_
-            del state["momentum_buffer"]
         if p.dtype == torch.bfloat16:
             state["mantissa_lo"] = self.kernels.new_mantissa(p)
         if self.cfg.ema_rate:
@@ -1416,9 +1418,6 @@ class Optimizer:
             if "moves" in state:
                 memory = state["second_moment"], state["moves"]
                 self.kernels.adam_rows_(p, mantissa_lo, grad, *memory, **rates)
-            elif "last_step" in state:
-                adam_ = partial(self.kernels.adam_, steps=self.adam_steps, **rates)
-                lazy_adam_(adam_, p, mantissa_lo, grad, state, self.adam_steps, beta2=spec.betas[1])
             else:
                 memory = state["momentum_buffer"], state["second_moment"]
                 self.kernels.adam_(p, mantissa_lo, grad, *memory, steps=self.adam_steps, **rates)
@@ -1983,7 +1982,7 @@ class Trainer:
             self.model.prefixes = read_prefixes(cfg).to(self.env.device)
         if cfg.spectral and not saved:  # training time
             self.clock.start()
-            start_from_counts(cfg, self.model, self.loader.tokens, self.env)
+            start_from_counts(cfg, self.schedule, self.model, self.loader.tokens, self.env)
             self.clock.stop()
         self.optimizer = Optimizer(cfg, self.model, self.env)
         facts = run_facts(self.machine, self.env, self.model, ceiling)
@@ -2264,8 +2263,7 @@ class Kernels:
     compile_layers: Callable | None = None  # wraps all layers at once, which are one piece then
     sorted_lookups: bool = False  # look_up needs a RowOrder
     static_grads: bool = False  # gradients keep their memory, since graphs write there
-    lazy_bigrams: bool = False  # only touched rows of the bigram table move, see lazy_adam_
-    sparse_bigram_grad: bool = False  # and its gradient holds nothing but them
+    sparse_bigram_grad: bool = False  # it holds nothing but the rows that a token touched
     muon_dtype: torch.dtype = torch.bfloat16  # of polar_express's products
     versions: str = ""  # what runs, as --operators takes it
     note: str = "all plain"  # the log's line on that
@@ -4527,10 +4525,9 @@ def least_memory(cfg: Config, dtype: torch.dtype, world_size: int) -> dict[str, 
     needed = {"parameters and gradients": 0, "the optimizer": 0}
     for spec in parameter_table(cfg):
         values, size = math.prod(spec.full_shape), 4 if spec.fp32 else dtype.itemsize
-        lazy = spec.name == "bigram_embed" and (cfg.bigram_momentum == 0 or cfg.bigram_by_row)
-        needed["parameters and gradients"] += values * size * (1 if lazy else 2)
         by_row = spec.name == "bigram_embed" and cfg.bigram_by_row
-        moments = values * 4 * (0 if by_row else 1 if lazy else 2)
+        needed["parameters and gradients"] += values * size * (1 if by_row else 2)
+        moments = values * 4 * (0 if by_row else 2)
         needed["the optimizer"] += moments // (world_size if spec.sharded else 1)
     of_a_layer = 8 * cfg.model_dim * dtype.itemsize  # a token's x, q, k, v, and the MLP's hidden values
     together = max(1, cfg.join) * most_tokens(cfg)
@@ -5154,12 +5151,11 @@ class Cpu:
 
     def choose_kernels(self, cfg: Config, env: DistEnv, before: dict[str, str]) -> Kernels:
         self.compile_failure = compile_failure(cfg, self.device)
-        lazy = cfg.bigram_momentum == 0 or cfg.bigram_by_row
         kernels = plain_kernels(
             adam_rows_=partial(move_touched_rows_, adam_rows_),
             new_mantissa=new_float32_copy,
-            lazy_bigrams=lazy,
-            sparse_bigram_grad=lazy and env.world_size == 1,  # ranks exchange rows of a dense gradient
+            # Ranks exchange rows of a dense gradient.
+            sparse_bigram_grad=cfg.bigram_by_row and env.world_size == 1,
             muon_dtype=torch.bfloat16 if multiplies_bfloat16("cpu") else torch.float32,
         )
         if self.compile_failure is None:
@@ -5363,31 +5359,6 @@ def rows_with_gradient(grad: Tensor) -> tuple[Tensor, Tensor]:
     return grad.indices()[0], grad.values().clone()  # torch compiles no views of sparse tensors
 
 
-def lazy_adam_(
-    adam_: Callable,
-    p: Tensor,
-    mantissa_lo: Tensor | None,
-    grad: Tensor,
-    state: dict[str, Tensor],
-    steps: Tensor,
-    beta2: float,
-) -> None:
-    """Adam without momentum: a row without a gradient stays, and only its second moment fades.
-
-    Here that waits until the row moves again: a step costs what its tokens cost, and not what the table does.
-    """
-    second_moment, last_step = state["second_moment"], state["last_step"]
-    rows, values = rows_with_gradient(grad)
-    faded = second_moment[rows] * beta2 ** (steps - 1 - last_step[rows])
-    moved, low = p[rows], None if mantissa_lo is None else mantissa_lo[rows]
-    adam_(moved, low, values, torch.zeros_like(faded), faded)
-    p.index_copy_(0, rows, moved)
-    if mantissa_lo is not None:
-        mantissa_lo.index_copy_(0, rows, low)
-    second_moment.index_copy_(0, rows, faded)
-    last_step.index_copy_(0, rows, steps.expand(len(rows), 1))
-
-
 def move_touched_rows_(
     adam_rows_: Callable,
     p: Tensor,
@@ -5407,15 +5378,35 @@ def move_touched_rows_(
         whole.index_copy_(0, rows, part)
 
 
+COUNTED = 2**24  # tokens at most
 SPECTRAL_NEIGHBOURS = ((1, 1.0), (2, 0.7), (-1, 0.7))  # how far behind a token, how much that one counts
 
 
-def start_from_counts(cfg: Config, model: GPT, tokens: np.ndarray, env: DistEnv) -> None:
-    """Embedding and head from the first shard's neighbouring tokens; the first rank's result for all."""
-    start = spectral_start(cfg, tokens[: 2**24].astype(np.int64), env.device)
-    for p, value in zip((model.embed, model.lm_head), start, strict=True):
-        wait = env.all_reduce(value * (env.rank == 0))
-        p.data.copy_(wait())
+def start_from_counts(cfg: Config, schedule: Schedule, model: GPT, tokens: np.ndarray, env: DistEnv) -> None:
+    """Embedding, head and bigram table from counts of the first shard, tokens (n,); rank 0 counts for all."""
+    with_ngrams = cfg.ngram_start > 0 and cfg.bigram_rows > 0
+    params = [model.embed, model.lm_head, *([model.bigram_embed] if with_ngrams else [])]
+    if env.rank == 0:
+        values = [*spectral_start(cfg, tokens[:COUNTED].astype(np.int64), env.device)]
+        if with_ngrams:
+            signs = model.bigram_sign.float() if cfg.bigram_signs else None
+            unread = unread_tokens(cfg, schedule)[:COUNTED].astype(np.int64)
+            values.append(ngram_start(cfg, *values, signs, unread))
+    else:
+        values = [torch.zeros(p.shape, device=env.device) for p in params]
+    for p, value in zip(params, values, strict=True):
+        p.data.copy_(env.all_reduce(value.contiguous())())
+
+
+def unread_tokens(cfg: Config, schedule: Schedule) -> np.ndarray:
+    """Of the first shard what lies behind the run's last document (n,); none if the run goes further."""
+    walker = Loader(cfg)
+    for step in range(cfg.num_steps):
+        for _ in walker.load_batches(schedule.stage(step)):
+            pass
+    if walker.file > 0 or walker.document == len(walker.starts):
+        return walker.tokens[:0]
+    return walker.tokens[walker.starts[walker.document] :]
 
 
 def spectral_start(cfg: Config, tokens: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -5460,6 +5451,89 @@ def neighbour_information(
     values = weight * lift * root[place, 0].prod(0)
     block = torch.sparse_coo_tensor(place, values, (V, V), check_invariants=False)
     return block.to_dense() if V <= 2**13 else block.coalesce()  # dense: several times as fast
+
+
+NGRAM_SMOOTHING = 5.0  # how many tokens what is known of a shorter context weighs
+
+
+def ngram_start(cfg: Config, embed: Tensor, head: Tensor, signs: Tensor | None, tokens: np.ndarray) -> Tensor:
+    """tokens (N,) int64, which the run must not train on -> bigram_embed (rows, D), float32.
+
+    embed (V, D) and head (D, V) are those of spectral_start, a bigram model; signs: the model's, if any. The
+    rows of pairs and triples that occur at least twice say what follows them more often than that model
+    knows: of each token that does the direction that raises its logit, as far as it should rise, weighed by
+    its probability.
+    """
+    V, device = cfg.vocab_rows, embed.device
+    table = torch.zeros(cfg.bigram_rows * V, cfg.model_dim, device=device)
+    directions = logit_directions(head, tokens)
+    codes, _ = count_ngrams(cfg, tokens, 1)
+    p = bigram_probabilities(embed, head, codes)
+    for length in range(2, min(cfg.ngrams, int(63 / math.log2(V)) - 1) + 1):  # codes have 63 bits
+        shorter_codes, shorter_p = codes, p
+        codes, counts = count_ngrams(cfg, tokens, length)
+        contexts, follows = np.divmod(codes, V)
+        begins = np.flatnonzero(np.diff(contexts, prepend=-1))
+        sizes, totals = np.diff(begins, append=len(codes)), np.add.reduceat(counts, begins)
+        shorter = shorter_p[np.searchsorted(shorter_codes, contexts // V * V + follows)]
+        p = (counts + NGRAM_SMOOTHING * shorter) / np.repeat(totals + NGRAM_SMOOTHING, sizes)
+        twice = totals >= 2
+        kept = np.repeat(twice, sizes)
+        weights = torch.from_numpy((p * np.log(p / shorter))[kept]).float().to(device)
+        bags = torch.from_numpy(np.cumsum(sizes[twice]) - sizes[twice]).to(device)
+        follows = torch.from_numpy(follows[kept]).to(device)
+        values = F.embedding_bag(follows, directions, bags, mode="sum", per_sample_weights=weights)
+        rows, keys = context_rows(cfg, contexts[begins[twice]], length)
+        if signs is not None:
+            values *= signs[keys.to(device).remainder(cfg.bigram_signs)]
+        table.index_add_(0, rows.to(device), values)
+    return table.mul_(cfg.ngram_start)
+
+
+def count_ngrams(cfg: Config, tokens: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """-> codes (n,), ascending, of `length` tokens and the one that follows, and how often they occur (n,).
+
+    A code has the token that follows last, the context's latest token first. None goes over a document's end.
+    """
+    code, inside = 0, True
+    places = max(len(tokens) - length, 0)
+    for k in (*range(length - 1, -1, -1), length):
+        token = tokens[k : k + places]
+        code = code * cfg.vocab_rows + token
+        inside = inside & ((token != cfg.bos_id) | (k == 0))
+    return np.unique(code[inside], return_counts=True)
+
+
+def context_rows(cfg: Config, contexts: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
+    """contexts (n,) of count_ngrams, `length` tokens each -> what ngram_rows says of their last tokens."""
+    tokens = np.stack([contexts // cfg.vocab_rows**k % cfg.vocab_rows for k in range(length)], axis=1)
+    is_first = torch.arange(tokens.size) % length == 0
+    num_rows = cfg.bigram_rows * cfg.vocab_rows
+    rows, keys = ngram_rows(torch.from_numpy(tokens.reshape(-1)), is_first, num_rows, length)[-1]
+    return rows[length - 1 :: length], keys[length - 1 :: length]
+
+
+def bigram_probabilities(embed: Tensor, head: Tensor, codes: np.ndarray, chunk: int = 1024) -> np.ndarray:
+    """codes (n,) of pairs, ascending -> what embed and head say of the second after the first, (n,)."""
+    codes = torch.from_numpy(codes).to(embed.device)
+    first, second = codes // len(embed), codes % len(embed)
+    ends = torch.searchsorted(first, torch.arange(0, len(embed), chunk, device=embed.device)).tolist()
+    found = []
+    for n, (begin, end) in enumerate(pairwise([*ends, len(codes)])):
+        p = torch.softmax(norm(embed[n * chunk : (n + 1) * chunk]) @ head, dim=1)
+        found.append(p[first[begin:end] - n * chunk, second[begin:end]])
+    return torch.cat(found).double().cpu().numpy()
+
+
+def logit_directions(head: Tensor, tokens: np.ndarray) -> Tensor:
+    """head (D, V) -> (V, D): what added to the head's input raises a token's logit by 1, and others least."""
+    share = torch.from_numpy(np.bincount(tokens, minlength=head.size(1)) + 0.5).float().to(head.device)
+    share /= share.sum()
+    centred = head.T - share @ head.T
+    others = centred.T @ (share[:, None] * centred)  # what a direction does to all logits, squared
+    others.diagonal().add_(others.diagonal().mean())
+    directions = torch.linalg.solve(others, centred.T).T
+    return (directions / (directions * centred).sum(dim=1, keepdim=True)).contiguous()
 
 
 if __name__ == "__main__":

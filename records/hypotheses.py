@@ -59,7 +59,7 @@ BASELINES = {
     ),
     "004": Baseline("medium-2025", 6000, dict(extra_inputs=0)),
     "bigram": Baseline("short", 1547, {}),  # of no seed: `short` as it is
-    "cpu": Baseline("cpu", 470, dict(bigram_signs=8192)),  # of no seed: the preset itself
+    "cpu": Baseline("cpu", 360, dict(bigram_signs=8192)),  # of no seed: the preset itself
 }
 
 
@@ -303,9 +303,9 @@ HYPOTHESES = (
     h("bigram-triples", "triples of tokens in it, too, and twice the rows", ngrams=3, bigram_rows=10),
     # The cpu preset: the seeds' questions at its size, then each of its features taken away alone.
     h("cpu-H0", "the preset: value embeddings in U-Net form, std 0.01"),
-    h("cpu-80", "the preset, 80 % of its steps", 376),
-    h("cpu-90", "the preset, 90 % of its steps", 423),
-    h("cpu-110", "the preset, 110 % of its steps", 517),
+    h("cpu-80", "the preset, 80 % of its steps", 288),
+    h("cpu-90", "the preset, 90 % of its steps", 324),
+    h("cpu-110", "the preset, 110 % of its steps", 396),
     h("cpu-ve-none", "no value embeddings", value_embeds="...."),
     h("cpu-ve-untied", "a table of its own for the last layer", value_embeds="01.2"),
     h(
@@ -336,18 +336,16 @@ HYPOTHESES = (
     ),
     h("cpu-bigram-none", "no bigram table", bigram_rows=0),
     h("cpu-bigram-plain", "no signs: pairs that share a row cannot be told apart", bigram_signs=0),
-    h("cpu-bigram-20", "half of the bigram table's rows", bigram_rows=20),
-    h("cpu-bigram-5", "an eighth of them", bigram_rows=5),
-    h("cpu-bigram-by-row", "its rows count their own steps", bigram_by_row=True, bigram_lr=150.0),
-    h("cpu-triples", "triples of tokens in it, too", ngrams=3),
+    h("cpu-bigram-80", "half of the bigram table's rows", bigram_rows=80),
+    h("cpu-bigram-20", "an eighth of them", bigram_rows=20),
+    h("cpu-bigram-320", "twice as many", bigram_rows=320),
     h(
-        "cpu-triples-by-row",
-        "triples, four times the rows, which count their own steps",
-        ngrams=3,
-        bigram_rows=160,
-        bigram_by_row=True,
+        "cpu-bigram-zeros",
+        "the table starts at zeros, its rate five times as high",
+        ngram_start=0.0,
         bigram_lr=150.0,
     ),
+    h("cpu-pairs", "pairs of tokens alone in it", ngrams=2),
     h("cpu-inputs-1", "one further input embedding, seed 004", extra_inputs=1),
     h("cpu-inputs-2", "two", extra_inputs=2),
     h("cpu-no-short", "every window is the long one", windows="llll"),
@@ -363,13 +361,14 @@ HYPOTHESES = (
     h("cpu-gelu", "GELU for ReLU²", activation="gelu"),
     h("cpu-no-qk-norm", "no QK norm: logits over the root of the width", qk_norm=False, softmax_scale=0.125),
     h("cpu-cap", "logits with a cap, as in `short`", softcap=23.0),
-    h("cpu-momentum", "the bigram table's Adam with momentum, on all rows", bigram_momentum=0.75),
+    h("cpu-momentum", "the bigram table's Adam with momentum, on all rows", bigram_by_row=False),
     h(
         "cpu-random",
         "embed and lm_head start at random, and are one for two thirds of the run",
         spectral=0.0,
         embed_std=0.005,
         untie_share=2 / 3,
+        bigram_lr=150.0,
     ),
     # And what later public records added.
     h("cpu-no-mudd", "no dense connections into the last layer", mudd_layers=0),

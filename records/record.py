@@ -188,10 +188,11 @@ def draw_history(records: list[tuple[Group, Group | None]], track: str, target: 
         words += f"\n{in_all[n]:.1f} times\nas fast" if first < n else ""
         axes.annotate(words, (n, one.times.mean), (8, 8), textcoords="offset points")
     time_axis(axes.yaxis)
-    axes.set_xticks(
-        range(len(records)), [one.name.replace("_", "\n", 1) for one, _ in records], fontsize="small"
-    )
-    axes.margins(x=0.7 / len(records), y=0.15)
+    labels = [one.name.replace("_", "\n", 1) for one, _ in records]
+    if len(labels) > 6:  # side by side they would touch
+        labels = ["\n\n" * (n % 2) + label for n, label in enumerate(labels)]
+    axes.set_xticks(range(len(records)), labels, fontsize="small")
+    axes.margins(x=1 / len(records), y=0.15)
     axes.set_ylabel("training time of a run, seconds (logarithmic)")
     axes.set_title(f"How long does a run of the {track} track take to a validation loss of {target:g}?")
     axes.grid(alpha=0.3)

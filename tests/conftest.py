@@ -67,9 +67,11 @@ def tiny(**changes) -> tg.Config:
         dtype="float32",
         compile=False,
         save_every=0,
+        ngrams=2,
         bigram_rows=5,
+        bigram_lr=75.0,
+        bigram_by_row=False,
         bigram_signs=0,
-        bigram_momentum=0.75,
         softmax_scale=0.1,
         mudd_layers=0,
         x0_lr=5.0,
@@ -78,6 +80,7 @@ def tiny(**changes) -> tg.Config:
         untie_share=2 / 3,
         embed_std=0.005,
         spectral=0.0,
+        ngram_start=0.0,
     )
     return replace(base, **changes)
 

@@ -1,6 +1,7 @@
-"""Embedding and head that start from counts, and the table of which only touched rows move."""
+"""Embedding, head and bigram table that start from counts, and the table of which only touched rows move."""
 
 import math
+from collections import Counter, defaultdict
 from functools import partial
 
 import numpy as np
@@ -91,34 +92,122 @@ def test_it_needs_an_embedding_of_its_own():
         tg.parse_config(["--preset=cpu", "--untie_share=0.5"])
 
 
+# ---- ngram_start
+
+
+def ngram_config(**changes) -> tg.Config:
+    sizes = dict(vocab_size=128, bos_id=127, ngrams=3, bigram_rows=40, bigram_signs=64, ngram_start=9.0)
+    starts = dict(spectral=5.0, embed_std=0.1, untie_share=0.0)
+    return tiny(**sizes | starts | changes)
+
+
+def of_two_tokens(count: int, seed: int) -> np.ndarray:
+    """Each token follows from the two before, by hash; documents of about 60 tokens."""
+    rng = np.random.default_rng(seed)
+    tokens = np.zeros(count, dtype=np.int64)
+    for i in range(2, count):
+        a, b = tokens[i - 2], tokens[i - 1]
+        tokens[i] = (7 * a + 3 * b + rng.integers(2)) % 11 if rng.random() < 0.9 else rng.integers(11)
+    tokens[rng.random(count) < 1 / 60] = 127
+    return tokens
+
+
+def slow_table(cfg, embed, head, signs, tokens) -> torch.Tensor:
+    """The same by dictionaries, a context at a time, in float64."""
+    table = torch.zeros(cfg.bigram_rows * 128, cfg.model_dim, dtype=torch.float64)
+    directions = tg.logit_directions(head, tokens).double()
+    logs = F.log_softmax(tg.norm(embed) @ head, dim=1).double()
+    known = {(b, c): math.exp(float(logs[b, c])) for b in range(12) for c in range(12)}
+    known |= {(127, c): math.exp(float(logs[127, c])) for c in range(12)}
+    for length in (2, 3):
+        after, shorter, known = defaultdict(Counter), known, {}
+        for i in range(len(tokens) - length):
+            *context, follows = map(int, tokens[i : i + length + 1])
+            if 127 not in (*context[1:], follows):
+                after[tuple(context)][follows] += 1
+        for context, counts in after.items():
+            total, row = sum(counts.values()), 0
+            for c, n in counts.items():
+                before = shorter[*context[1:], c]
+                p = known[*context, c] = (n + 5 * before) / (total + 5)
+                row = row + p * math.log(p / before) * directions[c]
+            if total > 1:
+                is_first = torch.arange(length) == 0
+                found = tg.ngram_rows(torch.tensor(context), is_first, len(table), length)
+                place, key = (int(x[-1]) for x in found[-1])
+                table[place] += row * (signs[key % cfg.bigram_signs].double() if signs is not None else 1)
+    return table * cfg.ngram_start
+
+
+@pytest.mark.parametrize("signs", [64, 0])
+def test_rows_are_what_a_dictionary_of_contexts_gives(signs):
+    cfg = ngram_config(bigram_signs=signs)
+    tokens = of_two_tokens(6_000, seed=1)
+    start = tg.spectral_start(cfg, tokens, CPU)
+    sign = tg.GPT(cfg).bigram_sign if signs else None
+    table = tg.ngram_start(cfg, *start, sign, tokens)
+    expected = slow_table(cfg, *start, sign, tokens)
+    assert (expected != 0).any(1).sum() > 300
+    torch.testing.assert_close(table.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_model_knows_what_follows_two_tokens_before_its_first_step():
+    cfg, losses = ngram_config(bigram_rows=100, val_seq_len=3072), {}
+    seen, unseen = of_two_tokens(60_000, seed=2), of_two_tokens(3_000, seed=3)
+    unseen[0] = 127
+    tokens, targets = tg.split_targets(unseen)
+    model = tg.GPT(cfg)
+    embed, head = tg.spectral_start(cfg, seen, CPU)
+    model.embed.data.copy_(embed)
+    model.lm_head.data.copy_(head)
+    for name, table in dict(
+        zeros=torch.zeros_like(model.bigram_embed),
+        counts=tg.ngram_start(cfg, embed, head, model.bigram_sign, seen),
+        others=tg.ngram_start(
+            cfg, embed, head, model.bigram_sign, np.random.default_rng(0).permutation(seen)
+        ),
+    ).items():
+        model.bigram_embed.data.copy_(table)
+        with torch.no_grad():
+            losses[name] = float(model(tokens, targets, torch.ones(1), (16, 48), learn=False))
+    assert losses["counts"] < losses["zeros"] - 0.2, losses
+    assert losses["others"] > losses["zeros"] - 0.05, losses
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 40])
+def test_a_text_too_short_for_contexts_leaves_rows_at_zero(count):
+    cfg = ngram_config()
+    tokens = np.arange(100, 100 + count) % 127
+    start = tg.spectral_start(cfg, of_two_tokens(2_000, seed=4), CPU)
+    assert tg.ngram_start(cfg, *start, None, tokens).count_nonzero() == 0
+
+
+def test_counts_for_the_table_are_of_documents_that_the_run_does_not_read(tiny_data, tmp_path):
+    cfg = tiny(data_dir=str(tiny_data), log_dir=str(tmp_path))
+    loader, schedule = tg.Loader(cfg), tg.Schedule(cfg)
+    for step in range(cfg.num_steps):
+        list(loader.load_batches(schedule.stage(step)))
+    assert loader.file == 0
+    unread = tg.unread_tokens(cfg, schedule)
+    assert np.array_equal(unread, loader.tokens[loader.starts[loader.document] :]) and len(unread) > 1000
+    longer = tiny(data_dir=str(tiny_data), log_dir=str(tmp_path), num_steps=24)
+    assert len(tg.unread_tokens(longer, tg.Schedule(longer))) == 0
+
+
+def test_a_run_starts_its_table_from_them(tiny_data, tmp_path):
+    trainer = tiny_trainer(tiny_data, tmp_path, ngram_start=4.0)
+    unread = tg.unread_tokens(trainer.cfg, trainer.schedule).astype(np.int64)
+    start = [p.detach().float() for p in (trainer.model.embed, trainer.model.lm_head)]
+    expected = tg.ngram_start(trainer.cfg, *start, None, unread)
+    assert expected.count_nonzero() > 100
+    torch.testing.assert_close(trainer.model.bigram_embed.detach(), expected, rtol=1e-4, atol=1e-4)
+    for switch in (dict(ngram_start=0.0), dict(spectral=0.0, ngram_start=4.0)):
+        without = tiny_trainer(tiny_data, tmp_path, **switch)
+        assert without.model.bigram_embed.count_nonzero() == 0
+    assert tiny_trainer(tiny_data, tmp_path, ngram_start=4.0, bigram_rows=0).model.bigram_embed is None
+
+
 # ---- rows that no token touched
-
-
-@pytest.mark.parametrize("sparse", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_move_as_in_adam_over_the_whole_table(dtype, sparse):
-    """The same gradients to both: one fades and moves every row on every step, the other the touched ones."""
-    cfg, results = tiny(bigram_momentum=0.0, adam_every=1), []
-    for by_rows in (False, True):
-        kernels = tg.plain_kernels(new_mantissa=tg.new_float32_copy, lazy_bigrams=by_rows)
-        model = tg.GPT(cfg, dtype, kernels)
-        optimizer, rng = tg.Optimizer(cfg, model, ONE_PROCESS), torch.Generator().manual_seed(0)
-        state, name = optimizer.state["bigram_embed"], "bigram_embed"
-        assert ("last_step" in state) == by_rows and ("momentum_buffer" in state) != by_rows
-        for step in range(30):
-            rows = torch.randint(len(model.bigram_embed), (40,), generator=rng)
-            values = torch.randn(40, cfg.model_dim, generator=rng).to(dtype)
-            grad = torch.sparse_coo_tensor(
-                rows[None], values, model.bigram_embed.shape, check_invariants=False
-            ).coalesce()
-            optimizer.adam_steps.fill_(step + 1)
-            optimizer.lr_mul.fill_(1.0)
-            with torch.no_grad():
-                wait = optimizer.update_param(name, grad if by_rows and sparse else grad.to_dense())
-                wait()
-        results.append(model.bigram_embed.detach().float())
-    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
-    assert (results[0] != 0).any(1).sum() > 300
 
 
 def row_steps(count: int, rows: int, width: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -178,11 +267,10 @@ def test_moving_touched_rows_alone_is_moving_the_whole_table(dtype, sparse):
     assert (results[0][0] != 0).any(1).sum() > 300
 
 
-@pytest.mark.parametrize("by_row", [False, True])
-def test_a_model_that_moves_rows_learns_and_gives_its_table_a_sparse_gradient(by_row):
-    cfg = tiny(bigram_momentum=0.0, bigram_by_row=by_row, ngrams=3, adam_every=1)
+def test_a_model_that_moves_rows_learns_and_gives_its_table_a_sparse_gradient():
+    cfg = tiny(bigram_by_row=True, ngrams=3, adam_every=1)
     touched = partial(tg.move_touched_rows_, tg.adam_rows_)
-    kernels = tg.plain_kernels(lazy_bigrams=True, sparse_bigram_grad=True, adam_rows_=touched)
+    kernels = tg.plain_kernels(sparse_bigram_grad=True, adam_rows_=touched)
     model = tg.GPT(cfg, kernels=kernels)
     optimizer = tg.Optimizer(cfg, model, ONE_PROCESS)
     tokens, targets = tg.split_targets(made_up_text(257))

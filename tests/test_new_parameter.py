@@ -21,7 +21,7 @@ NEW_USE = "            x = x * w.mlp_gain.to(x.dtype)\n"
 STEPS = 4
 FLAGS = """
     --preset cpu --windows ssl --paired_heads p.. --value_embeds .01 --skips a.a --backout .b. --model_dim 32
-    --head_dim 16 --vocab_size 256 --bos_id 255 --bigram_rows 1 --bigram_signs 0 --bigram_momentum 0.75
+    --head_dim 16 --vocab_size 256 --bos_id 255 --bigram_rows 1 --bigram_signs 0 --no-bigram_by_row
     --spectral 0 --untie_share 0.5 --adam_every 2 --batch_mul 0.0625 --micro_batches 2 --val_tokens 512
     --val_seq_len 256 --val_every 0 --dtype float32 --no-compile --save_every 2
 """

@@ -375,11 +375,11 @@ def test_the_table_is_the_same_whether_all_rows_travel_or_only_those_touched(wor
 
 def moved_rows(dtype: torch.dtype) -> tuple[str, ...]:
     """Digests of the table, and of all that is remembered of it, where only rows with a gradient move."""
-    *_, (model, optimizer) = trained(dtype, range(8), bigram_momentum=0.0)
+    *_, (model, optimizer) = trained(dtype, range(8), bigram_by_row=True)
     states = whole_states(optimizer)
-    assert 0 < states["bigram_embed", "last_step"].count_nonzero() < len(model.bigram_embed)
+    assert 0 < states["bigram_embed", "moves"].count_nonzero() < len(model.bigram_embed)
     return digest(model.bigram_embed), *(
-        digest(states["bigram_embed", key]) for key in ("second_moment", "last_step")
+        digest(states["bigram_embed", key]) for key in ("second_moment", "moves")
     )
 
 
@@ -479,7 +479,8 @@ def test_loss_curves_of_several_processes_agree_closer_than_one_changed_micro_ba
 
 def test_two_processes_start_from_the_same_counts(world, run_config):
     """And go on with the rows that either touched; the first loss is that of a start that all share."""
-    cfg = replace(run_config, spectral=10.0, untie_share=0.0, embed_std=0.1, bigram_momentum=0.0, num_steps=2)
+    starts = dict(spectral=10.0, untie_share=0.0, embed_std=0.1, ngram_start=8.0)
+    cfg = replace(run_config, **starts, bigram_by_row=True, num_steps=2)
     [(alone, _)], both = world.run(1, train, cfg), world.run(2, train, cfg)
     assert both[0] == both[1]
     assert np.abs(np.array(both[0][0]) - alone).max() < TOLERANCE, (alone, both[0][0])

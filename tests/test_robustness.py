@@ -235,15 +235,15 @@ def test_a_checkpoint_with_a_number_that_cannot_be_is_refused(tmp_path, change):
 
 
 def test_tensors_that_are_not_the_models_or_the_optimizers_are_refused():
-    cfg = tiny(bigram_momentum=0.0)
-    kernels = tg.plain_kernels(new_mantissa=tg.new_float32_copy, lazy_bigrams=True)
+    cfg = tiny(bigram_by_row=True)
+    kernels = tg.plain_kernels(new_mantissa=tg.new_float32_copy)
     model = tg.GPT(cfg, torch.bfloat16, kernels)
     optimizer = tg.Optimizer(cfg, model, ONE_PROCESS)
     content = saved_content(cfg, model, optimizer) | {"file": "run.step000002.pt"}
     tg.check_tensors(content, model, optimizer)
     for part, name, key, value in (
         ("optimizer", "qkvo", "momentum_buffer", torch.zeros(1)),  # would be spread over all
-        ("optimizer", "bigram_embed", "last_step", torch.zeros(3, 1)),
+        ("optimizer", "bigram_embed", "moves", torch.zeros(3, 1)),
         ("optimizer", "embed", "second_moment", "text"),
         ("optimizer", "embed", "second_moment", torch.zeros(256, 64).to_sparse()),
         ("optimizer", "embed", "second_moment", torch.full((256, 64), math.inf)),

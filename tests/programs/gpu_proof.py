@@ -779,9 +779,9 @@ def small_model(add: Callable) -> None:
     for device in ("cpu", "cuda"):
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             flags = [*EVERY_FEATURE, "--device", device, "--dtype", "float32", "--log_dir", folder]
-            cfg, _ = tg.parse_config([*flags, "--bigram_momentum", "0.75", "--no-warmup", "--no-graphs"])
+            cfg, _ = tg.parse_config([*flags, "--no-bigram_by_row", "--no-warmup", "--no-graphs"])
             trainer = tg.Trainer(cfg, {})
-            kernels = replace(trainer.model.kernels, muon_dtype=torch.float32, lazy_bigrams=False)
+            kernels = replace(trainer.model.kernels, muon_dtype=torch.float32)
             trainer.optimizer.kernels = kernels
             curves[device] = [float(trainer.train_step(step)[0]) for step in range(cfg.num_steps)]
             trainer.close(failed=False)

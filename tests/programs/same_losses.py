@@ -3,9 +3,9 @@
     python -m tests.programs.same_losses OLD.py NEW.py [--quick] [--only CASE...]
 
 Each file trains on the embedded corpus: 60 steps of the preset cpu, and 24 steps of a small model with every
-feature on, with one and with two processes, with a dense and with a lazy bigram table. All `step:` lines are
-compared without what depends on the time. Exit code 1 if a line differs. --quick leaves out the preset, which
-compiles.
+feature on, with one and with two processes, with bigrams by Adam and by its form that counts by row. All
+`step:` lines are compared without what depends on the time. Exit code 1 if a line differs. --quick leaves out
+the preset, which compiles.
 """
 
 import argparse
@@ -26,10 +26,10 @@ EVERY_FEATURE = shlex.split("""
 """)
 
 CASES = {
-    "every feature on": (1, [*EVERY_FEATURE, "--bigram_momentum", "0.75"]),
-    "every feature on, lazy bigrams": (1, [*EVERY_FEATURE, "--bigram_momentum", "0"]),
-    "every feature on, two processes": (2, [*EVERY_FEATURE, "--bigram_momentum", "0.75"]),
-    "every feature on, lazy bigrams, two processes": (2, [*EVERY_FEATURE, "--bigram_momentum", "0"]),
+    "every feature on": (1, [*EVERY_FEATURE, "--no-bigram_by_row"]),
+    "every feature on, bigrams by row": (1, [*EVERY_FEATURE, "--bigram_by_row"]),
+    "every feature on, two processes": (2, [*EVERY_FEATURE, "--no-bigram_by_row"]),
+    "every feature on, bigrams by row, two processes": (2, [*EVERY_FEATURE, "--bigram_by_row"]),
     "every feature on, bfloat16": (1, [*EVERY_FEATURE, "--dtype", "bfloat16"]),
     "preset cpu": (1, shlex.split("--preset cpu --num_steps 60 --val_every 30 --save_every 0")),
 }
