@@ -202,6 +202,7 @@ class Config:
     matrix_std: float = flag(0.5, "of the MLP's first matrix, over sqrt(model_dim); the second: 0", 0, 100)
     qkv_std: float = flag(0.5, "of q, k and v, over sqrt(model_dim)", 0, 100)
     o_std: float = flag(0.5, "of o, over sqrt(model_dim)", 0, 100)
+    copy_start: bool = flag(False, "with key_offset: long layers start out reading what followed a token")
     resid_scale: float = flag(1.1, "of the stream, before every layer", -100, 100)
     # Schedule
     num_steps: int = flag(1547, "steps of the run", 1, 10**7)
@@ -387,9 +388,9 @@ CPU = replace(
     skips="a..a",
     backout="..b.",
     stages=(
-        Stage(1 / 3, batch_tokens=2048, windows=(128, 256), max_doc_len=1024, lr_mul=1.0),
-        Stage(2 / 3, batch_tokens=4096, windows=(128, 512), max_doc_len=1024, lr_mul=1.0),
-        Stage(1.0, batch_tokens=6144, windows=(128, 512), max_doc_len=1024, lr_mul=1.0),
+        Stage(0.15, batch_tokens=3072, windows=(128, 256), max_doc_len=1024, lr_mul=1.0),
+        Stage(0.35, batch_tokens=6144, windows=(128, 512), max_doc_len=1024, lr_mul=1.0),
+        Stage(1.0, batch_tokens=9216, windows=(128, 512), max_doc_len=1024, lr_mul=1.0),
     ),
     vocab_size=4096,
     bos_id=4095,
@@ -407,13 +408,14 @@ CPU = replace(
     embed_std=0.15,
     spectral=50.0,
     ngram_start=16.0,
+    copy_start=True,
     untie_share=0.0,
-    num_steps=360,
+    num_steps=190,
     extension_share=0.0,
     final_lr=0.15,
-    muon_lr=0.028,
-    momentum_warmup=192,
-    momentum_cooldown=64,
+    muon_lr=0.034,
+    momentum_warmup=101,
+    momentum_cooldown=34,
     adam_lr=0.012,
     adam_every=1,
     x0_lr=10.0,
@@ -447,6 +449,7 @@ CPU_ADAMW = replace(
     embed_std=0.02,
     spectral=0.0,
     ngram_start=0.0,
+    copy_start=False,
     matrix_std=0.64,
     qkv_std=0.64,
     o_std=0.64,
@@ -828,6 +831,8 @@ class GPT(nn.Module):
             self.add_parameter(spec)
         with torch.no_grad():
             self.lm_head.copy_(self.embed.T)  # tied until the untie step
+        if cfg.copy_start and cfg.key_offset:
+            self.start_copying()
         self.add_buffers()
         self.chunks = {name: read_chunk(cfg, name) for name in GATE_CHUNKS}
         compiled, piece = self.kernels.compile, self.kernels.compile
@@ -854,6 +859,19 @@ class GPT(nn.Module):
         dtype = torch.float32 if spec.fp32 else self.dtype
         self.register_parameter(spec.name, nn.Parameter(value.to(dtype)))
         self.specs[spec.name] = spec
+
+    @torch.no_grad()
+    def start_copying(self) -> None:
+        """Long layers' keys start as their queries, in the half of a head that key_offset takes from before.
+
+        So a token attends to what followed the same token: an induction head (2209.11895) to begin with.
+        """
+        still = 2 * self.cfg.rotary_pairs
+        attending = [layer for layer in self.layers if layer.attends]
+        for n, layer in enumerate(attending):
+            if layer.window == "long":
+                q, k = self.qkvo[n, :2].unflatten(1, (self.cfg.num_heads, self.cfg.head_dim))
+                k[:, still:] = q[:, still:]
 
     def add_buffers(self) -> None:
         cfg = self.cfg
@@ -5522,7 +5540,7 @@ def bigram_probabilities(embed: Tensor, head: Tensor, codes: np.ndarray, chunk: 
     for n, (begin, end) in enumerate(pairwise([*ends, len(codes)])):
         p = torch.softmax(norm(embed[n * chunk : (n + 1) * chunk]) @ head, dim=1)
         found.append(p[first[begin:end] - n * chunk, second[begin:end]])
-    return torch.cat(found).double().cpu().numpy()
+    return torch.cat(found).double().clamp_min(1e-12).cpu().numpy()  # what occurs has one
 
 
 def logit_directions(head: Tensor, tokens: np.ndarray) -> Tensor:

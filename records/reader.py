@@ -9,17 +9,20 @@
 
 What counts as an event: a line that begins with `step:N` or `s:N`, N in digits, with a loss or a time and a
 number behind it. The source at the top of a log may hold lines that look the same; it is left out
-(see split_parts).
+(see split_parts). Logs in a record's folder have none: theirs is the train_gpt.py, of that record or another
+of the track, whose sha256 their header names.
 """
 
 import bisect
+import contextlib
+import functools
 import hashlib
 import json
 import math
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -271,6 +274,40 @@ def split_parts(data: bytes) -> list[tuple[str, bytes]]:
     return parts
 
 
+def without_source(data: bytes, known: Container[str] | None = None) -> bytes:
+    """A log's bytes from its header on, which names the sha256 of the source above it; else all of them.
+
+    known: the hashes of sources that may go; None: any.
+    """
+    kinds = [kind for kind, _ in split_parts(data)]
+    if kinds[:1] != ["source"] or kinds.count("source") > 1 or b"\r" in data:
+        return data
+    source = split_parts(data)[0][1]
+    if not hash_fits(b"\n" + data, 0, len(source)):
+        return data
+    named = hashlib.sha256(source[1:] + b"\n").hexdigest()
+    return data[len(source) :] if known is None or named in known else data
+
+
+def known_sources(track: Path) -> dict[str, str]:
+    """sha256 -> the source, of the train_gpt.py of each record of a track: a record's logs leave it out."""
+    found = {}
+    for path in track.glob("[!.]*/train_gpt.py"):
+        with contextlib.suppress(OSError):
+            status = path.stat()
+            if stat.S_ISREG(status.st_mode) and status.st_size <= LARGEST:
+                digest, source = hashed_source(path, status.st_size, status.st_mtime_ns)
+                found[digest] = source
+    return found
+
+
+@functools.lru_cache(maxsize=256)
+def hashed_source(path: Path, _size: int, _mtime_ns: int) -> tuple[str, str]:
+    """(sha256, text) of a file, which is read again when it has changed."""
+    data = path.read_bytes()
+    return hashlib.sha256(data).hexdigest(), data.decode("utf-8", "replace").rstrip("\n")
+
+
 def hash_fits(data: bytes, begin: int, end: int) -> bool:
     named = re.compile(rb"source_sha256:([0-9a-f]{64})\n").match(data, end + 1 + len(SEPARATOR))
     return bool(named) and hashlib.sha256(data[begin + 1 : end] + b"\n").hexdigest() == named[1].decode()
@@ -337,6 +374,9 @@ def read_file(path: Path) -> tuple[list[Run], str | None]:
     if not data:
         return [], "empty"
     runs = split_runs(data, path)
+    for run in runs:
+        if run.source is None and file_kind(path.parent.parent / "train_gpt.py") == "file":
+            run.source = known_sources(path.absolute().parents[2]).get(run.facts.get("source_sha256", ""))
     if runs:
         return runs, None
     only_source = any(kind == "source" for kind, _ in split_parts(data))

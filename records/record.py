@@ -23,6 +23,7 @@ import re
 import shutil
 import tempfile
 import time
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +41,7 @@ from records.files import (
 )
 from records.groups import Group, group_of, numbers_text
 from records.plot import canvas, save, time_axis
-from records.reader import read_logs, result
+from records.reader import known_sources, read_logs, result, without_source
 from records.rules import ROOT, TRACKS, Finding, Submission, check, time_test
 from records.stats import below
 from records.tables import FORMATS, table
@@ -240,7 +241,8 @@ def log_names(paths: list[Path]) -> dict[Path, str]:
 
 
 def digests(paths: list[Path]) -> list[str]:
-    return sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths)
+    """Of logs, their sources left out, which their headers name."""
+    return sorted(hashlib.sha256(without_source(path.read_bytes())).hexdigest() for path in paths)
 
 
 def logs_of(one: Group) -> list[Path]:
@@ -259,12 +261,16 @@ def named_baseline(s: Submission) -> str:
 def write_record(folder: Path, s: Submission, text: str, named: str) -> None:
     """Whole or not at all: under a hidden name of its own until it is complete."""
     part = None
+    known = {
+        hashlib.sha256(s.source.encode("utf-8", "surrogateescape")).hexdigest(),
+        *known_sources(folder.absolute().parent),
+    }
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{folder.name[:100]}.", suffix=".part", dir=folder.parent))
         part.chmod(0o777 & ~current_umask())
         for one in [s.this] if named or s.baseline is None else [s.this, s.baseline]:
-            copy_logs(one, part / one.name)
+            copy_logs(one, part / one.name, known)
         if named:
             (part / "BASELINE").write_text(f"{named}\n")
         (part / "train_gpt.py").write_text(s.source, encoding="utf-8")
@@ -278,11 +284,16 @@ def write_record(folder: Path, s: Submission, text: str, named: str) -> None:
             shutil.rmtree(part, ignore_errors=True)
 
 
-def copy_logs(one: Group, folder: Path) -> None:
+def copy_logs(one: Group, folder: Path, known: Container[str]) -> None:
+    """With their times, and without sources that the track's records hold, by their sha256."""
     folder.mkdir()
     names = log_names(logs_of(one))
     for path, name in names.items():
-        shutil.copy2(path, folder / name)  # with its time
+        shutil.copy2(path, folder / name)
+        data = path.read_bytes()
+        if (short := without_source(data, known)) != data:
+            (folder / name).write_bytes(short)
+            shutil.copystat(path, folder / name)
     copied = len(list(folder.iterdir()))
     assert copied == len(names), f"{copied} of {len(names)} logs in {folder}"
 

@@ -81,6 +81,7 @@ def tiny(**changes) -> tg.Config:
         embed_std=0.005,
         spectral=0.0,
         ngram_start=0.0,
+        copy_start=False,
     )
     return replace(base, **changes)
 

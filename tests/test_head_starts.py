@@ -282,3 +282,44 @@ def test_a_model_that_moves_rows_learns_and_gives_its_table_a_sparse_gradient():
         optimizer.step(step, 1.0, 0.9, untie=False)
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0] - 0.5, losses
+
+
+# ---- copy_start
+
+
+def test_a_long_layers_keys_start_as_queries_where_they_look_back():
+    cfg = tiny(copy_start=True)
+    plain, model = tg.GPT(tiny()), tg.GPT(cfg)
+    still, attending = 2 * cfg.rotary_pairs, [layer for layer in model.layers if layer.attends]
+    assert 0 < still < cfg.head_dim and {"long", "short"} == {layer.window for layer in attending}
+    for n, layer in enumerate(attending):
+        q, k = model.qkvo[n, :2].unflatten(1, (cfg.num_heads, cfg.head_dim))
+        same = (q == k).flatten(2).all(2)  # (heads, dimensions)
+        if layer.window == "long":
+            assert same[:, still:].all() and not same[:, :still].any()
+            before = plain.qkvo[n, 1].unflatten(0, (cfg.num_heads, cfg.head_dim))
+            assert torch.equal(k[:, :still], before[:, :still])
+        else:
+            assert torch.equal(model.qkvo[n], plain.qkvo[n])
+    assert torch.equal(tg.GPT(tiny(copy_start=True, key_offset=False)).qkvo, plain.qkvo)
+
+
+def test_so_a_token_attends_to_what_followed_the_same_token():
+    """The last token occurs once before: the weight on what followed it there."""
+    weights = {}
+    for copy_start in (False, True):
+        found = []
+
+        def attention(q, k, v, first_key, window, scale, found=found):
+            found.append(torch.einsum("qhd,khd->hqk", q, k) * scale)
+            return tg.reference_attention(q, k, v, first_key, scale)
+
+        layers = dict(windows="l", paired_heads=".", value_embeds=".", skips=".", backout=".")
+        cfg = tiny(copy_start=copy_start, softmax_scale=0.5, **layers)
+        model = tg.GPT(cfg, kernels=tg.plain_kernels(attention=attention))
+        tokens = torch.cat((torch.tensor([255]), torch.arange(10, 40), torch.tensor([20])))
+        with torch.no_grad():
+            model.hidden(tokens, (64, 64))
+        scores = torch.cat(found)[:, -1]  # (heads, keys) of the last token, which is 20
+        weights[copy_start] = float(scores.softmax(1)[:, 12].mean())  # the place of 21
+    assert weights[True] > 2 * weights[False] and weights[True] > 0.1, weights

@@ -13,6 +13,7 @@ from conftest import ROOT, assert_user_error, run_command
 
 from cli import UserError
 from records import record, rules
+from records.reader import read_file, without_source
 
 SOURCE = '''"""a submission"""
 import torch
@@ -430,14 +431,54 @@ def package(folder: Path, *more: str) -> list[str]:
     ]
 
 
+def test_a_log_without_its_source_has_the_one_that_it_names_and_no_other(folder, capsys):
+    assert record.main(package(folder)) == 0
+    made = folder.parents[1] / "new" / "cpu" / "2026-05-01_Next"
+    log = made / "this" / "2.txt"
+    assert read_file(log)[0][0].source == SOURCE.rstrip("\n")
+    other = made.with_name("2026-06-01_Other")
+    made.joinpath("train_gpt.py").rename(made / "moved.py")
+    assert read_file(log)[0][0].source is None
+    shutil.copytree(made, other)
+    (other / "moved.py").rename(other / "train_gpt.py")
+    (made / "train_gpt.py").write_text(SOURCE.replace("rate = 1", "rate = 3"))
+    assert read_file(log)[0][0].source == SOURCE.rstrip("\n"), "another record of the track has it"
+    assert record.main(["verify", str(made), "--target", "4.2"]) == 1
+    assert "its source is not the submitted train_gpt.py" in capsys.readouterr().out
+    shutil.rmtree(other)
+    assert read_file(log)[0][0].source is None
+    assert record.main(["verify", str(made), "--target", "4.2"]) == 1
+    assert "no source" in capsys.readouterr().out
+
+
+def test_only_a_source_whose_hash_the_header_names_is_left_out(folder):
+    whole = (folder / "this" / "0.txt").read_bytes()
+    rest = without_source(whole)
+    assert whole == SOURCE.encode() + rest and rest.startswith(b"=" * 100)
+    assert without_source(whole, {sha256(SOURCE)}) == rest and without_source(whole, set()) == whole
+    for other in (
+        whole.replace(b"rate = 1", b"rate = 2"),
+        whole.replace(b"\n", b"\r\n"),
+        rest,
+        whole + whole,
+        SOURCE.encode(),
+        b"",
+    ):
+        assert without_source(other) == other
+
+
 def test_a_package_is_a_record(folder, capsys, tmp_path):
     (tmp_path / "why.md").write_text("Because it is faster.")
     assert record.main(package(folder, "--text", str(tmp_path / "why.md"))) == 0
     made = folder.parents[1] / "new" / "cpu" / "2026-05-01_Next"
     assert sorted(p.name for p in made.iterdir()) == ["README.md", "baseline", "this", "train_gpt.py"]
-    assert [p.read_bytes() for p in sorted(made.glob("*/*.txt"))] == [
-        p.read_bytes() for p in sorted(folder.glob("*/*.txt"))
-    ]
+    # The baseline's source is not in the track: it stays in the logs. Theirs is, so theirs name it alone.
+    for old in sorted(folder.glob("*/*.txt")):
+        new = made / old.relative_to(folder)
+        whole = old.read_text()
+        kept = whole if old.parent.name == "baseline" else whole.removeprefix(SOURCE)
+        assert new.read_text() == kept and new.stat().st_mtime_ns == old.stat().st_mtime_ns
+        assert [run.source for run in read_file(new)[0]] == [run.source for run in read_file(old)[0]]
     assert (made / "train_gpt.py").read_text() == SOURCE
     text = (made / "README.md").read_text()
     for words in (
