@@ -426,7 +426,7 @@ def test_tokens_needed_are_counted_by_stages():
         schedule = Schedule(cfg)
         assert prepare.tokens_needed(cfg) == sum(schedule.stage(i).batch_tokens for i in range(cfg.num_steps))
     long = replace(parse_config(["--preset", "cpu"])[0], num_steps=10**12)
-    assert prepare.tokens_needed(long) == 10**12 * (2048 + 4096 + 6144) // 3
+    assert prepare.tokens_needed(long) == 10**12 * (15 * 3072 + 20 * 6144 + 65 * 9216) // 100
 
 
 def read_only(part, path) -> None:

@@ -86,7 +86,7 @@ def check_form(header: str, events: list[str]) -> None:
         assert re.match(
             r"step:\d+/3 (val_loss:\d+\.\d{4} )?train_time:\d+ms step_avg:\d+\.\d\dms \S", line
         ), line
-    assert re.search(r"val_bpb:\d\.\d{4} tokens:3072$", steps[-1]) and steps[-1] == events[-1]
+    assert re.search(r"val_bpb:\d\.\d{4} tokens:6144$", steps[-1]) and steps[-1] == events[-1]
     assert re.search(r"tokens_per_second:\d+ mfu:0\.\d{3}$", steps[1])
     scalars = dict(
         re.match(r"scalars:(\w+) (.*)", line).groups() for line in events if line.startswith("scalars:")
@@ -97,7 +97,7 @@ def check_form(header: str, events: list[str]) -> None:
         "skip_scale",
         "backout_scale",
     } <= set(scalars)
-    assert any(re.match(r"peak_memory:\d+MiB tokens:3072", line) for line in events)
+    assert any(re.match(r"peak_memory:\d+MiB tokens:6144", line) for line in events)
     assert all(
         word in header
         for word in ("versions:", "hardware:", "precision:", "matrix ceiling:", "source_sha256:")

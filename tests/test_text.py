@@ -420,7 +420,7 @@ def test_a_text_is_cut_alike_with_any_line_ends_and_where_training_reads(tmp_pat
     share = next(
         line for line in capsys.readouterr().out.splitlines() if "of the text's for training" in line
     )
-    assert 80 <= int(re.search(r"(\d+)%", share)[1]) <= 100, share
+    assert 60 <= int(re.search(r"(\d+)%", share)[1]) <= 100, share  # the steps are large
 
 
 def test_a_bom_is_no_text(tmp_path, vocab):
