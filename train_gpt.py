@@ -1298,15 +1298,15 @@ class Optimizer:
     def new_state(self, name: str) -> dict[str, Tensor]:
         """What is remembered of this rank's shard, float32. mantissa_lo: see fp32_weight."""
         p = self.local_shard(name, self.padded_rows(name, self.params[name].detach()))
-        momentum_buffer = torch.zeros_like(p, dtype=torch.float32)
-        if self.is_muon(name):
-            second_moment = momentum_buffer.mean(dim=averaged_dim(p), keepdim=True)
-        else:
-            second_moment = torch.zeros_like(momentum_buffer)
-        state = {"momentum_buffer": momentum_buffer, "second_moment": second_moment}
+        zeros = partial(torch.zeros_like, dtype=torch.float32)
         if name == "bigram_embed" and self.cfg.bigram_by_row:  # see adam_rows_
-            state = {"second_moment": torch.zeros_like(p[:, :1], dtype=torch.float32)}
-            state["moves"] = state["second_moment"].clone()
+            state = {"second_moment": zeros(p[:, :1]), "moves": zeros(p[:, :1])}
+        elif self.is_muon(name):
+            buffer = zeros(p)
+            second_moment = buffer.mean(dim=averaged_dim(p), keepdim=True)
+            state = {"momentum_buffer": buffer, "second_moment": second_moment}
+        else:
+            state = {"momentum_buffer": zeros(p), "second_moment": zeros(p)}
         if p.dtype == torch.bfloat16:
             state["mantissa_lo"] = self.kernels.new_mantissa(p)
         if self.cfg.ema_rate:
@@ -5371,12 +5371,6 @@ def flat_adam() -> Callable:
     return flat_adam_
 
 
-def rows_with_gradient(grad: Tensor) -> tuple[Tensor, Tensor]:
-    """grad (rows, D), dense or sparse -> (n,) the rows that it has, (n, D) their values."""
-    grad = (grad if grad.is_sparse else grad.to_sparse(1)).coalesce()
-    return grad.indices()[0], grad.values().clone()  # torch compiles no views of sparse tensors
-
-
 def move_touched_rows_(
     adam_rows_: Callable,
     p: Tensor,
@@ -5387,7 +5381,8 @@ def move_touched_rows_(
     **rates: Any,
 ) -> None:
     """adam_rows_ of rows with a gradient alone: a step costs what its tokens cost, not what a table does."""
-    rows, values = rows_with_gradient(grad)
+    grad = (grad if grad.is_sparse else grad.to_sparse(1)).coalesce()
+    rows, values = grad.indices()[0], grad.values().clone()  # torch compiles no views of sparse tensors
     wholes = [t for t in (p, mantissa_lo, second_moment, moves) if t is not None]
     parts = [whole[rows] for whole in wholes]
     low = parts[1] if mantissa_lo is not None else None
@@ -5405,7 +5400,7 @@ def start_from_counts(cfg: Config, schedule: Schedule, model: GPT, tokens: np.nd
     with_ngrams = cfg.ngram_start > 0 and cfg.bigram_rows > 0
     params = [model.embed, model.lm_head, *([model.bigram_embed] if with_ngrams else [])]
     if env.rank == 0:
-        values = [*spectral_start(cfg, tokens[:COUNTED].astype(np.int64), env.device)]
+        values = list(spectral_start(cfg, tokens[:COUNTED].astype(np.int64), env.device))
         if with_ngrams:
             signs = model.bigram_sign.float() if cfg.bigram_signs else None
             unread = unread_tokens(cfg, schedule)[:COUNTED].astype(np.int64)
@@ -5413,7 +5408,7 @@ def start_from_counts(cfg: Config, schedule: Schedule, model: GPT, tokens: np.nd
     else:
         values = [torch.zeros(p.shape, device=env.device) for p in params]
     for p, value in zip(params, values, strict=True):
-        p.data.copy_(env.all_reduce(value.contiguous())())
+        p.data.copy_(env.all_reduce(value.contiguous())())  # ranks sum by memory, not by index
 
 
 def unread_tokens(cfg: Config, schedule: Schedule) -> np.ndarray:
@@ -5435,8 +5430,7 @@ def spectral_start(cfg: Config, tokens: np.ndarray, device: torch.device) -> tup
     squares fit to the matrix of the next token.
     """
     V = cfg.vocab_rows
-    share = torch.from_numpy(np.bincount(tokens, minlength=V) + 0.5).float().to(device)[:, None]
-    share = share / share.sum()
+    share = token_shares(tokens, V, device)[:, None]
     root = share.sqrt()
     blocks = []
     for gap, weight in SPECTRAL_NEIGHBOURS:
@@ -5453,6 +5447,12 @@ def spectral_start(cfg: Config, tokens: np.ndarray, device: torch.device) -> tup
     gram.diagonal().add_(1e-4 * gram.diagonal().mean())
     fit = (blocks[0].T @ (root * x) / root).T + torch.outer((share * x).sum(0), share[:, 0].log())
     return cfg.embed_std * x, torch.linalg.solve(gram, fit)
+
+
+def token_shares(tokens: np.ndarray, vocab_rows: int, device: torch.device) -> Tensor:
+    """(vocab_rows,): of the text, with half a token more of each."""
+    counts = torch.from_numpy(np.bincount(tokens, minlength=vocab_rows) + 0.5).float().to(device)
+    return counts / counts.sum()
 
 
 def neighbour_information(
@@ -5545,8 +5545,7 @@ def bigram_probabilities(embed: Tensor, head: Tensor, codes: np.ndarray, chunk: 
 
 def logit_directions(head: Tensor, tokens: np.ndarray) -> Tensor:
     """head (D, V) -> (V, D): what added to the head's input raises a token's logit by 1, and others least."""
-    share = torch.from_numpy(np.bincount(tokens, minlength=head.size(1)) + 0.5).float().to(head.device)
-    share /= share.sum()
+    share = token_shares(tokens, head.size(1), head.device)
     centred = head.T - share @ head.T
     others = centred.T @ (share[:, None] * centred)  # what a direction does to all logits, squared
     others.diagonal().add_(others.diagonal().mean())

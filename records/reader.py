@@ -268,7 +268,7 @@ def split_parts(data: bytes) -> list[tuple[str, bytes]]:
         if begin > position:
             parts.append(("text", data[position:begin]))
         nearest = later[0] if later else len(data)
-        end = next((end for end in later if hash_fits(data, begin, end)), nearest)
+        end = next((end for end in later if named_hash(data, begin, end)), nearest)
         parts.append(("source", data[begin:end]))
         position = end
     return parts
@@ -279,14 +279,13 @@ def without_source(data: bytes, known: Container[str] | None = None) -> bytes:
 
     known: the hashes of sources that may go; None: any.
     """
-    kinds = [kind for kind, _ in split_parts(data)]
+    parts = split_parts(data)
+    kinds = [kind for kind, _ in parts]
     if kinds[:1] != ["source"] or kinds.count("source") > 1 or b"\r" in data:
         return data
-    source = split_parts(data)[0][1]
-    if not hash_fits(b"\n" + data, 0, len(source)):
-        return data
-    named = hashlib.sha256(source[1:] + b"\n").hexdigest()
-    return data[len(source) :] if known is None or named in known else data
+    end = len(parts[0][1])
+    named = named_hash(b"\n" + data, 0, end)
+    return data[end:] if named and (known is None or named in known) else data
 
 
 def known_sources(track: Path) -> dict[str, str]:
@@ -308,9 +307,13 @@ def hashed_source(path: Path, _size: int, _mtime_ns: int) -> tuple[str, str]:
     return hashlib.sha256(data).hexdigest(), data.decode("utf-8", "replace").rstrip("\n")
 
 
-def hash_fits(data: bytes, begin: int, end: int) -> bool:
+def named_hash(data: bytes, begin: int, end: int) -> str | None:
+    """The sha256 of the source from begin to end, if the header behind it names it."""
     named = re.compile(rb"source_sha256:([0-9a-f]{64})\n").match(data, end + 1 + len(SEPARATOR))
-    return bool(named) and hashlib.sha256(data[begin + 1 : end] + b"\n").hexdigest() == named[1].decode()
+    if named is None:
+        return None
+    digest = hashlib.sha256(data[begin + 1 : end] + b"\n").hexdigest()
+    return digest if digest == named[1].decode() else None
 
 
 @dataclass
@@ -374,9 +377,11 @@ def read_file(path: Path) -> tuple[list[Run], str | None]:
     if not data:
         return [], "empty"
     runs = split_runs(data, path)
-    for run in runs:
-        if run.source is None and file_kind(path.parent.parent / "train_gpt.py") == "file":
-            run.source = known_sources(path.absolute().parents[2]).get(run.facts.get("source_sha256", ""))
+    record = path.absolute().parent.parent
+    if any(run.source is None for run in runs) and file_kind(record / "train_gpt.py") == "file":
+        sources = known_sources(record.parent)
+        for run in runs:
+            run.source = run.source or sources.get(run.facts.get("source_sha256", ""))
     if runs:
         return runs, None
     only_source = any(kind == "source" for kind, _ in split_parts(data))

@@ -289,11 +289,8 @@ def copy_logs(one: Group, folder: Path, known: Container[str]) -> None:
     folder.mkdir()
     names = log_names(logs_of(one))
     for path, name in names.items():
-        shutil.copy2(path, folder / name)
-        data = path.read_bytes()
-        if (short := without_source(data, known)) != data:
-            (folder / name).write_bytes(short)
-            shutil.copystat(path, folder / name)
+        (folder / name).write_bytes(without_source(path.read_bytes(), known))
+        shutil.copystat(path, folder / name)
     copied = len(list(folder.iterdir()))
     assert copied == len(names), f"{copied} of {len(names)} logs in {folder}"
 

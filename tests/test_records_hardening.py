@@ -358,7 +358,7 @@ def test_a_package_that_fails_leaves_nothing_and_takes_nothing(record_folder, tm
     def full(*paths):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(record.shutil, "copy2", full)
+    monkeypatch.setattr(record.shutil, "copystat", full)
     with pytest.raises(UserError, match="2026-05-01_Next: cannot be written .No space left"):
         record.main(package(record_folder))
     assert [path.name for path in track.iterdir()] == [theirs.name] and (theirs / "mine").exists()
