@@ -57,7 +57,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -389,13 +389,14 @@ CPU = replace(
     backout="..b.",
     stages=(
         Stage(0.15, batch_tokens=3072, windows=(128, 256), max_doc_len=1024, lr_mul=1.0),
-        Stage(0.35, batch_tokens=6144, windows=(128, 512), max_doc_len=1024, lr_mul=1.0),
-        Stage(1.0, batch_tokens=9216, windows=(128, 512), max_doc_len=1024, lr_mul=1.0),
+        Stage(0.35, batch_tokens=6144, windows=(128, 256), max_doc_len=1024, lr_mul=1.0),
+        Stage(1.0, batch_tokens=9216, windows=(128, 384), max_doc_len=1024, lr_mul=1.0),
     ),
     vocab_size=4096,
     bos_id=4095,
     model_dim=128,
     head_dim=64,
+    mlp_ratio=1,
     ngrams=3,
     bigram_rows=160,
     bigram_lr=30.0,
@@ -410,12 +411,14 @@ CPU = replace(
     ngram_start=16.0,
     copy_start=True,
     untie_share=0.0,
-    num_steps=190,
+    num_steps=183,
     extension_share=0.0,
     final_lr=0.15,
     muon_lr=0.034,
-    momentum_warmup=101,
-    momentum_cooldown=34,
+    momentum_min=0.75,
+    momentum_max=0.9,
+    momentum_warmup=98,
+    momentum_cooldown=33,
     adam_lr=0.012,
     adam_every=1,
     x0_lr=10.0,
@@ -437,6 +440,7 @@ CPU_ADAMW = replace(
     value_embeds="....",
     skips="....",
     backout="....",
+    mlp_ratio=4,
     bigram_rows=0,
     smear_chunk="",
     attn_chunk="",
@@ -1313,6 +1317,11 @@ class Optimizer:
             state["mean"] = p.float().clone()
         return state
 
+    def forget(self, name: str) -> None:
+        """A parameter has new values: what is remembered of it is as at the start, in the same memory."""
+        for key, value in self.new_state(name).items():
+            self.state[name][key].copy_(value)
+
     def new_matrix_lrs(self, name: str) -> Tensor:
         """(matrices, 1, 1): what multiplies the learning rate of each matrix in this rank's shard."""
         p, spec = self.params[name], self.specs[name]
@@ -1998,9 +2007,10 @@ class Trainer:
         self.model = GPT(replace(cfg, join=self.joined), self.machine.dtype, kernels).to(self.env.device)
         if cfg.prefix_weight:
             self.model.prefixes = read_prefixes(cfg).to(self.env.device)
+        self.counts = Counts(cfg, self.schedule, self.env)
         if cfg.spectral and not saved:  # training time
             self.clock.start()
-            start_from_counts(cfg, self.schedule, self.model, self.loader.tokens, self.env)
+            self.counts.start_model(self.model)
             self.clock.stop()
         self.optimizer = Optimizer(cfg, self.model, self.env)
         facts = run_facts(self.machine, self.env, self.model, ceiling)
@@ -2037,6 +2047,8 @@ class Trainer:
                 long_window = window
             if cfg.val_every and step % cfg.val_every == 0:
                 self.validate(step)
+            if step in self.counts.restarts:
+                self.restart_table(step)
             result = self.train_step(step)  # moves the counters that are read below
             on_host = self.machine.copy_to_host(result)
             self.progress.add(self.steps_done, on_host, self.tokens_seen, self.flops)
@@ -2046,6 +2058,12 @@ class Trainer:
         if cfg.save_every and self.saved_step != cfg.num_steps:
             self.save()
         return self.validate(cfg.num_steps)
+
+    def restart_table(self, step: int) -> None:
+        """A part of the run begins whose text the bigram table may know; see Counts. Training time."""
+        counted = self.counts.start_table(self.model, step)
+        self.optimizer.forget("bigram_embed")
+        self.log.write(f"bigram table: starts again at step {step}, from counts of {counted} tokens")
 
     def train_step(self, step: int) -> Tensor:
         """One step, always the preset's number of micro-batches over all ranks.
@@ -5395,31 +5413,94 @@ COUNTED = 2**24  # tokens at most
 SPECTRAL_NEIGHBOURS = ((1, 1.0), (2, 0.7), (-1, 0.7))  # how far behind a token, how much that one counts
 
 
-def start_from_counts(cfg: Config, schedule: Schedule, model: GPT, tokens: np.ndarray, env: DistEnv) -> None:
-    """Embedding, head and bigram table from counts of the first shard, tokens (n,); rank 0 counts for all."""
-    with_ngrams = cfg.ngram_start > 0 and cfg.bigram_rows > 0
-    params = [model.embed, model.lm_head, *([model.bigram_embed] if with_ngrams else [])]
-    if env.rank == 0:
-        values = list(spectral_start(cfg, tokens[:COUNTED].astype(np.int64), env.device))
-        if with_ngrams:
-            signs = model.bigram_sign.float() if cfg.bigram_signs else None
-            unread = unread_tokens(cfg, schedule)[:COUNTED].astype(np.int64)
-            values.append(ngram_start(cfg, *values, signs, unread))
-    else:
-        values = [torch.zeros(p.shape, device=env.device) for p in params]
-    for p, value in zip(params, values, strict=True):
-        p.data.copy_(env.all_reduce(value.contiguous())())  # ranks sum by memory, not by index
+class Counts:
+    """What a model takes from counts: embedding and head (--spectral), and its bigram table (--ngram_start).
+
+    A row that has seen a text knows by heart what follows there, and a model that reads it again with such
+    rows learns to trust them. So no part of a run reads more than READ_AT_ONCE of the text, and with each
+    part the table starts from counts of the rest. Rank 0 counts for all.
+    """
+
+    def __init__(self, cfg: Config, schedule: Schedule, env: DistEnv):
+        self.cfg, self.env = cfg, env
+        self.has_table = cfg.spectral > 0 and cfg.ngram_start > 0 and cfg.bigram_rows > 0
+        self.parts = parts_of_run(cfg, schedule) if self.has_table else {}
+        self.restarts = list(self.parts)[1:]  # steps before which the table starts again
+
+    @cached_property
+    def bigram_model(self) -> tuple[Tensor, Tensor]:
+        tokens = Loader(self.cfg).tokens[:COUNTED].astype(np.int64)  # of the first shard
+        return spectral_start(self.cfg, tokens, self.env.device)
+
+    def start_model(self, model: GPT) -> None:
+        """Before the first step."""
+        embed, head = self.bigram_model if self.env.rank == 0 else (None, None)
+        self.share(model.embed, embed)
+        self.share(model.lm_head, head)
+        if self.has_table:
+            self.start_table(model, 0)
+
+    def start_table(self, model: GPT, step: int) -> int:
+        """Before the first step of a part -> how many tokens were counted (on rank 0)."""
+        table, tokens = None, ()
+        if self.env.rank == 0:
+            tokens = tokens_outside(self.cfg, *self.parts[step])
+            signs = model.bigram_sign.float() if self.cfg.bigram_signs else None
+            head = model.lm_head.detach().float() if step > 0 else None
+            table = ngram_start(self.cfg, *self.bigram_model, signs, tokens, head)
+        self.share(model.bigram_embed, table)
+        return len(tokens)
+
+    def share(self, p: nn.Parameter, value: Tensor | None) -> None:
+        """Rank 0's value, for every rank. They sum by memory, not by index."""
+        value = torch.zeros(p.shape, device=self.env.device) if value is None else value.contiguous()
+        p.data.copy_(self.env.all_reduce(value)())
 
 
-def unread_tokens(cfg: Config, schedule: Schedule) -> np.ndarray:
-    """Of the first shard what lies behind the run's last document (n,); none if the run goes further."""
+READ_AT_ONCE = 0.8  # at most, of the text, by a part of a run
+
+
+def parts_of_run(cfg: Config, schedule: Schedule) -> dict[int, tuple[int, int]]:
+    """First step of each part: where its text begins and ends, in tokens, with all epochs one text.
+
+    A step that reads more than a part may is a part of its own.
+    """
     walker = Loader(cfg)
-    for step in range(cfg.num_steps):
-        for _ in walker.load_batches(schedule.stage(step)):
-            pass
-    if walker.file > 0 or walker.document == len(walker.starts):
-        return walker.tokens[:0]
-    return walker.tokens[walker.starts[walker.document] :]
+    sizes = {path: len(read_shard(path, cfg.vocab_size, cfg.bos_id)) for path in set(walker.files)}
+    file_begins = np.cumsum([0, *(sizes[path] for path in walker.files)])
+    begins = []  # of each step, and the end of the last
+    for step in range(cfg.num_steps + 1):
+        at_end = walker.document == len(walker.starts)
+        place = len(walker.tokens) if at_end else walker.starts[walker.document]
+        begins.append(int(file_begins[walker.file] + place))
+        if step < cfg.num_steps:
+            stage = schedule.stage(step)
+            for _ in range(cfg.micro_batches):
+                walker.next_sequence(stage.batch_tokens // cfg.micro_batches + 1, stage.max_doc_len)
+    span, text = begins[-1] - begins[0], sum(sizes.values())
+    count = math.ceil(span / (READ_AT_ONCE * text))
+    marks = [begins[0] + span * part / count for part in range(count)]
+    firsts = np.unique(np.searchsorted(begins[:-1], marks, side="right") - 1)  # the steps of the marks
+    return {int(a): (begins[a], begins[b]) for a, b in pairwise([*firsts, cfg.num_steps])}
+
+
+def tokens_outside(cfg: Config, begin: int, end: int) -> np.ndarray:
+    """begin, end: see parts_of_run -> the COUNTED tokens of the text that come next, or fewer (n,), int64."""
+    shards = [read_shard(path, cfg.vocab_size, cfg.bos_id) for path in find_shards(cfg, "train")]
+    text = sum(map(len, shards))
+    places = [(end % text, begin % text)]
+    if end - begin >= text:
+        places = []
+    elif end % text >= begin % text:
+        places = [(end % text, text), (0, begin % text)]
+    found = [np.empty(0, dtype=np.int64)]
+    for first, last in places:
+        shard_begin = 0
+        for shard in shards:
+            piece = shard[max(first - shard_begin, 0) : max(last - shard_begin, 0)]
+            found.append(piece[: COUNTED - sum(map(len, found))].astype(np.int64))
+            shard_begin += len(shard)
+    return np.concatenate(found)
 
 
 def spectral_start(cfg: Config, tokens: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -5474,17 +5555,24 @@ def neighbour_information(
 NGRAM_SMOOTHING = 5.0  # how many tokens what is known of a shorter context weighs
 
 
-def ngram_start(cfg: Config, embed: Tensor, head: Tensor, signs: Tensor | None, tokens: np.ndarray) -> Tensor:
-    """tokens (N,) int64, which the run must not train on -> bigram_embed (rows, D), float32.
+def ngram_start(
+    cfg: Config,
+    embed: Tensor,
+    head: Tensor,
+    signs: Tensor | None,
+    tokens: np.ndarray,
+    trained_head: Tensor | None = None,
+) -> Tensor:
+    """tokens (N,) int64, which the model must not train on with it -> bigram_embed (rows, D), float32.
 
     embed (V, D) and head (D, V) are those of spectral_start, a bigram model; signs: the model's, if any. The
     rows of pairs and triples that occur at least twice say what follows them more often than that model
     knows: of each token that does the direction that raises its logit, as far as it should rise, weighed by
-    its probability.
+    its probability. Directions are those of the trained head, if the model has one.
     """
     V, device = cfg.vocab_rows, embed.device
     table = torch.zeros(cfg.bigram_rows * V, cfg.model_dim, device=device)
-    directions = logit_directions(head, tokens)
+    directions = logit_directions(head if trained_head is None else trained_head, tokens)
     codes, _ = count_ngrams(cfg, tokens, 1)
     p = bigram_probabilities(embed, head, codes)
     for length in range(2, min(cfg.ngrams, int(63 / math.log2(V)) - 1) + 1):  # codes have 63 bits

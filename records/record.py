@@ -73,9 +73,15 @@ def group(name: str, path: Path) -> Group:
     return group_of(name, runs, keep_copies=True)
 
 
+def age(record: Path) -> list[str | int]:
+    """Sorts records, oldest first, by their names: a date, then perhaps a number, of which 9 is before 10."""
+    parts = re.split(r"([0-9]+)", record.name)  # texts and numbers by turns
+    return [int(part) if n % 2 else part for n, part in enumerate(parts)]
+
+
 def records_in(track: Path) -> list[Path]:
-    """A track's records, oldest first: by their names, which begin with a date."""
-    return sorted(path.parent for path in track.glob("[!.]*/train_gpt.py"))
+    """A track's records, oldest first."""
+    return sorted((path.parent for path in track.glob("[!.]*/train_gpt.py")), key=age)
 
 
 def card_of(logs: Group) -> str:
@@ -85,7 +91,7 @@ def card_of(logs: Group) -> str:
 
 def earlier_records(folder: Path, this: Path) -> list[Path]:
     """This track's records before `folder`, which need not be there; on the card of the logs in `this`."""
-    found = [path for path in records_in(folder.parent) if path.name < folder.name]
+    found = [path for path in records_in(folder.parent) if age(path) < age(folder)]
     track = TRACKS.get(folder.parent.name)
     if not found or track is None or not track.by_card:
         return found
@@ -193,7 +199,7 @@ def draw_history(records: list[tuple[Group, Group | None]], track: str, target: 
     if len(labels) > 6:  # side by side they would touch
         labels = ["\n\n" * (n % 2) + label for n, label in enumerate(labels)]
     axes.set_xticks(range(len(records)), labels, fontsize="small")
-    axes.margins(x=1 / len(records), y=0.15)
+    axes.margins(x=max(1 / len(records), 0.13), y=0.15)  # room for the last one's words
     axes.set_ylabel("training time of a run, seconds (logarithmic)")
     axes.set_title(f"How long does a run of the {track} track take to a validation loss of {target:g}?")
     axes.grid(alpha=0.3)

@@ -182,14 +182,18 @@ def test_resumed_at_any_save_point_it_ends_bit_for_bit_alike(step, undisturbed, 
     assert run_state[1][0] == STEPS
 
 
-def test_a_start_from_counts_and_rows_that_wait_survive_an_interruption(tiny_data, tmp_path):
-    """The start is made once; a row counts its own steps before and after the interruption alike."""
+@pytest.mark.parametrize("num_steps, dies_at, goes_on_at", [(6, 5, 4), (24, 20, 20)])
+def test_a_start_from_counts_and_rows_that_wait_survive_an_interruption(
+    tiny_data, tmp_path, num_steps, dies_at, goes_on_at
+):
+    """The start is made once, or once more with each part of a run; a row counts its own steps, on and on."""
     cfg = tiny(
         data_dir=str(tiny_data),
         save_every=2,
         dtype="bfloat16" if tg.multiplies_bfloat16("cpu") else "float32",  # emulated, it takes long
         adam_every=1,
-        num_steps=6,
+        num_steps=num_steps,
+        epochs=2,
         val_every=0,
         spectral=10.0,
         untie_share=0.0,
@@ -201,9 +205,10 @@ def test_a_start_from_counts_and_rows_that_wait_survive_an_interruption(tiny_dat
     whole.fit()
     cut = replace(cfg, log_dir=str(tmp_path / "cut"), resume=True)
     with pytest.raises(Killed):
-        RecordedRun(cut, dies_at=5).fit()
+        RecordedRun(cut, dies_at=dies_at).fit()
     resumed = RecordedRun(cut)
-    assert resumed.steps_done == 4
+    assert resumed.steps_done == goes_on_at
+    assert any(step < goes_on_at for step in resumed.counts.restarts) == (num_steps > 6)
     resumed.fit()
     assert_same_state(state_of(resumed), state_of(whole))
 

@@ -3,12 +3,14 @@
 import math
 from collections import Counter, defaultdict
 from functools import partial
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import made_up_text, tiny
+from conftest import made_up_text, tiny, write_shard, write_vocabulary
 
 import train_gpt as tg
 
@@ -182,29 +184,120 @@ def test_a_text_too_short_for_contexts_leaves_rows_at_zero(count):
     assert tg.ngram_start(cfg, *start, None, tokens).count_nonzero() == 0
 
 
-def test_counts_for_the_table_are_of_documents_that_the_run_does_not_read(tiny_data, tmp_path):
-    cfg = tiny(data_dir=str(tiny_data), log_dir=str(tmp_path))
-    loader, schedule = tg.Loader(cfg), tg.Schedule(cfg)
-    for step in range(cfg.num_steps):
-        list(loader.load_batches(schedule.stage(step)))
-    assert loader.file == 0
-    unread = tg.unread_tokens(cfg, schedule)
-    assert np.array_equal(unread, loader.tokens[loader.starts[loader.document] :]) and len(unread) > 1000
-    longer = tiny(data_dir=str(tiny_data), log_dir=str(tmp_path), num_steps=24)
-    assert len(tg.unread_tokens(longer, tg.Schedule(longer))) == 0
+# ---- parts of a run, and the text that each counts
 
 
-def test_a_run_starts_its_table_from_them(tiny_data, tmp_path):
+@pytest.fixture(scope="module")
+def numbered_data(tmp_path_factory) -> Path:
+    """Two shards of unequal size; each of 300 documents begins with its number, as two tokens."""
+    folder, rng = tmp_path_factory.mktemp("numbered"), np.random.default_rng(0)
+    for shard, numbers in enumerate((range(200), range(200, 300))):
+        documents = []
+        for number in numbers:
+            words = rng.integers(100, 250, rng.integers(20, 120))
+            documents.append(np.r_[255, number // 100, number % 100, words])
+        write_shard(folder / f"x_train_{shard:06}.bin", np.concatenate(documents))
+    write_shard(folder / "x_val_000000.bin", np.r_[255, np.arange(3_000) % 100])
+    write_vocabulary(folder, 255, 128)
+    return folder
+
+
+def numbers_in(tokens: np.ndarray) -> set[int]:
+    begins = np.flatnonzero(tokens[:-2] == 255)
+    return set((100 * tokens[begins + 1] + tokens[begins + 2]).tolist())
+
+
+def numbered_config(data: Path, **changes) -> tg.Config:
+    starts = dict(spectral=10.0, untie_share=0.0, embed_std=0.1, ngram_start=4.0)
+    return tiny(**starts | dict(data_dir=str(data), epochs=4) | changes)
+
+
+@pytest.mark.parametrize("num_steps, count", [(4, 1), (25, 1), (32, 2), (60, 3)])
+def test_no_part_of_a_run_counts_what_it_reads(numbered_data, num_steps, count):
+    cfg = numbered_config(numbered_data, num_steps=num_steps)
+    schedule, loader = tg.Schedule(cfg), tg.Loader(cfg)
+    parts = tg.parts_of_run(cfg, schedule)
+    assert next(iter(parts)) == 0 and len(parts) == count
+    for first, after in pairwise([*parts, num_steps]):
+        read = set()
+        for step in range(first, after):
+            for tokens, _ in loader.load_batches(schedule.stage(step)):
+                read |= numbers_in(tokens.numpy())
+        counted = tg.tokens_outside(cfg, *parts[first])
+        assert counted[0] == 255 and counted.dtype == np.int64
+        assert len(read) <= 0.85 * 300, "a part reads more than four fifths and a step"
+        missing = set(range(300)) - read - numbers_in(counted)
+        assert not read & numbers_in(counted) and len(missing) <= 1, (read & numbers_in(counted), missing)
+
+
+@pytest.mark.parametrize("most", [10**9, 5_000, 700])
+def test_what_lies_outside_of_a_part_is_counted_from_its_end_on(numbered_data, monkeypatch, most):
+    monkeypatch.setattr(tg, "COUNTED", most)
+    cfg = numbered_config(numbered_data)
+    text = np.concatenate([tg.read_shard(path, 256, 255) for path in tg.find_shards(cfg, "train")])
+    for begin, end in [
+        (0, 0),
+        (0, 9_000),
+        (3_000, 9_000),
+        (9_000, len(text)),
+        (len(text) - 50, len(text) + 80),
+    ]:
+        for epoch in range(2):
+            found = tg.tokens_outside(cfg, begin + epoch * len(text), end + epoch * len(text))
+            around = np.roll(text, -end)[: len(text) - (end - begin)]
+            assert np.array_equal(found, around[:most])
+    assert len(tg.tokens_outside(cfg, 10, 10 + len(text))) == 0
+
+
+def test_a_step_that_reads_more_than_a_part_may_is_a_part(numbered_data):
+    stages = (tg.Stage(1.0, batch_tokens=18432, windows=(16, 48), max_doc_len=512, lr_mul=1.0),)
+    cfg = numbered_config(numbered_data, stages=stages, num_steps=4, epochs=9)
+    parts = tg.parts_of_run(cfg, tg.Schedule(cfg))
+    assert list(parts) == [0, 1, 2, 3]
+    assert [len(tg.tokens_outside(cfg, *part)) > 0 for part in parts.values()] == [True] * 4
+
+
+def test_a_run_starts_its_table_from_counts(tiny_data, tmp_path):
     trainer = tiny_trainer(tiny_data, tmp_path, ngram_start=4.0)
-    unread = tg.unread_tokens(trainer.cfg, trainer.schedule).astype(np.int64)
+    assert not trainer.counts.restarts
+    unread = tg.tokens_outside(trainer.cfg, *trainer.counts.parts[0])
     start = [p.detach().float() for p in (trainer.model.embed, trainer.model.lm_head)]
     expected = tg.ngram_start(trainer.cfg, *start, None, unread)
     assert expected.count_nonzero() > 100
     torch.testing.assert_close(trainer.model.bigram_embed.detach(), expected, rtol=1e-4, atol=1e-4)
     for switch in (dict(ngram_start=0.0), dict(spectral=0.0, ngram_start=4.0)):
         without = tiny_trainer(tiny_data, tmp_path, **switch)
-        assert without.model.bigram_embed.count_nonzero() == 0
+        assert without.model.bigram_embed.count_nonzero() == 0 and without.counts.parts == {}
     assert tiny_trainer(tiny_data, tmp_path, ngram_start=4.0, bigram_rows=0).model.bigram_embed is None
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_with_each_part_the_table_starts_again_as_the_trained_head_asks(tiny_data, tmp_path, by_row):
+    changes = dict(ngram_start=4.0, epochs=5, num_steps=60, bigram_by_row=by_row, val_every=0)
+    trainer = tiny_trainer(tiny_data, tmp_path, **changes)
+    train_step, begun = trainer.train_step, []
+
+    def look_first(step: int) -> torch.Tensor:
+        if step in trainer.counts.restarts:
+            state = trainer.optimizer.state["bigram_embed"]
+            assert all(value.count_nonzero() == 0 for value in state.values())
+            head = trainer.model.lm_head.detach().clone()
+            table = trainer.model.bigram_embed.detach().clone()
+            begun.append((step, head, table))
+        return train_step(step)
+
+    trainer.train_step = look_first
+    trainer.fit()
+    assert [step for step, *_ in begun] == trainer.counts.restarts and len(begun) >= 2
+    for step, head, table in begun:
+        unread = tg.tokens_outside(trainer.cfg, *trainer.counts.parts[step])
+        expected = tg.ngram_start(trainer.cfg, *trainer.counts.bigram_model, None, unread, head)
+        torch.testing.assert_close(table, expected)
+        first_head = tg.ngram_start(trainer.cfg, *trainer.counts.bigram_model, None, unread)
+        assert (table - first_head).norm() > 0.01 * table.norm(), "the head had not moved"
+    log = next(tmp_path.glob("*.txt")).read_text(encoding="utf-8")
+    for step in trainer.counts.restarts:
+        assert f"bigram table: starts again at step {step}, from counts of " in log
 
 
 # ---- rows that no token touched

@@ -477,10 +477,12 @@ def test_loss_curves_of_several_processes_agree_closer_than_one_changed_micro_ba
     assert curves[1][-1] < curves[1][0] - 0.5, "it did not learn"
 
 
-def test_two_processes_start_from_the_same_counts(world, run_config):
-    """And go on with the rows that either touched; the first loss is that of a start that all share."""
+@pytest.mark.parametrize("num_steps", [2, 20])
+def test_two_processes_start_from_the_same_counts(world, run_config, num_steps):
+    """And go on with the rows that either touched, or in a second part of the run from counts again."""
     starts = dict(spectral=10.0, untie_share=0.0, embed_std=0.1, ngram_start=8.0)
-    cfg = replace(run_config, **starts, bigram_by_row=True, num_steps=2)
+    cfg = replace(run_config, **starts, bigram_by_row=True, epochs=2, num_steps=num_steps)
+    assert len(tg.parts_of_run(cfg, tg.Schedule(cfg))) == (2 if num_steps > 2 else 1)
     [(alone, _)], both = world.run(1, train, cfg), world.run(2, train, cfg)
     assert both[0] == both[1]
     assert np.abs(np.array(both[0][0]) - alone).max() < TOLERANCE, (alone, both[0][0])

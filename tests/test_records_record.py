@@ -298,6 +298,21 @@ def test_a_track_begins_with_the_runs_of_its_yardstick(folder, capsys):
     assert "preset cpu-adamw, the track is cpu" in verify(later, capsys)[1]
 
 
+def test_the_tenth_record_of_a_day_comes_after_its_ninth(tmp_path):
+    names = [
+        "2026-02-01_Late",
+        "2026-11-27_1-A",
+        "2026-11-27_2-B",
+        "2026-11-27_10-C",
+        "2026-11-27_Named",
+        "2026-12-01_1-D",
+    ]
+    for name in reversed(names):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train_gpt.py").touch()
+    assert [folder.name for folder in record.records_in(tmp_path)] == names
+
+
 @pytest.mark.parametrize(
     "folder", record.records_in(ROOT / "records" / "cpu"), ids=lambda folder: folder.name
 )
