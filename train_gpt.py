@@ -5457,7 +5457,7 @@ class Counts:
         p.data.copy_(self.env.all_reduce(value)())
 
 
-READ_AT_ONCE = 0.8  # at most, of the text, by a part of a run
+READ_AT_ONCE = 0.95  # at most, of the text, by a part of a run
 
 
 def parts_of_run(cfg: Config, schedule: Schedule) -> dict[int, tuple[int, int]]:
@@ -5480,7 +5480,7 @@ def parts_of_run(cfg: Config, schedule: Schedule) -> dict[int, tuple[int, int]]:
     span, text = begins[-1] - begins[0], sum(sizes.values())
     count = math.ceil(span / (READ_AT_ONCE * text))
     marks = [begins[0] + span * part / count for part in range(count)]
-    firsts = np.unique(np.searchsorted(begins[:-1], marks, side="right") - 1)  # the steps of the marks
+    firsts = np.unique([np.abs(np.subtract(begins[:-1], mark)).argmin() for mark in marks])  # nearest steps
     return {int(a): (begins[a], begins[b]) for a, b in pairwise([*firsts, cfg.num_steps])}
 
 

@@ -212,7 +212,7 @@ def numbered_config(data: Path, **changes) -> tg.Config:
     return tiny(**starts | dict(data_dir=str(data), epochs=4) | changes)
 
 
-@pytest.mark.parametrize("num_steps, count", [(4, 1), (25, 1), (32, 2), (60, 3)])
+@pytest.mark.parametrize("num_steps, count", [(4, 1), (32, 1), (36, 2), (60, 2), (80, 3)])
 def test_no_part_of_a_run_counts_what_it_reads(numbered_data, num_steps, count):
     cfg = numbered_config(numbered_data, num_steps=num_steps)
     schedule, loader = tg.Schedule(cfg), tg.Loader(cfg)
@@ -225,7 +225,7 @@ def test_no_part_of_a_run_counts_what_it_reads(numbered_data, num_steps, count):
                 read |= numbers_in(tokens.numpy())
         counted = tg.tokens_outside(cfg, *parts[first])
         assert counted[0] == 255 and counted.dtype == np.int64
-        assert len(read) <= 0.85 * 300, "a part reads more than four fifths and a step"
+        assert len(read) <= 0.95 * 300, "a part reads too much"
         missing = set(range(300)) - read - numbers_in(counted)
         assert not read & numbers_in(counted) and len(missing) <= 1, (read & numbers_in(counted), missing)
 
@@ -250,7 +250,7 @@ def test_what_lies_outside_of_a_part_is_counted_from_its_end_on(numbered_data, m
 
 
 def test_a_step_that_reads_more_than_a_part_may_is_a_part(numbered_data):
-    stages = (tg.Stage(1.0, batch_tokens=18432, windows=(16, 48), max_doc_len=512, lr_mul=1.0),)
+    stages = (tg.Stage(1.0, batch_tokens=20480, windows=(16, 48), max_doc_len=512, lr_mul=1.0),)
     cfg = numbered_config(numbered_data, stages=stages, num_steps=4, epochs=9)
     parts = tg.parts_of_run(cfg, tg.Schedule(cfg))
     assert list(parts) == [0, 1, 2, 3]
@@ -273,7 +273,7 @@ def test_a_run_starts_its_table_from_counts(tiny_data, tmp_path):
 
 @pytest.mark.parametrize("by_row", [False, True])
 def test_with_each_part_the_table_starts_again_as_the_trained_head_asks(tiny_data, tmp_path, by_row):
-    changes = dict(ngram_start=4.0, epochs=5, num_steps=60, bigram_by_row=by_row, val_every=0)
+    changes = dict(ngram_start=4.0, epochs=5, num_steps=100, bigram_by_row=by_row, val_every=0)
     trainer = tiny_trainer(tiny_data, tmp_path, **changes)
     train_step, begun = trainer.train_step, []
 
