@@ -2007,7 +2007,7 @@ class Trainer:
         self.model = GPT(replace(cfg, join=self.joined), self.machine.dtype, kernels).to(self.env.device)
         if cfg.prefix_weight:
             self.model.prefixes = read_prefixes(cfg).to(self.env.device)
-        self.counts = Counts(cfg, self.schedule, self.env)
+        self.counts = Counts(cfg, self.schedule, self.loader.tokens, self.env)
         if cfg.spectral and not saved:  # training time
             self.clock.start()
             self.counts.start_model(self.model)
@@ -5421,16 +5421,15 @@ class Counts:
     part the table starts from counts of the rest. Rank 0 counts for all.
     """
 
-    def __init__(self, cfg: Config, schedule: Schedule, env: DistEnv):
-        self.cfg, self.env = cfg, env
+    def __init__(self, cfg: Config, schedule: Schedule, first_shard: np.ndarray, env: DistEnv):
+        self.cfg, self.first_shard, self.env = cfg, first_shard, env
         self.has_table = cfg.spectral > 0 and cfg.ngram_start > 0 and cfg.bigram_rows > 0
         self.parts = parts_of_run(cfg, schedule) if self.has_table else {}
         self.restarts = list(self.parts)[1:]  # steps before which the table starts again
 
     @cached_property
     def bigram_model(self) -> tuple[Tensor, Tensor]:
-        tokens = Loader(self.cfg).tokens[:COUNTED].astype(np.int64)  # of the first shard
-        return spectral_start(self.cfg, tokens, self.env.device)
+        return spectral_start(self.cfg, self.first_shard[:COUNTED].astype(np.int64), self.env.device)
 
     def start_model(self, model: GPT) -> None:
         """Before the first step."""
