@@ -19,6 +19,7 @@ Parts 1 to 6, read from top to bottom, are the whole system. The appendices are 
     C  Log, checkpoints  what a run says and leaves behind          Log, Progress, Checkpoints
     D  Machine, GPU      dtype, warm-up, graphs, choice of kernels  Gpu, choose_versions, CudaGraphs
     E  CPU               attention in bands, and what a CPU needs   Cpu, banded_attention
+    F  Counts            what a run starts from                     Counts, spectral_start
 
 Ideas are credited where they live: "seed 000" to "seed 004" are the reports that this project grew from, and
 numbers like 2505.16932 are arXiv ids. docs/model.md has the whole model in formulas.
@@ -246,7 +247,7 @@ class Config:
     gate_beta2: float = flag(0.99, "of gates", 0, 0.9999)
     # Data and evaluation
     data_dir: str = flag("data/fineweb10B", "folder of *_train_*.bin and *_val_*.bin")
-    epochs: int = flag(1, "times that the training shards may be read; a record reads them once", 1, 10**4)
+    epochs: int = flag(1, "times that the training shards may be read, at most", 1, 10**4)
     batch_mul: float = flag(1.0, "times every stage's tokens a step", 1e-6, 1e3)
     micro_batches: int = flag(8, "of a step; the ranks share them and compute the same", 1, 2**12)
     join: int = flag(0, "micro-batches in one pass, to the same losses; 0: as many as a GPU holds", 0, 2**12)
@@ -377,8 +378,8 @@ MEDIUM_2025 = replace(
     extra_inputs=1,
 )
 
-# Two CPU cores and the embedded corpus, minutes instead of GPUs: all that `short` has, in four thin layers,
-# and dense connections into the last one. Its losses compare only with its own.
+# Two CPU cores and the embedded corpus, a minute instead of GPUs: what makes `short` in four thin layers, and
+# dense connections into the last one. Its losses compare only with its own.
 CPU = replace(
     SHORT,
     preset="cpu",
@@ -1948,8 +1949,8 @@ class Schedule:
         return (*weights, *[0.0] * (most - len(weights)), *prefix)
 
     @property
-    def parts(self) -> list[tuple[int, int]]:
-        """(begin, end) of the parts of the run whose steps are of a kind."""
+    def spans(self) -> list[tuple[int, int]]:
+        """(begin, end) of each span of steps that are of a kind."""
         return list(pairwise(sorted({0, *self.ends, self.full_softmax_step})))
 
     @property
@@ -5095,7 +5096,7 @@ def run_dummy_steps(trainer: Trainer) -> dict[StepKind, list[tuple[Tensor, Tenso
     """A micro-batch of each kind of step -> the memory that each kind reads its sequences from."""
     cfg, schedule = trainer.cfg, trainer.schedule
     copy_to_device(torch.tensor([*schedule.predict(0), 0.0]), trainer.step_scalars)
-    kinds = {trainer.step_kind(begin) for begin, _ in schedule.parts}
+    kinds = {trainer.step_kind(begin) for begin, _ in schedule.spans}
     inputs = {}
     for kind in sorted(kinds, reverse=True):  # the largest first: the others find room in its memory
         length = kind[0]
@@ -5408,6 +5409,8 @@ def move_touched_rows_(
     for whole, part in zip(wholes, parts, strict=True):
         whole.index_copy_(0, rows, part)
 
+
+# ===== F. Counts: embedding, head and bigram table that start from how often tokens follow each other. =====
 
 COUNTED = 2**24  # tokens at most
 SPECTRAL_NEIGHBOURS = ((1, 1.0), (2, 0.7), (-1, 0.7))  # how far behind a token, how much that one counts

@@ -255,7 +255,7 @@ def run_seconds(cfg: tg.Config, gpu: str, count: int) -> tuple[float, float]:
     spec = GPUS[gpu]
     link = spec.link if count <= NODE else NODE_LINK
     hidden = exposed = 0.0
-    for begin, end in tg.Schedule(cfg).parts:
+    for begin, end in tg.Schedule(cfg).spans:
         planned = stage_work(cfg, count, begin, end)
         cost, model = planned.cost, sum(planned.flops.values())
         work = (model / REACHED + cost.flops) / spec.bf16 / 1e12 + cost.moved / spec.bandwidth / 1e12
@@ -288,7 +288,7 @@ def print_plan(cfg: tg.Config, count: int, gpu: str) -> None:
     for name, p in optimizer.params.items():
         group = name.rstrip("_0123456789") if optimizer.specs[name].sharded else "gates and scalars"
         sizes[group] += p.numel()
-    columns = [planned_stage(cfg, gpu, count, *part) for part in tg.Schedule(cfg).parts]
+    columns = [planned_stage(cfg, gpu, count, *part) for part in tg.Schedule(cfg).spans]
     rates = f"{spec.bf16} TFLOP/s in bf16, {spec.fp8} in FP8, {spec.memory} GB at {spec.bandwidth} TB/s"
     print(f"{cfg.preset} on {count} x {gpu}: {rates}, {spec.link} GB/s to others; by stage:")
     groups = ", ".join(f"{group} {size:,}" for group, size in sizes.items())

@@ -430,7 +430,11 @@ def flags() -> argparse.ArgumentParser:
         type=number_flag(1, 10**9, whole=True),
         help="of the baseline; hypotheses with other steps keep their proportion",
     )
-    parser.add_argument("--target", type=LOSS, help="loss to be reached (default: the track's; cpu has none)")
+    parser.add_argument(
+        "--target",
+        type=LOSS,
+        help="loss to be reached (default: the track's; none for cpu, whose ablations may be shorter)",
+    )
     parser.add_argument(
         "--launch",
         default=shlex.quote(sys.executable),

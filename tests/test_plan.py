@@ -363,7 +363,7 @@ def test_one_h100_takes_what_records_gpu_says():
     rows = json.loads((ROOT / "records/gpu/h100-80gb-hbm3/joined.json").read_text())["short"]["rows"]
     ms = [row["step_ms"] for row in rows if "step_ms" in row]
     assert len(ms) == len(tg.PRESETS["short"].stages), ms
-    parts = zip(ms, tg.Schedule(tg.PRESETS["short"]).parts, strict=True)
+    parts = zip(ms, tg.Schedule(tg.PRESETS["short"]).spans, strict=True)
     measured = sum((end - begin) * step / 1000 for step, (begin, end) in parts)
     hidden, _ = planning.run_seconds(tg.PRESETS["short"], "H100", 1)
     assert hidden == pytest.approx(measured, rel=0.05)

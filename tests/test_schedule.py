@@ -152,7 +152,7 @@ def test_the_softmax_is_sampled_up_to_its_share_of_the_schedule(count, last):
     sampled = [step for step in range(1547) if schedule.candidates(step)]
     assert sampled == list(range(last)) and {schedule.candidates(step) for step in sampled} <= {count}
     cuts = [502, 1005, 1507] + [last] * (last > 0)
-    assert schedule.parts == list(pairwise([0, *sorted(cuts), 1547]))
+    assert schedule.spans == list(pairwise([0, *sorted(cuts), 1547]))
 
 
 def test_untie_step_of_short_is_odd_and_at_two_thirds():
@@ -359,27 +359,44 @@ def test_tokens_needed(preset, changes, tokens):
 # docs/model.md
 
 
-def constants() -> list[tuple[str, str, str]]:
-    """(field, short's, medium's) of the table in docs/model.md."""
+DESCRIBED = ("short", "medium", "cpu")
+
+
+def constants() -> dict[str, tuple[str, ...]]:
+    """Field -> the values of DESCRIBED in the table in docs/model.md."""
     text = (ROOT / "docs" / "model.md").read_text().split("### Constants")[1].split("\n## ")[0]
-    return re.findall(r"^\| `(\w+)` \| (\S+) \| (\S+) \|$", text, re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \|(.+)\|$", text, re.MULTILINE)
+    return {field: tuple(value.strip() for value in values.split("|")) for field, values in rows}
 
 
 def test_the_description_s_constants_are_those_of_the_presets():
-    for field, short_value, medium_value in constants():
-        for name, text in (("short", short_value), ("medium", medium_value)):
+    for field, texts in constants().items():
+        for name, text in zip(DESCRIBED, texts, strict=True):
             value = getattr(tg.PRESETS[name], field)
-            assert value == (text if isinstance(value, str) else float(text)), (name, field)
+            read = {bool: {"yes": True, "no": False}.get, str: str}.get(type(value), float)
+            assert value == read(text), (name, field)
 
 
-def test_the_description_has_every_number_in_which_short_and_medium_differ():
-    short_preset, medium_preset = tg.PRESETS["short"], tg.PRESETS["medium"]
+def test_the_description_has_every_number_in_which_its_presets_differ():
+    presets = [tg.PRESETS[name] for name in DESCRIBED]
     layers = {"preset", "stages", "windows", "paired_heads", "value_embeds", "skips", "backout"}
-    elsewhere = {"extension_share", "untie_share", "fp8_head"}  # in words
-    differing = {
-        f.name for f in fields(tg.Config) if getattr(short_preset, f.name) != getattr(medium_preset, f.name)
-    }
-    assert differing - layers - elsewhere <= {field for field, _, _ in constants()}
+    elsewhere = {"extension_share", "untie_share", "fp8_head", "bos_id"}  # in words
+    machine = {"data_dir", "device", "save_every"}
+    differing = {f.name for f in fields(tg.Config) if len({getattr(p, f.name) for p in presets}) > 1}
+    assert differing - layers - elsewhere - machine <= set(constants())
+
+
+def test_the_description_s_table_of_cpu_is_its_schedule():
+    text = (ROOT / "docs" / "model.md").read_text().split("### `cpu`")[1].split("\n### ")[0]
+    rows = re.findall(r"^\| (\d+) \| ([\d,]+) \| (\d+), (\d+) \|$", text, re.MULTILINE)
+    cfg = tg.PRESETS["cpu"]
+    schedule = tg.Schedule(cfg)
+    assert [int(row[0]) for row in rows] == [begin for begin, _ in schedule.spans]
+    for step, tokens, short_window, long_window in rows:
+        assert schedule.stage(int(step)).batch_tokens == int(tokens.replace(",", ""))
+        assert schedule.windows(int(step)) == (int(short_window), int(long_window))
+    decay = next(step for step in range(cfg.num_steps) if schedule.lr_mul(step + 1) < schedule.lr_mul(step))
+    assert f"its line begins at step {decay}." in text and f"\n{cfg.num_steps} steps," in text
 
 
 # The command line
