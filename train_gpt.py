@@ -32,9 +32,10 @@ import signal
 if __name__ == "__main__":
     for number, exit_code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         signal.signal(number, lambda *_, code=exit_code: os._exit(code))
-    # Threads that wait for another sleep soon: spinning, they keep it from the core that it needs.
+    # Threads that wait for another sleep soon: spinning, they keep it from the core that it needs. Not at
+    # once: they wait some microseconds many hundred times a step, and to wake takes longer.
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "300")
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import argparse
 import base64
@@ -204,6 +205,9 @@ class Config:
     qkv_std: float = flag(0.5, "of q, k and v, over sqrt(model_dim)", 0, 100)
     o_std: float = flag(0.5, "of o, over sqrt(model_dim)", 0, 100)
     copy_start: bool = flag(False, "with key_offset: long layers start out reading what followed a token")
+    copy_values: float = flag(
+        0.0, "with --copy_start, --spectral: how loudly they say what they read", 0, 1e4
+    )
     resid_scale: float = flag(1.1, "of the stream, before every layer", -100, 100)
     # Schedule
     num_steps: int = flag(1547, "steps of the run", 1, 10**7)
@@ -411,8 +415,9 @@ CPU = replace(
     spectral=50.0,
     ngram_start=16.0,
     copy_start=True,
+    copy_values=40.0,
     untie_share=0.0,
-    num_steps=183,
+    num_steps=175,
     extension_share=0.0,
     final_lr=0.15,
     muon_lr=0.034,
@@ -455,6 +460,7 @@ CPU_ADAMW = replace(
     spectral=0.0,
     ngram_start=0.0,
     copy_start=False,
+    copy_values=0.0,
     matrix_std=0.64,
     qkv_std=0.64,
     o_std=0.64,
@@ -603,10 +609,13 @@ def check_steps(cfg: Config) -> None:
     need(whole, f"--join {cfg.join}: must divide --micro_batches {cfg.micro_batches}")
     whole = cfg.val_tokens % cfg.val_seq_len == 0
     need(whole, f"--val_tokens {cfg.val_tokens}: must be a multiple of --val_seq_len {cfg.val_seq_len}")
+    share = cfg.ema_rate * cfg.adam_every  # of what Adam moves, whose mean moves as rarely
+    need(share <= 1, f"--ema_rate {cfg.ema_rate}: times --adam_every {cfg.adam_every} must not be above 1")
     for stage in cfg.stages:
-        tokens = stage.batch_tokens
-        shared = tokens > 0 and tokens % cfg.micro_batches == 0
-        need(shared, f"--micro_batches {cfg.micro_batches}: must divide the {tokens} tokens of a step")
+        tokens, by = stage.batch_tokens, f" with --batch_mul {cfg.batch_mul}" if cfg.batch_mul != 1 else ""
+        need(tokens > 0, f"--batch_mul {cfg.batch_mul}: leaves no token of a step")
+        shared = tokens % cfg.micro_batches == 0
+        need(shared, f"--micro_batches {cfg.micro_batches}: must divide the {tokens} tokens of a step{by}")
 
 
 def flag_parser() -> argparse.ArgumentParser:
@@ -877,6 +886,21 @@ class GPT(nn.Module):
             if layer.window == "long":
                 q, k = self.qkvo[n, :2].unflatten(1, (self.cfg.num_heads, self.cfg.head_dim))
                 k[:, still:] = q[:, still:]
+
+    @torch.no_grad()
+    def start_saying(self, directions: Tensor) -> None:
+        """A long layer with a table of its own says which token it reads: that raises the token's logit.
+
+        So the layer that starts out copying completes what it copies. directions: of logits, (V, D). The
+        layer's v is its value embedding alone at first, and o passes it as it is.
+        """
+        tables = [layer.value_embed for layer in self.layers]
+        attending = [layer for layer in self.layers if layer.attends]
+        for n, layer in enumerate(attending):
+            if layer.window == "long" and layer.value_embed and tables.count(layer.value_embed) == 1:
+                getattr(self, f"value_embed_{layer.value_embed}").copy_(self.cfg.copy_values * directions)
+                self.qkvo[n, 2].zero_()
+                self.qkvo[n, 3].copy_(torch.eye(self.cfg.model_dim))
 
     def add_buffers(self) -> None:
         cfg = self.cfg
@@ -1319,7 +1343,7 @@ class Optimizer:
         return state
 
     def forget(self, name: str) -> None:
-        """A parameter has new values: what is remembered of it is as at the start, in the same memory."""
+        """A parameter has new values: its state is as at the start, in the same memory; steps count on."""
         for key, value in self.new_state(name).items():
             self.state[name][key].copy_(value)
 
@@ -2008,8 +2032,10 @@ class Trainer:
         self.model = GPT(replace(cfg, join=self.joined), self.machine.dtype, kernels).to(self.env.device)
         if cfg.prefix_weight:
             self.model.prefixes = read_prefixes(cfg).to(self.env.device)
-        self.counts = Counts(cfg, self.schedule, self.loader.tokens, self.env)
-        if cfg.spectral and not saved:  # training time
+        self.counts = Counts(cfg, self.schedule, self.loader.tokens, self.env, self.machine.dtype)
+        if saved:  # what counting took before is on the clock already
+            self.counts.prepare(since=saved["step"])
+        elif cfg.spectral:  # training time
             self.clock.start()
             self.counts.start_model(self.model)
             self.clock.stop()
@@ -2207,9 +2233,7 @@ class Trainer:
             if self.signals.name:  # it did; or all were told to stop, and others left first
                 error = Stopped(self.signals.name)
             elif LOST_CONNECTION.search(str(error)):
-                error = RunFailed(
-                    f"{one_line(str(error), 200)} (another process ended, or the network failed)"
-                )
+                error = lost_connection(error)
         milliseconds = 1e3 * self.clock.seconds()
         done = f"{self.steps_done} of {self.cfg.num_steps} steps done, train_time:{milliseconds:.0f}ms"
         if isinstance(error, Stopped):
@@ -2230,7 +2254,13 @@ class Trainer:
 
 def train(cfg: Config, overrides: dict) -> float:
     """One whole run; returns its final validation loss."""
-    trainer = Trainer(cfg, overrides)
+    try:
+        trainer = Trainer(cfg, overrides)
+    except RuntimeError as error:  # while processes start together
+        if not (dist.is_initialized() and LOST_CONNECTION.search(str(error))):
+            raise
+        time.sleep(2)  # torchrun must see first who died
+        raise lost_connection(error) from error
     try:
         trainer.signals.install(may_save=lambda: trainer.steps_done > trainer.began_at)
         trainer.log.begin()
@@ -3037,7 +3067,10 @@ def head_loss(
         targets = torch.cat([targets, shorter.clamp_min(0)], dim=1)
     with_grad = learn and torch.is_grad_enabled()
     head_chunk = head_chunk or plain_kernels().head_chunk
-    return HeadLoss.apply(x, head, targets, weights, cap, head_chunk, with_grad, candidates)
+    size = HEAD_CHUNK[x.device.type]
+    if candidates:  # a draw follows from its chunk: none goes over a joint
+        size = [min(size, length - begin) for begin in range(0, length, size)] * joined
+    return HeadLoss.apply(x, head, targets, weights, cap, head_chunk, with_grad, candidates, size)
 
 
 def sample_vocab(targets: Tensor, vocab_rows: int, count: int) -> tuple[Tensor, Tensor]:
@@ -3045,7 +3078,7 @@ def sample_vocab(targets: Tensor, vocab_rows: int, count: int) -> tuple[Tensor, 
 
     The targets, and others drawn evenly, which stand for all that are left out: the log of how many each
     stands for is added, so that the softmax's denominator has the right mean (1412.2007). The draw follows
-    from the targets alone: a run that is resumed, or has other ranks, draws the same.
+    from the targets alone: a run that is resumed, joins micro-batches or has other ranks draws the same.
     """
     token = torch.arange(vocab_rows, device=targets.device)
     is_target = torch.zeros_like(token).index_fill_(0, targets.flatten(), 1)
@@ -3088,8 +3121,8 @@ class HeadLoss(torch.autograd.Function):
     """The gradient is made with the loss, while a chunk's logits are at hand; backward only scales it."""
 
     @staticmethod
-    def forward(ctx, x, head, targets, weights, cap, head_chunk, with_grad, candidates):
-        size = HEAD_CHUNK[x.device.type]
+    def forward(ctx, x, head, targets, weights, cap, head_chunk, with_grad, candidates, size):
+        """size: tokens of a chunk, or of each."""
         loss, dx, d_head = 0.0, [], None
         if candidates and with_grad:
             d_head = torch.zeros_like(head, dtype=torch.float32)
@@ -3114,7 +3147,7 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dx, d_head = ctx.saved_tensors
-        return (grad * dx).to(dx.dtype), (grad * d_head).to(d_head.dtype), *[None] * 6
+        return (grad * dx).to(dx.dtype), (grad * d_head).to(d_head.dtype), *[None] * 7
 
 
 def places(tokens: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -3678,6 +3711,11 @@ def read_environment(name: str, default: int) -> int:
 LOST_CONNECTION = re.compile(r"[Cc]onnection|[Tt]imed out|[Tt]imeout|Broken pipe|NCCL|Gloo|gloo")
 
 
+def lost_connection(error: RuntimeError) -> "RunFailed":
+    reason = "another process ended, the network failed, or --rank_timeout is too short"
+    return RunFailed(f"{one_line(str(error), 200)} ({reason})")
+
+
 @dataclass
 class DistEnv:
     """Collectives start at once and give a function that waits; with one process they do nothing."""
@@ -4066,7 +4104,8 @@ class Log:
 
     def write(self, line: str, echo: bool = True) -> None:
         """Once the run has begun, to disk."""
-        self.waiting.append(line)
+        if self.writes:
+            self.waiting.append(line)
         if self.file is not None:
             self.begin()
         if echo and self.writes:
@@ -4435,7 +4474,9 @@ def check_checkpoint(content: dict, cfg: Config) -> None:
 def check_same_config(content: dict, cfg: Config) -> None:
     path = content["file"]
     try:
-        then = dict(json.loads(content["config"]))
+        then = json.loads(content["config"])
+        if not isinstance(then, dict):
+            raise TypeError
     except (ValueError, TypeError, RecursionError):
         raise UserError(f"{path}: holds no config of the right kind; remove it to go on without") from None
     now, differing = settings(cfg), []
@@ -4563,7 +4604,8 @@ def least_memory(cfg: Config, dtype: torch.dtype, world_size: int) -> dict[str, 
     for spec in parameter_table(cfg):
         values, size = math.prod(spec.full_shape), 4 if spec.fp32 else dtype.itemsize
         by_row = spec.name == "bigram_embed" and cfg.bigram_by_row
-        needed["parameters and gradients"] += values * size * (1 if by_row else 2)
+        sparse = by_row and cfg.device == "cpu" and world_size == 1  # see Cpu.choose_kernels
+        needed["parameters and gradients"] += values * size * (1 if sparse else 2)
         moments = values * 4 * (0 if by_row else 2)
         needed["the optimizer"] += moments // (world_size if spec.sharded else 1)
     of_a_layer = 8 * cfg.model_dim * dtype.itemsize  # a token's x, q, k, v, and the MLP's hidden values
@@ -4663,7 +4705,7 @@ class Gpu:
     def __init__(self, cfg: Config):
         local_rank, gpus = read_environment("LOCAL_RANK", 0), torch.cuda.device_count()
         advice = "use --preset cpu, or --device cpu"
-        need(gpus > 0, f"--preset {cfg.preset}: wants a CUDA GPU and there is none; {advice}")
+        need(gpus > 0, f"--preset {cfg.preset}, --device cuda: there is no CUDA GPU; {advice}")
         own = local_rank < gpus
         advice = "start as many processes as GPUs"
         need(own, f"process {local_rank} has no GPU of its own, there are {gpus}; {advice}")
@@ -5168,7 +5210,7 @@ class Cpu:
         return f"{name}, {os.cpu_count()} cores"
 
     def total_memory(self) -> int:
-        """Bytes of the machine, or of its container; processes share them."""
+        """This process's share of the machine's bytes, or of its container's."""
         if "SC_PHYS_PAGES" not in os.sysconf_names:
             return sys.maxsize
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -5176,7 +5218,8 @@ class Cpu:
         total = total if limit == resource.RLIM_INFINITY else min(total, limit)
         with contextlib.suppress(OSError, ValueError):  # "max": no limit
             total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-        return total
+        processes = (read_environment(name, 1) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+        return total // max(1, min(processes))
 
     def synchronize(self) -> None:
         pass
@@ -5420,37 +5463,56 @@ class Counts:
     """What a model takes from counts: embedding and head (--spectral), and its bigram table (--ngram_start).
 
     A row that has seen a text knows by heart what follows there, and a model that reads it again with such
-    rows learns to trust them. So no part of a run reads more than READ_AT_ONCE of the text, and with each
-    part the table starts from counts of the rest. Rank 0 counts for all.
+    rows learns to trust them. So no part of a run reads more than READ_AT_ONCE of the text, give or take a
+    step, and with each part the table starts from counts of the rest. Rank 0 counts for all.
     """
 
-    def __init__(self, cfg: Config, schedule: Schedule, first_shard: np.ndarray, env: DistEnv):
-        self.cfg, self.first_shard, self.env = cfg, first_shard, env
+    def __init__(
+        self, cfg: Config, schedule: Schedule, first_shard: np.ndarray, env: DistEnv, dtype: torch.dtype
+    ):
+        self.cfg, self.first_shard, self.env, self.dtype = cfg, first_shard, env, dtype
         self.has_table = cfg.spectral > 0 and cfg.ngram_start > 0 and cfg.bigram_rows > 0
         self.parts = parts_of_run(cfg, schedule) if self.has_table else {}
         self.restarts = list(self.parts)[1:]  # steps before which the table starts again
 
     @cached_property
     def bigram_model(self) -> tuple[Tensor, Tensor]:
-        return spectral_start(self.cfg, self.first_shard[:COUNTED].astype(np.int64), self.env.device)
+        need(len(self.first_shard) > 1, "--spectral: the first training shard has no two tokens to count")
+        tokens = self.first_shard[:COUNTED].astype(np.int64)
+        return spectral_start(self.cfg, tokens, self.env.device, self.dtype)
+
+    def prepare(self, since: int) -> None:
+        """What a run that goes on with a step has counted before, if it restarts the table again."""
+        if self.env.rank == 0 and any(step >= since for step in self.restarts):
+            _ = self.bigram_model
 
     def start_model(self, model: GPT) -> None:
         """Before the first step."""
+        if self.has_table:
+            self.start_table(model, 0)
         embed, head = self.bigram_model if self.env.rank == 0 else (None, None)
         self.share(model.embed, embed)
         self.share(model.lm_head, head)
-        if self.has_table:
-            self.start_table(model, 0)
+        if self.cfg.copy_start and self.cfg.key_offset and self.cfg.copy_values:
+            directions = torch.zeros(model.embed.shape, device=self.env.device)
+            if self.env.rank == 0:
+                directions = logit_directions(head, self.first_shard[:COUNTED])
+            model.start_saying(self.env.all_reduce(directions)())
 
     def start_table(self, model: GPT, step: int) -> int:
         """Before the first step of a part -> how many tokens were counted (on rank 0)."""
-        table, tokens = None, ()
+        table, tokens = model.bigram_embed.data.zero_(), ()
         if self.env.rank == 0:
             tokens = tokens_outside(self.cfg, *self.parts[step])
-            signs = model.bigram_sign.float() if self.cfg.bigram_signs else None
-            head = model.lm_head.detach().float() if step > 0 else None
-            table = ngram_start(self.cfg, *self.bigram_model, signs, tokens, head)
-        self.share(model.bigram_embed, table)
+            with ThreadPoolExecutor(1) as worker:  # sorts beside the products of the bigram model
+                counting = worker.submit(all_ngrams, self.cfg, tokens)
+                head = model.lm_head.detach().float() if step > 0 else self.bigram_model[1]
+                directions = logit_directions(head, tokens)
+                ngrams = counting.result()
+            signs = model.bigram_sign if self.cfg.bigram_signs else None
+            add_ngram_start_(table, self.cfg, self.bigram_model, directions, signs, ngrams)
+        if self.env.world_size > 1:
+            self.share(model.bigram_embed, table)
         return len(tokens)
 
     def share(self, p: nn.Parameter, value: Tensor | None) -> None:
@@ -5465,10 +5527,10 @@ READ_AT_ONCE = 0.95  # at most, of the text, by a part of a run
 def parts_of_run(cfg: Config, schedule: Schedule) -> dict[int, tuple[int, int]]:
     """First step of each part: where its text begins and ends, in tokens, with all epochs one text.
 
-    A step that reads more than a part may is a part of its own.
+    A part begins where no gradient waits for Adam. A step that reads more than a part may is one of its own.
     """
     walker = Loader(cfg)
-    sizes = {path: len(read_shard(path, cfg.vocab_size, cfg.bos_id)) for path in set(walker.files)}
+    sizes = {path: shard_tokens(path) for path in set(walker.files)}
     file_begins = np.cumsum([0, *(sizes[path] for path in walker.files)])
     begins = []  # of each step, and the end of the last
     for step in range(cfg.num_steps + 1):
@@ -5482,14 +5544,15 @@ def parts_of_run(cfg: Config, schedule: Schedule) -> dict[int, tuple[int, int]]:
     span, text = begins[-1] - begins[0], sum(sizes.values())
     count = math.ceil(span / (READ_AT_ONCE * text))
     marks = [begins[0] + span * part / count for part in range(count)]
-    firsts = np.unique([np.abs(np.subtract(begins[:-1], mark)).argmin() for mark in marks])  # nearest steps
+    firsts = np.array([np.abs(np.subtract(begins[:-1], mark)).argmin() for mark in marks])  # nearest steps
+    firsts = np.unique(firsts - firsts % cfg.adam_every)  # where no gradient of the table waits for others
     return {int(a): (begins[a], begins[b]) for a, b in pairwise([*firsts, cfg.num_steps])}
 
 
 def tokens_outside(cfg: Config, begin: int, end: int) -> np.ndarray:
     """begin, end: see parts_of_run -> the COUNTED tokens of the text that come next, or fewer (n,), int64."""
-    shards = [read_shard(path, cfg.vocab_size, cfg.bos_id) for path in find_shards(cfg, "train")]
-    text = sum(map(len, shards))
+    sizes = {path: shard_tokens(path) for path in find_shards(cfg, "train")}
+    text = sum(sizes.values())
     places = [(end % text, begin % text)]
     if end - begin >= text:
         places = []
@@ -5498,15 +5561,25 @@ def tokens_outside(cfg: Config, begin: int, end: int) -> np.ndarray:
     found = [np.empty(0, dtype=np.int64)]
     for first, last in places:
         shard_begin = 0
-        for shard in shards:
-            piece = shard[max(first - shard_begin, 0) : max(last - shard_begin, 0)]
-            found.append(piece[: COUNTED - sum(map(len, found))].astype(np.int64))
-            shard_begin += len(shard)
+        for path, size in sizes.items():
+            inside = slice(max(first - shard_begin, 0), min(last - shard_begin, size))
+            missing = COUNTED - sum(map(len, found))
+            if inside.start < inside.stop and missing > 0:  # no other shard is read
+                shard = read_shard(path, cfg.vocab_size, cfg.bos_id)
+                found.append(shard[inside][:missing].astype(np.int64))
+            shard_begin += size
     return np.concatenate(found)
 
 
-def spectral_start(cfg: Config, tokens: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-    """tokens (N,) -> embed (V, D) and lm_head (D, V), together a bigram model.
+def shard_tokens(path: Path) -> int:
+    """How many it holds, by its size: read_shard checks that its header says the same."""
+    return max(0, path.stat().st_size - HEADER_BYTES) // 2
+
+
+def spectral_start(
+    cfg: Config, tokens: np.ndarray, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """tokens (N,) -> embed (V, D) and lm_head (D, V), together a bigram model; dtype: of the large products.
 
     The embedding holds singular vectors of a matrix of smoothed pointwise mutual information (Levy and
     Goldberg 2014), which is sparse, as a row's constant is nothing to a softmax; the head is the least
@@ -5515,14 +5588,16 @@ def spectral_start(cfg: Config, tokens: np.ndarray, device: torch.device) -> tup
     V = cfg.vocab_rows
     share = token_shares(tokens, V, device)[:, None]
     root = share.sqrt()
+    pairs = {gap: count_pairs(tokens, gap, V) for gap in {abs(gap) for gap, _ in SPECTRAL_NEIGHBOURS}}
     blocks = []
     for gap, weight in SPECTRAL_NEIGHBOURS:
-        blocks.append(neighbour_information(cfg, tokens, gap, weight, share, root))
+        blocks.append(neighbour_information(cfg, pairs[abs(gap)], gap, weight, share, root))
     nearby = torch.cat(blocks, dim=1)
+    nearby = nearby if nearby.is_sparse else nearby.to(dtype)
     basis = torch.randn(V, cfg.model_dim - 1, generator=torch.Generator().manual_seed(0)).to(device)
     for _ in range(2):  # 0909.4061
-        basis = torch.linalg.qr(nearby @ (nearby.T @ basis)).Q
-    rest = nearby.T @ basis
+        basis = torch.linalg.qr((nearby @ (nearby.T @ basis.to(nearby.dtype))).float()).Q
+    rest = (nearby.T @ basis.to(nearby.dtype)).float()
     squares, turn = torch.linalg.eigh(rest.T @ rest)
     x = basis @ turn * squares.clamp_min(0).sqrt() / root
     x = norm(F.pad(x, (0, 1), value=3 * float(x.square().mean().sqrt())))  # last: how common a token is
@@ -5538,17 +5613,21 @@ def token_shares(tokens: np.ndarray, vocab_rows: int, device: torch.device) -> T
     return counts / counts.sum()
 
 
+def count_pairs(tokens: np.ndarray, gap: int, vocab_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """-> tokens and others `gap` behind them (2, n), and how often they occur (n,)."""
+    codes, counts = np.unique(tokens[:-gap] * vocab_rows + tokens[gap:], return_counts=True)
+    return np.stack(divmod(codes, vocab_rows)), counts
+
+
 def neighbour_information(
-    cfg: Config, tokens: np.ndarray, gap: int, weight: float, share: Tensor, root: Tensor
+    cfg: Config, pairs: tuple[np.ndarray, np.ndarray], gap: int, weight: float, share: Tensor, root: Tensor
 ) -> Tensor:
-    """(V, V): how much more often than by chance a token has another `gap` behind it."""
+    """(V, V): how much more often than by chance a token has another `gap` behind it; pairs: of abs(gap)."""
     V, device = cfg.vocab_rows, share.device
-    pairs, counts = np.unique(tokens[: -abs(gap)] * V + tokens[abs(gap) :], return_counts=True)
-    first, second = divmod(pairs, V)
-    rows = (first, second) if gap > 0 else (second, first)
-    place = torch.from_numpy(np.stack(rows)).to(device)
+    place, counts = (torch.from_numpy(array).to(device) for array in pairs)
+    place = place if gap > 0 else place.flip(0)
     expected = cfg.spectral * share[place[1], 0]
-    lift = torch.log1p(torch.from_numpy(counts).float().to(device) / expected)
+    lift = torch.log1p(counts.float() / expected)
     values = weight * lift * root[place, 0].prod(0)
     block = torch.sparse_coo_tensor(place, values, (V, V), check_invariants=False)
     return block.to_dense() if V <= 2**13 else block.coalesce()  # dense: several times as fast
@@ -5557,29 +5636,27 @@ def neighbour_information(
 NGRAM_SMOOTHING = 5.0  # how many tokens what is known of a shorter context weighs
 
 
-def ngram_start(
+def add_ngram_start_(
+    table: Tensor,
     cfg: Config,
-    embed: Tensor,
-    head: Tensor,
+    bigram_model: tuple[Tensor, Tensor],
+    directions: Tensor,
     signs: Tensor | None,
-    tokens: np.ndarray,
-    trained_head: Tensor | None = None,
-) -> Tensor:
-    """tokens (N,) int64, which the model must not train on with it -> bigram_embed (rows, D), float32.
+    ngrams: "list[NgramCounts]",
+) -> None:
+    """Adds to the bigram table (rows, D) what all_ngrams counted, of text that it is not trained on next.
 
-    embed (V, D) and head (D, V) are those of spectral_start, a bigram model; signs: the model's, if any. The
-    rows of pairs and triples that occur at least twice say what follows them more often than that model
-    knows: of each token that does the direction that raises its logit, as far as it should rise, weighed by
-    its probability. Directions are those of the trained head, if the model has one.
+    bigram_model: embed (V, D) and head (D, V) of spectral_start; directions: of logits, (V, D); signs: the
+    model's, if any. The rows of pairs and triples that occur at least twice say what follows them more often
+    than the bigram model knows: of each token that does its direction, as far as its logit should rise,
+    weighed by its probability.
     """
-    V, device = cfg.vocab_rows, embed.device
-    table = torch.zeros(cfg.bigram_rows * V, cfg.model_dim, device=device)
-    directions = logit_directions(head if trained_head is None else trained_head, tokens)
-    codes, _ = count_ngrams(cfg, tokens, 1)
-    p = bigram_probabilities(embed, head, codes)
-    for length in range(2, min(cfg.ngrams, int(63 / math.log2(V)) - 1) + 1):  # codes have 63 bits
+    V, device = cfg.vocab_rows, table.device
+    codes, _ = ngrams[0]
+    p = bigram_probabilities(*bigram_model, codes)
+    for length in range(2, len(ngrams) + 1):
         shorter_codes, shorter_p = codes, p
-        codes, counts = count_ngrams(cfg, tokens, length)
+        codes, counts = ngrams[length - 1]
         contexts, follows = np.divmod(codes, V)
         begins = np.flatnonzero(np.diff(contexts, prepend=-1))
         sizes, totals = np.diff(begins, append=len(codes)), np.add.reduceat(counts, begins)
@@ -5587,19 +5664,33 @@ def ngram_start(
         p = (counts + NGRAM_SMOOTHING * shorter) / np.repeat(totals + NGRAM_SMOOTHING, sizes)
         twice = totals >= 2
         kept = np.repeat(twice, sizes)
-        weights = torch.from_numpy((p * np.log(p / shorter))[kept]).float().to(device)
+        weights = torch.from_numpy((cfg.ngram_start * p * np.log(p / shorter))[kept]).float().to(device)
         bags = torch.from_numpy(np.cumsum(sizes[twice]) - sizes[twice]).to(device)
         follows = torch.from_numpy(follows[kept]).to(device)
         values = F.embedding_bag(follows, directions, bags, mode="sum", per_sample_weights=weights)
         rows, keys = context_rows(cfg, contexts[begins[twice]], length)
         if signs is not None:
             values *= signs[keys.to(device).remainder(cfg.bigram_signs)]
-        table.index_add_(0, rows.to(device), values)
-    return table.mul_(cfg.ngram_start)
+        table.index_add_(0, rows.to(device), values.to(table.dtype))
 
 
-def count_ngrams(cfg: Config, tokens: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """-> codes (n,), ascending, of `length` tokens and the one that follows, and how often they occur (n,).
+NgramCounts = tuple[np.ndarray, np.ndarray]  # codes, which ascend, and how often they occur, (n,) each
+
+
+def all_ngrams(cfg: Config, tokens: np.ndarray) -> list[NgramCounts]:
+    """tokens (N,) int64 -> count_ngrams of contexts of one token, of two, .., up to --ngrams."""
+    longest = min(cfg.ngrams, int(63 / math.log2(cfg.vocab_rows)) - 1)  # codes have 63 bits
+    *shorter, (codes, counts) = [count_ngrams(cfg, tokens, length) for length in range(1, longest + 1)]
+    begins = np.flatnonzero(np.diff(codes // cfg.vocab_rows, prepend=-1))
+    if shorter and len(codes):  # of the longest those that occur once are of no use
+        twice = np.add.reduceat(counts, begins) >= 2
+        kept = np.repeat(twice, np.diff(begins, append=len(codes)))
+        codes, counts = codes[kept], counts[kept]
+    return [*shorter, (codes, counts)]
+
+
+def count_ngrams(cfg: Config, tokens: np.ndarray, length: int) -> NgramCounts:
+    """Of contexts of `length` tokens with the one that follows.
 
     A code has the token that follows last, the context's latest token first. None goes over a document's end.
     """

@@ -192,7 +192,7 @@ def draw_history(records: list[tuple[Group, Group | None]], track: str, target: 
         axes.scatter([n] * one.times.n, one.times.values, s=18)
         first = cards.index(cards[n])
         words = f"{one.times.mean:.1f} s" + (f"\n{cards[n]}" if cards[n] and first == n else "")
-        words += f"\n{in_all[n]:.1f} times\nas fast" if first < n else ""
+        words += f"\n{in_all[n]:.1f} x" if first < n else ""
         axes.annotate(words, (n, one.times.mean), (8, 8), textcoords="offset points")
     time_axis(axes.yaxis)
     labels = [one.name.replace("_", "\n", 1) for one, _ in records]
@@ -200,7 +200,7 @@ def draw_history(records: list[tuple[Group, Group | None]], track: str, target: 
         labels = ["\n\n" * (n % 2) + label for n, label in enumerate(labels)]
     axes.set_xticks(range(len(records)), labels, fontsize="small")
     axes.margins(x=max(1 / len(records), 0.13), y=0.15)  # room for the last one's words
-    axes.set_ylabel("training time of a run, seconds (logarithmic)")
+    axes.set_ylabel("training time of a run, seconds (logarithmic); x: against the first")
     axes.set_title(f"How long does a run of the {track} track take to a validation loss of {target:g}?")
     axes.grid(alpha=0.3)
     save(figure, out)

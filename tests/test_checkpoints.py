@@ -695,6 +695,7 @@ CHANGES = {
     "a config that is no JSON": setting(config="{"),
     "a config nested too deep": setting(config="[" * 100_000),
     "a config that is a list": setting(config="[1, 2]"),
+    "a config that is a list of pairs": setting(config='[["preset", "cpu"]]'),
     "no weights": without("model"),
     "no average": without("average"),
     "a step that is a word": setting(step="six"),
@@ -1029,6 +1030,23 @@ def test_what_ended_a_run_is_told_apart(error, heard, line, tiny_data, tmp_path,
     assert events_of(tmp_path)[-1].startswith(line)
     assert bool(waited) == isinstance(error, RuntimeError)  # a lost connection: torchrun names the dead
     assert not stopped or str(raised.value) == heard  # its exit code depends on it
+
+
+@pytest.mark.parametrize("words, lost", [("Timed out waiting 1000ms for recv", True), ("shape [2]", False)])
+def test_who_is_lost_while_processes_start_is_no_bug(words, lost, monkeypatch):
+    """One counts, the others wait for it: longer than --rank_timeout, or for ever."""
+
+    def trainer(cfg, overrides):
+        raise RuntimeError(words)
+
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(tg, "Trainer", trainer)
+    with pytest.raises((RuntimeError, tg.RunFailed), match=words.split("[")[0]) as raised:
+        tg.train(tiny(), {})
+    assert isinstance(raised.value, tg.RunFailed) == lost == bool(waited)
+    assert not lost or "--rank_timeout is too short" in str(raised.value)
 
 
 # ---- losses that go wrong

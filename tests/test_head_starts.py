@@ -141,13 +141,21 @@ def slow_table(cfg, embed, head, signs, tokens) -> torch.Tensor:
     return table * cfg.ngram_start
 
 
+def ngram_table(cfg, embed, head, signs, tokens, trained_head=None) -> torch.Tensor:
+    """The table that starts from counts of these tokens, (rows, D)."""
+    table = torch.zeros(cfg.bigram_rows * cfg.vocab_rows, cfg.model_dim)
+    directions = tg.logit_directions(head if trained_head is None else trained_head, tokens)
+    tg.add_ngram_start_(table, cfg, (embed, head), directions, signs, tg.all_ngrams(cfg, tokens))
+    return table
+
+
 @pytest.mark.parametrize("signs", [64, 0])
 def test_rows_are_what_a_dictionary_of_contexts_gives(signs):
     cfg = ngram_config(bigram_signs=signs)
     tokens = of_two_tokens(6_000, seed=1)
     start = tg.spectral_start(cfg, tokens, CPU)
     sign = tg.GPT(cfg).bigram_sign if signs else None
-    table = tg.ngram_start(cfg, *start, sign, tokens)
+    table = ngram_table(cfg, *start, sign, tokens)
     expected = slow_table(cfg, *start, sign, tokens)
     assert (expected != 0).any(1).sum() > 300
     torch.testing.assert_close(table.double(), expected, rtol=1e-3, atol=1e-3)
@@ -164,10 +172,8 @@ def test_a_model_knows_what_follows_two_tokens_before_its_first_step():
     model.lm_head.data.copy_(head)
     for name, table in dict(
         zeros=torch.zeros_like(model.bigram_embed),
-        counts=tg.ngram_start(cfg, embed, head, model.bigram_sign, seen),
-        others=tg.ngram_start(
-            cfg, embed, head, model.bigram_sign, np.random.default_rng(0).permutation(seen)
-        ),
+        counts=ngram_table(cfg, embed, head, model.bigram_sign, seen),
+        others=ngram_table(cfg, embed, head, model.bigram_sign, np.random.default_rng(0).permutation(seen)),
     ).items():
         model.bigram_embed.data.copy_(table)
         with torch.no_grad():
@@ -181,7 +187,7 @@ def test_a_text_too_short_for_contexts_leaves_rows_at_zero(count):
     cfg = ngram_config()
     tokens = np.arange(100, 100 + count) % 127
     start = tg.spectral_start(cfg, of_two_tokens(2_000, seed=4), CPU)
-    assert tg.ngram_start(cfg, *start, None, tokens).count_nonzero() == 0
+    assert ngram_table(cfg, *start, None, tokens).count_nonzero() == 0
 
 
 # ---- parts of a run, and the text that each counts
@@ -251,10 +257,41 @@ def test_what_lies_outside_of_a_part_is_counted_from_its_end_on(numbered_data, m
 
 def test_a_step_that_reads_more_than_a_part_may_is_a_part(numbered_data):
     stages = (tg.Stage(1.0, batch_tokens=20480, windows=(16, 48), max_doc_len=512, lr_mul=1.0),)
-    cfg = numbered_config(numbered_data, stages=stages, num_steps=4, epochs=9)
+    cfg = numbered_config(numbered_data, stages=stages, num_steps=4, epochs=9, adam_every=1)
     parts = tg.parts_of_run(cfg, tg.Schedule(cfg))
     assert list(parts) == [0, 1, 2, 3]
     assert [len(tg.tokens_outside(cfg, *part)) > 0 for part in parts.values()] == [True] * 4
+
+
+def test_shards_that_counting_does_not_need_are_not_read(numbered_data, monkeypatch):
+    """Thousands of shards may lie there, and one that is damaged matters to who reads it."""
+    cfg = numbered_config(numbered_data)
+    first, last = tg.find_shards(cfg, "train")
+    read, read_shard = [], tg.read_shard
+    monkeypatch.setattr(tg, "read_shard", lambda path, *rest: read.append(path) or read_shard(path, *rest))
+    size = tg.shard_tokens(first)
+    assert size == len(read_shard(first, 256, 255))
+    assert len(tg.tokens_outside(cfg, 100, size + 100)) and set(read) == {first, last}
+    read.clear()
+    assert len(tg.tokens_outside(cfg, size, size + tg.shard_tokens(last))) == size and read == [first]
+    monkeypatch.setattr(tg, "COUNTED", 50)
+    read.clear()
+    assert len(tg.tokens_outside(cfg, 10, 60)) == 50 and read == [first]
+
+
+def test_the_table_starts_again_where_no_gradient_of_the_old_one_waits(numbered_data):
+    for every in (1, 2, 3):
+        cfg = numbered_config(numbered_data, epochs=9, num_steps=100, adam_every=every)
+        parts = tg.parts_of_run(cfg, tg.Schedule(cfg))
+        assert len(parts) > 2 and not any(step % every for step in parts)
+
+
+def test_what_a_resumed_run_counted_before_is_not_on_its_clock(tiny_data, tmp_path):
+    counts = tiny_trainer(tiny_data, tmp_path, ngram_start=4.0, epochs=5, num_steps=100).counts
+    for since, counted in ((max(counts.restarts) + 1, False), (max(counts.restarts), True)):
+        again = tg.Counts(counts.cfg, tg.Schedule(counts.cfg), counts.first_shard, counts.env, counts.dtype)
+        again.prepare(since)
+        assert ("bigram_model" in vars(again)) == counted
 
 
 def test_a_run_starts_its_table_from_counts(tiny_data, tmp_path):
@@ -262,7 +299,7 @@ def test_a_run_starts_its_table_from_counts(tiny_data, tmp_path):
     assert not trainer.counts.restarts
     unread = tg.tokens_outside(trainer.cfg, *trainer.counts.parts[0])
     start = [p.detach().float() for p in (trainer.model.embed, trainer.model.lm_head)]
-    expected = tg.ngram_start(trainer.cfg, *start, None, unread)
+    expected = ngram_table(trainer.cfg, *start, None, unread)
     assert expected.count_nonzero() > 100
     torch.testing.assert_close(trainer.model.bigram_embed.detach(), expected, rtol=1e-4, atol=1e-4)
     for switch in (dict(ngram_start=0.0), dict(spectral=0.0, ngram_start=4.0)):
@@ -291,9 +328,9 @@ def test_with_each_part_the_table_starts_again_as_the_trained_head_asks(tiny_dat
     assert [step for step, *_ in begun] == trainer.counts.restarts and len(begun) >= 2
     for step, head, table in begun:
         unread = tg.tokens_outside(trainer.cfg, *trainer.counts.parts[step])
-        expected = tg.ngram_start(trainer.cfg, *trainer.counts.bigram_model, None, unread, head)
+        expected = ngram_table(trainer.cfg, *trainer.counts.bigram_model, None, unread, head)
         torch.testing.assert_close(table, expected)
-        first_head = tg.ngram_start(trainer.cfg, *trainer.counts.bigram_model, None, unread)
+        first_head = ngram_table(trainer.cfg, *trainer.counts.bigram_model, None, unread)
         assert (table - first_head).norm() > 0.01 * table.norm(), "the head had not moved"
     log = next(tmp_path.glob("*.txt")).read_text(encoding="utf-8")
     for step in trainer.counts.restarts:
@@ -416,3 +453,44 @@ def test_so_a_token_attends_to_what_followed_the_same_token():
         scores = torch.cat(found)[:, -1]  # (heads, keys) of the last token, which is 20
         weights[copy_start] = float(scores.softmax(1)[:, 12].mean())  # the place of 21
     assert weights[True] > 2 * weights[False] and weights[True] > 0.1, weights
+
+
+def test_and_says_it_where_a_table_is_its_own():
+    """What followed the last token before is likelier than without; layers that share a table stay."""
+    layers = dict(windows="sll", paired_heads="...", value_embeds="010", skips="...", backout="...")
+    cfg = tiny(copy_start=True, softmax_scale=0.5, copy_values=30.0, **layers)
+    rng = torch.Generator().manual_seed(0)
+    tokens = torch.cat((torch.tensor([255]), torch.arange(10, 40), torch.tensor([20])))
+    silent, model = tg.GPT(cfg), tg.GPT(cfg)
+    for each in (silent, model):
+        each.lm_head.data.copy_(torch.randn(each.lm_head.shape, generator=rng.manual_seed(1)))
+    directions = tg.logit_directions(model.lm_head.detach(), np.arange(256).repeat(3))
+    model.start_saying(directions)
+    for name, p in model.named_parameters():
+        changed = {"value_embed_1", "qkvo"}
+        assert torch.equal(p, getattr(silent, name)) == (name not in changed), name
+    assert torch.equal(model.qkvo[[0, 2]], silent.qkvo[[0, 2]])
+    torch.testing.assert_close(model.value_embed_1.detach(), 30 * directions)
+    with torch.no_grad():
+        logits = [each.hidden(tokens, (64, 64))[-1] @ each.lm_head for each in (silent, model)]
+    gain = logits[1].log_softmax(0) - logits[0].log_softmax(0)
+    assert gain[21] > 0.1 and gain[21] == gain.max(), (gain[21], gain.max())
+
+
+SWITCHES = {
+    "as it is": {},
+    "no copying": {"copy_start": False},
+    "no key offset": {"key_offset": False},
+    "silent": {"copy_values": 0.0},
+    "no directions": {"spectral": 0.0},
+}
+
+
+@pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES)
+def test_a_run_starts_saying_what_it_copies_if_it_copies(switch, tiny_data, tmp_path):
+    layers = dict(windows="sl", paired_heads="..", value_embeds=".0", skips="..", backout="..")
+    trainer = tiny_trainer(tiny_data, tmp_path, **layers | dict(copy_start=True, copy_values=5.0) | switch)
+    head, table = trainer.model.lm_head.detach(), trainer.model.value_embed_0.detach()
+    directions = tg.logit_directions(head, trainer.loader.tokens)
+    assert torch.allclose(table, 5 * directions, rtol=1e-3, atol=1e-5) == (not switch)
+    assert (trainer.model.qkvo[1, 2].count_nonzero() == 0) == (not switch)

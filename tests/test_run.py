@@ -206,6 +206,22 @@ def test_the_loss_on_joined_sequences_is_the_mean_of_theirs():
     assert float(joined) == pytest.approx(float(sum(single)) / 3, rel=1e-6)
 
 
+@pytest.mark.parametrize("length", [1024, 1536, 100])
+def test_joined_sequences_are_sampled_as_single_ones_are(length):
+    """A draw follows from its chunk of targets: no chunk is to go over a joint."""
+    rng = torch.Generator().manual_seed(0)
+    x, head = torch.randn(3 * length, 8, generator=rng), torch.randn(8, 2048, generator=rng)
+    targets, weights = torch.randint(2048, (3 * length,), generator=rng), torch.tensor([1.0])
+    leaves = [x.requires_grad_(), head.requires_grad_()]
+    parts = zip(x.split(length), targets.split(length), strict=True)
+    single = [tg.head_loss(a, head, b, weights, (23.0, 5.0, 7.5), candidates=1536) for a, b in parts]
+    joined = tg.head_loss(x, head, targets, weights, (23.0, 5.0, 7.5), joined=3, candidates=1536)
+    assert joined.item() == pytest.approx(sum(single).item() / 3, rel=1e-6)
+    expected = torch.autograd.grad(sum(single) / 3, leaves)
+    for found, grad in zip(torch.autograd.grad(joined, leaves), expected, strict=True):
+        torch.testing.assert_close(found, grad)
+
+
 @pytest.mark.parametrize(
     "preset, gib, world_size, joined",
     [

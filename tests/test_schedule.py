@@ -448,10 +448,18 @@ def test_batch_mul_scales_every_stage(mul, tokens):
     ]
 
 
-@pytest.mark.parametrize("mul", ["0.001", "1e-6"])
-def test_a_batch_that_micro_batches_do_not_divide_is_refused(mul):
-    with pytest.raises(tg.UserError, match="--micro_batches 8: must divide"):
-        tg.parse_config(["--preset", "short", f"--batch_mul={mul}"])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--preset short --batch_mul 0.001", "--micro_batches 8: must divide the 131 tokens of a step with"),
+        ("--preset short --batch_mul 1e-6", "--batch_mul 1e-06: leaves no token"),
+        ("--preset short --micro_batches 3", "--micro_batches 3: must divide the 131072 tokens of a step$"),
+        ("--preset cpu --ema_rate 0.1 --adam_every 30", "--ema_rate 0.1: times --adam_every 30"),
+    ],
+)
+def test_shares_of_a_step_that_cannot_be_are_refused(flags, words):
+    with pytest.raises(tg.UserError, match=words):
+        tg.parse_config(flags.split())
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,15 @@ mean step by phase and kind of work. The profiler adds its own, so there shares 
 No log is written, nothing is saved.
 """
 
+import os
+import re
+from pathlib import Path
+
+# Threads that wait spin as long as in a run, which sets this before libgomp is loaded.
+if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
+    source = (Path(__file__).resolve().parents[2] / "train_gpt.py").read_text(encoding="utf-8")
+    os.environ.setdefault("GOMP_SPINCOUNT", re.search(r'"GOMP_SPINCOUNT", "(\d+)"', source)[1])
+
 import contextlib
 import io
 import tempfile
