@@ -887,21 +887,6 @@ class GPT(nn.Module):
                 q, k = self.qkvo[n, :2].unflatten(1, (self.cfg.num_heads, self.cfg.head_dim))
                 k[:, still:] = q[:, still:]
 
-    @torch.no_grad()
-    def start_saying(self, directions: Tensor) -> None:
-        """A long layer with a table of its own says which token it reads: that raises the token's logit.
-
-        So the layer that starts out copying completes what it copies. directions: of logits, (V, D). The
-        layer's v is its value embedding alone at first, and o passes it as it is.
-        """
-        tables = [layer.value_embed for layer in self.layers]
-        attending = [layer for layer in self.layers if layer.attends]
-        for n, layer in enumerate(attending):
-            if layer.window == "long" and layer.value_embed and tables.count(layer.value_embed) == 1:
-                getattr(self, f"value_embed_{layer.value_embed}").copy_(self.cfg.copy_values * directions)
-                self.qkvo[n, 2].zero_()
-                self.qkvo[n, 3].copy_(torch.eye(self.cfg.model_dim))
-
     def add_buffers(self) -> None:
         cfg = self.cfg
         half = cfg.rotary_pairs
@@ -5497,7 +5482,7 @@ class Counts:
             directions = torch.zeros(model.embed.shape, device=self.env.device)
             if self.env.rank == 0:
                 directions = logit_directions(head, self.first_shard[:COUNTED])
-            model.start_saying(self.env.all_reduce(directions)())
+            start_saying(model, self.env.all_reduce(directions)())
 
     def start_table(self, model: GPT, step: int) -> int:
         """Before the first step of a part -> how many tokens were counted (on rank 0)."""
@@ -5519,6 +5504,22 @@ class Counts:
         """Rank 0's value, for every rank. They sum by memory, not by index."""
         value = torch.zeros(p.shape, device=self.env.device) if value is None else value.contiguous()
         p.data.copy_(self.env.all_reduce(value)())
+
+
+@torch.no_grad()
+def start_saying(model: GPT, directions: Tensor) -> None:
+    """A long layer with a table of its own says which token it reads: that raises the token's logit.
+
+    So the layer that starts out copying completes what it copies. directions: of logits, (V, D). The layer's
+    v is its value embedding alone at first, and o passes it as it is.
+    """
+    tables = [layer.value_embed for layer in model.layers]
+    attending = [layer for layer in model.layers if layer.attends]
+    for n, layer in enumerate(attending):
+        if layer.window == "long" and layer.value_embed and tables.count(layer.value_embed) == 1:
+            getattr(model, f"value_embed_{layer.value_embed}").copy_(model.cfg.copy_values * directions)
+            model.qkvo[n, 2].zero_()
+            model.qkvo[n, 3].copy_(torch.eye(model.cfg.model_dim))
 
 
 READ_AT_ONCE = 0.95  # at most, of the text, by a part of a run

@@ -465,7 +465,7 @@ def test_and_says_it_where_a_table_is_its_own():
     for each in (silent, model):
         each.lm_head.data.copy_(torch.randn(each.lm_head.shape, generator=rng.manual_seed(1)))
     directions = tg.logit_directions(model.lm_head.detach(), np.arange(256).repeat(3))
-    model.start_saying(directions)
+    tg.start_saying(model, directions)
     for name, p in model.named_parameters():
         changed = {"value_embed_1", "qkvo"}
         assert torch.equal(p, getattr(silent, name)) == (name not in changed), name
