@@ -5479,10 +5479,8 @@ class Counts:
         self.share(model.embed, embed)
         self.share(model.lm_head, head)
         if self.cfg.copy_start and self.cfg.key_offset and self.cfg.copy_values:
-            directions = torch.zeros(model.embed.shape, device=self.env.device)
-            if self.env.rank == 0:
-                directions = logit_directions(head, self.first_shard[:COUNTED])
-            start_saying(model, self.env.all_reduce(directions)())
+            directions = None if head is None else logit_directions(head, self.first_shard[:COUNTED])
+            start_saying(model, self.of_rank_0(directions, model.embed.shape))
 
     def start_table(self, model: GPT, step: int) -> int:
         """Before the first step of a part -> how many tokens were counted (on rank 0)."""
@@ -5501,9 +5499,12 @@ class Counts:
         return len(tokens)
 
     def share(self, p: nn.Parameter, value: Tensor | None) -> None:
-        """Rank 0's value, for every rank. They sum by memory, not by index."""
-        value = torch.zeros(p.shape, device=self.env.device) if value is None else value.contiguous()
-        p.data.copy_(self.env.all_reduce(value)())
+        p.data.copy_(self.of_rank_0(value, p.shape))
+
+    def of_rank_0(self, value: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+        """Rank 0's value, for every rank; the others give None. They sum by memory, not by index."""
+        value = torch.zeros(shape, device=self.env.device) if value is None else value.contiguous()
+        return self.env.all_reduce(value)()
 
 
 @torch.no_grad()
@@ -5635,6 +5636,7 @@ def neighbour_information(
 
 
 NGRAM_SMOOTHING = 5.0  # how many tokens what is known of a shorter context weighs
+NgramCounts = tuple[np.ndarray, np.ndarray]  # codes, which ascend, and how often they occur, (n,) each
 
 
 def add_ngram_start_(
@@ -5643,7 +5645,7 @@ def add_ngram_start_(
     bigram_model: tuple[Tensor, Tensor],
     directions: Tensor,
     signs: Tensor | None,
-    ngrams: "list[NgramCounts]",
+    ngrams: list[NgramCounts],
 ) -> None:
     """Adds to the bigram table (rows, D) what all_ngrams counted, of text that it is not trained on next.
 
@@ -5659,8 +5661,7 @@ def add_ngram_start_(
         shorter_codes, shorter_p = codes, p
         codes, counts = ngrams[length - 1]
         contexts, follows = np.divmod(codes, V)
-        begins = np.flatnonzero(np.diff(contexts, prepend=-1))
-        sizes, totals = np.diff(begins, append=len(codes)), np.add.reduceat(counts, begins)
+        begins, sizes, totals = group_by_context(contexts, counts)
         shorter = shorter_p[np.searchsorted(shorter_codes, contexts // V * V + follows)]
         p = (counts + NGRAM_SMOOTHING * shorter) / np.repeat(totals + NGRAM_SMOOTHING, sizes)
         twice = totals >= 2
@@ -5675,19 +5676,19 @@ def add_ngram_start_(
         table.index_add_(0, rows.to(device), values.to(table.dtype))
 
 
-NgramCounts = tuple[np.ndarray, np.ndarray]  # codes, which ascend, and how often they occur, (n,) each
-
-
 def all_ngrams(cfg: Config, tokens: np.ndarray) -> list[NgramCounts]:
     """tokens (N,) int64 -> count_ngrams of contexts of one token, of two, .., up to --ngrams."""
     longest = min(cfg.ngrams, int(63 / math.log2(cfg.vocab_rows)) - 1)  # codes have 63 bits
     *shorter, (codes, counts) = [count_ngrams(cfg, tokens, length) for length in range(1, longest + 1)]
-    begins = np.flatnonzero(np.diff(codes // cfg.vocab_rows, prepend=-1))
-    if shorter and len(codes):  # of the longest those that occur once are of no use
-        twice = np.add.reduceat(counts, begins) >= 2
-        kept = np.repeat(twice, np.diff(begins, append=len(codes)))
-        codes, counts = codes[kept], counts[kept]
-    return [*shorter, (codes, counts)]
+    _, sizes, totals = group_by_context(codes // cfg.vocab_rows, counts)
+    kept = np.repeat(totals >= 2, sizes)  # of the longest those that occur once are of no use
+    return [*shorter, (codes[kept], counts[kept])]
+
+
+def group_by_context(contexts: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """contexts (n,), which ascend -> where each begins, how many tokens follow it, how often it occurs."""
+    begins = np.flatnonzero(np.diff(contexts, prepend=-1))
+    return begins, np.diff(begins, append=len(contexts)), np.add.reduceat(counts, begins)
 
 
 def count_ngrams(cfg: Config, tokens: np.ndarray, length: int) -> NgramCounts:
