@@ -59,7 +59,7 @@ BASELINES = {
     ),
     "004": Baseline("medium-2025", 6000, dict(extra_inputs=0)),
     "bigram": Baseline("short", 1547, {}),  # of no seed: `short` as it is
-    "cpu": Baseline("cpu", 175, dict(bigram_signs=8192)),  # of no seed: the preset itself
+    "cpu": Baseline("cpu", 163, dict(bigram_signs=8192)),  # of no seed: the preset itself
 }
 
 
@@ -303,9 +303,9 @@ HYPOTHESES = (
     h("bigram-triples", "triples of tokens in it, too, and twice the rows", ngrams=3, bigram_rows=10),
     # The cpu preset: the seeds' questions at its size, then each of its features taken away alone.
     h("cpu-H0", "the preset: value embeddings in U-Net form, std 0.01"),
-    h("cpu-80", "the preset, 80 % of its steps", 140),
-    h("cpu-90", "the preset, 90 % of its steps", 158),
-    h("cpu-110", "the preset, 110 % of its steps", 193),
+    h("cpu-80", "the preset, 80 % of its steps", 130),
+    h("cpu-90", "the preset, 90 % of its steps", 147),
+    h("cpu-110", "the preset, 110 % of its steps", 179),
     h("cpu-ve-none", "no value embeddings", value_embeds="...."),
     h("cpu-ve-untied", "a table of its own for the last layer", value_embeds="01.2"),
     h(

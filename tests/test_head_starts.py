@@ -90,7 +90,7 @@ def test_a_run_starts_from_its_first_shard_and_the_time_counts(tiny_data, tmp_pa
 
 
 def test_it_needs_an_embedding_of_its_own():
-    with pytest.raises(tg.UserError, match=r"--spectral 50\.0.*--untie_share 0"):
+    with pytest.raises(tg.UserError, match=r"--spectral 800\.0.*--untie_share 0"):
         tg.parse_config(["--preset=cpu", "--untie_share=0.5"])
 
 
