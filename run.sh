@@ -3,9 +3,18 @@
 # ./run.sh sample PROMPT  text from the newest checkpoint in logs/; flags of `python -m evals.sample` too
 # ./run.sh test [ARGS]    checks the format and runs the tests; ARGS go to pytest
 # ./run.sh format         applies the formatter and the linter
-# Works from any folder: logs/ is the current folder's, data is the project's. What is there is not made again.
+# Works from any folder: logs/ is the current folder's, and so is a data/ that holds the preset's data; else data/
+# is the project's. What is there is not made again.
 set -euo pipefail
-here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+script=${BASH_SOURCE[0]}
+while [ -L "$script" ]; do # called by way of a link: the project is where the link leads
+    link=$(readlink -- "$script")
+    case "$link" in
+        /*) script=$link ;;
+        *) script=$(dirname -- "$script")/$link ;;
+    esac
+done
+here=$(CDPATH='' cd -- "$(dirname -- "$script")" && pwd)
 export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
 pin="" # what a fresh .venv gets; in an environment of the user's own, requirements.txt alone decides
 
@@ -33,7 +42,7 @@ choose_python() {
     fi
     python=$here/.venv/bin/python
     pin="torch==2.13.0"
-    [ -f "$here/.venv/complete" ] && return
+    [ -f "$here/.venv/complete" ] && recent "$python" && return
     local base
     for base in python3 python3.14 python3.13 python3.12 python3.11 none; do
         recent "$base" && break

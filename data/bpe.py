@@ -49,7 +49,10 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> dict[bytes, int]:
     tokens = [bytes([b]) for b in range(256)]
     ranks = {token: i for i, token in enumerate(tokens)}
     while len(tokens) < vocab_size:
-        need(heap, f"a vocabulary of {vocab_size} tokens needs more text: this one ends at {len(tokens)}")
+        enough = (
+            f"this text is enough for {len(tokens)} tokens and BOS; give more, or train:{len(tokens) + 1}"
+        )
+        need(heap, enough)
         count, pair = heapq.heappop(heap)
         if counts.get(pair) != -count:
             continue  # changed since; its present count is in the heap too
@@ -124,6 +127,8 @@ def load_vocab(path: Path) -> dict[bytes, int]:
         ) from error
     whole = sorted(ranks.values()) == list(range(len(lines))) and all(bytes([b]) in ranks for b in range(256))
     need(whole, f"{shown(path)}: not a whole vocabulary: ranks must be 0, 1, 2 ... and hold all 256 bytes")
+    longest = max(map(len, ranks))
+    need(longest < 2**16, f"{shown(path)}: not a vocabulary: a token of {longest:,} bytes is too long")
     return ranks
 
 

@@ -106,6 +106,7 @@ def main(argv: list[str]) -> None:
     parser = arguments(__doc__)
     parser.add_argument("--out", type=path_flag, default=OUT, metavar="DIR", help="default: data/corpus")
     out = parser.parse_intermixed_args(argv).out
+    need_no_other_shards(out)
     if not missing(out):
         print(f"{shown(out)}: complete")
         return
@@ -135,15 +136,29 @@ def same_file(one: Path, other: Path) -> bool:
     return os.path.samefile(one, other) or sha256(one) == sha256(other)
 
 
+def need_no_other_shards(out: Path) -> None:
+    """UserError: training reads every shard of a folder, so another one would make it another corpus."""
+    known = {out / name for name in (*MADE, *(f"tune/{name}" for name in SHARED))}
+    for folder in (out, out / "tune"):
+        for path in sorted(folder.glob("*.bin")):
+            need(
+                path in known,
+                f"{shown(path)}: no shard of the embedded corpus; move it to a folder of its own",
+            )
+
+
 def need_own_folder(out: Path) -> None:
     """UserError: a file there has the name of one that is made, and this command did not make it."""
     readme = out / README
-    if out == OUT or readme.is_file() and readme.read_bytes().startswith(README_BEGINS.encode()):
+    says_so = readme.is_file() and readme.read_bytes().startswith(README_BEGINS.encode())
+    if says_so or is_file_with(out / TRAIN, MADE[TRAIN]):
         return
     for name in (*MADE, *NOTES, *(f"tune/{name}" for name in SHARED)):
-        others = (out / name).exists() and not is_file_with(out / name, MADE.get(name, ""))
+        known = MADE.get(name) or MADE.get(name.removeprefix("tune/"), "")
+        others = (out / name).exists() and not is_file_with(out / name, known)
         need(
-            not others, f"{shown(out / name)}: is there, and not the embedded corpus's; choose another --out"
+            not others,
+            f"{shown(out / name)}: is there, and not the embedded corpus's; move it, or choose another --out",
         )
 
 

@@ -7,17 +7,19 @@ name when it is whole, checked and on disk. HF_ENDPOINT, HF_HUB_OFFLINE and HF_T
 huggingface_hub.
 """
 
+import contextlib
 import errno
 import os
 import re
 import shutil
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import UserError, arguments, command, need, os_reason, path_flag, shown
+from cli import UserError, arguments, command, need, one_line, os_reason, path_flag, shown
 from data.shards import (
     INTERRUPTED,
     VOCAB,
@@ -99,12 +101,14 @@ class Fetch:
         self.finished = 0
 
     def run(self) -> None:
-        from huggingface_hub.utils import logging
         from tqdm import tqdm
 
-        logging.set_verbosity_error()  # its warnings name signed addresses
         try:  # a hub out of reach is said once, not by all threads
-            first = self.persist(self.names[0], self.look_up)
+            with readable_settings():
+                from huggingface_hub.utils import logging
+
+                logging.set_verbosity_error()  # its warnings name signed addresses
+                first = self.persist(self.names[0], self.look_up)
         except UserError:
             self.clear_staging()  # nothing is in it yet
             raise
@@ -247,6 +251,19 @@ def check(part: Path, remote: Remote) -> None:
 # Which errors may pass, and how they are said
 
 
+@contextlib.contextmanager
+def readable_settings() -> Iterator[None]:
+    """What the hub's library makes of the environment when it is imported and first asks."""
+    settings = "HF_TOKEN, the HF_HUB_... variables and the proxy (HTTP_PROXY, ALL_PROXY ...)"
+    try:
+        yield
+    except UnicodeError:
+        raise UserError(f"the hub's library cannot send one of these settings: check {settings}") from None
+    except (ImportError, ValueError) as error:
+        said = f"the hub's library cannot use the settings that it finds ({one_line(str(error), 150)})"
+        raise UserError(f"{said}: check {settings}") from None
+
+
 def about_the_fetch(error: Exception) -> bool:
     """The hub, the network or the disk; anything else is a bug, or a closed pipe (| head)."""
     if isinstance(error, BrokenPipeError):
@@ -299,7 +316,7 @@ def reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno is not None:
         return os_reason(error)
     if type(error).__name__ in ("UnsupportedProtocol", "InvalidURL", "LocalProtocolError"):
-        return "no request can be made with this HF_ENDPOINT or HF_TOKEN"
+        return "no request can be made with this HF_ENDPOINT, HF_TOKEN or proxy (HTTP_PROXY, ALL_PROXY ...)"
     if type(error).__name__ in ("ConnectError", "ConnectTimeout"):
         return "the hub cannot be reached; check the network or HF_ENDPOINT"
     if type(error).__name__.endswith("Timeout"):

@@ -27,6 +27,12 @@ def main(argv: list[str]) -> None:
     elif folder == os.path.realpath(ROOT / PRESETS["short"].data_dir):
         tokens_per_epoch = -(-tokens_needed(cfg) // cfg.epochs)
         fineweb.fetch(shards_needed(tokens_per_epoch), "10B", Path(folder))
+    elif cfg.data_dir in {preset.data_dir for preset in PRESETS.values()}:
+        need(
+            any(Path(folder).glob("*_train_*.bin")),
+            f"{folder}: hides the project's own {cfg.data_dir}, and holds no shards; start from another "
+            "folder, or give --data_dir",
+        )
     add_token_bytes(Path(folder))
 
 

@@ -40,6 +40,7 @@ from data.shards import (
     move,
     say,
     sha256,
+    shard_is_whole,
     vocab_file,
     write_file,
     write_once,
@@ -162,7 +163,10 @@ def vocab_content(vocab: str, out: Path, documents: Iterator[Document]) -> tuple
     texts = [document.text for document in head if document.text.strip()]
     training = [whole_characters(text) for n, text in enumerate(texts) if n % VAL_EVERY]
     print(f"training a vocabulary on {sum(map(len, training)):,} characters", flush=True)
-    ranks = train_bpe(training, int(vocab.removeprefix("train:")) - 1)
+    try:
+        ranks = train_bpe(training, int(vocab.removeprefix("train:")) - 1)
+    except UserError as error:
+        raise UserError(f"--vocab {vocab}: {error}") from None
     return vocab_file(ranks), itertools.chain(head, documents)
 
 
@@ -275,7 +279,9 @@ class Writer:
             path = self.path(number)
             if self.part(number).exists():
                 self.publish_shard(number)
-            need(path.exists(), f"{shown(path)}: is gone; delete {shown(self.out)} and make it again")
+            again = f"delete {shown(self.out)} and make it again"
+            need(path.exists(), f"{shown(path)}: is gone; {again}")
+            need(shard_is_whole(path), f"{shown(path)}: is not as long as its header says; {again}")
         if self.tokens:
             part, size = self.part(self.shards), HEADER_BYTES + 2 * self.tokens
             whole = part.exists() and part.stat().st_size >= size
@@ -598,6 +604,12 @@ def training_command(out: Path, train_tokens: int, val_tokens: int) -> list[str]
         flags |= {"val_tokens": (val_tokens - 1) // size * size, "val_seq_len": size}
     steps = most_steps(flags, cfg.num_steps) if val_tokens > 1 else 0
     if not steps:
+        one_step = tokens_needed(parse_config(flag_words(flags | {"num_steps": 1}))[0])
+        if val_tokens > 1 and train_tokens > 2 * one_step:
+            return [
+                f"of each document training reads the first {cfg.stages[0].max_doc_len:,} tokens, too few "
+                "here for one step; cut the documents, or give them as plain text"
+            ]
         return [
             "that is too little text for one step of training; add more and make it anew in another folder"
         ]

@@ -9,6 +9,7 @@ FOLDER already stays: a file of the same name that holds something else is an er
 """
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def export(trained: Trained, folder: Path) -> Path:
     make_folder(folder)
     files = {folder / "model.safetensors": data, folder / "vocab.tiktoken": vocab_file(trained.ranks)}
     for file, content in files.items():  # both are looked at before one is written
-        other = file.exists() and file.read_bytes() != content
+        other = os.path.lexists(file) and not (file.is_file() and file.read_bytes() == content)
         need(not other, f"{file}: is already there and holds something else; choose another folder")
     for file, content in files.items():
         write_once(file, content)

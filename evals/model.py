@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import train_gpt as tg
-from cli import UserError, need, os_reason, path_flag, shown
+from cli import UserError, need, note, os_reason, path_flag, shown
 from data.bpe import encode, encoding, load_vocab
 
 EXTRAS = "pip install -r evals/requirements.txt"
@@ -176,7 +176,7 @@ def check_window(model: tg.GPT, step: int, path: Path) -> None:
 
 
 def newest(path: Path) -> Path:
-    """A file as it is; of a folder the newest checkpoint or export, by what the files say of their time."""
+    """A file as it is; of a folder the newest checkpoint, by what they say of their time, else its export."""
     advice = "a run with --save_every 40 leaves checkpoints in its --log_dir"
     try:
         need(path.exists(), f"{shown(path)}: no such file or folder; {advice}")
@@ -189,9 +189,13 @@ def newest(path: Path) -> Path:
         raise UserError(f"{shown(path)}: cannot be read ({os_reason(error)})") from None
     need(checkpoints or exports, f"{path}: no checkpoint in this folder; {advice}")
     if not checkpoints:
-        return exports[-1]
-    _, newest_file = tg.newest_of(checkpoints, [])
+        need(len(exports) == 1, f"{path}: holds {len(exports)} exports; give the file")
+        return exports[0]
+    passed_over: list[str] = []
+    _, newest_file = tg.newest_of(checkpoints, passed_over)
     need(newest_file, f"{path}: none of its {len(checkpoints)} checkpoints is whole; {advice}")
+    for line in passed_over:
+        note(f"note: {line.removeprefix('resume: ')}")
     return newest_file
 
 

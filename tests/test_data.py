@@ -4,6 +4,7 @@ import base64
 import itertools
 import os
 import random
+import shutil
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -81,7 +82,7 @@ def test_bpe_does_not_depend_on_the_order_of_documents():
 
 
 def test_bpe_says_when_text_is_too_small():
-    with pytest.raises(UserError, match="more text"):
+    with pytest.raises(UserError, match="enough for 258 tokens"):
         bpe.train_bpe(["abab"], 300)
 
 
@@ -356,6 +357,41 @@ def test_files_of_others_stay(corpus_dir, tmp_path, monkeypatch):
     (older / corpus.TRAIN).write_bytes(b"an older version's")
     corpus.main(["--out", str(older)])
     assert made == [older, older]
+
+
+@pytest.mark.parametrize("name", [corpus.VOCAB, corpus.TRAIN, f"tune/{corpus.VOCAB}"])
+def test_the_default_folder_may_be_somebodys_too(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(corpus, "OUT", tmp_path)
+    monkeypatch.setattr(corpus, "make", lambda out: pytest.fail("makes it"))
+    (tmp_path / "tune").mkdir()
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=f"{name}: is there, and not the embedded corpus's"):
+        corpus.main(["--out", str(tmp_path)])
+    assert (tmp_path / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["text_train_000001.bin", "tune/x_val_000000.bin"])
+def test_a_shard_more_would_be_another_corpus(corpus_dir, tmp_path, name):
+    folder = tmp_path / "corpus"
+    shutil.copytree(corpus_dir, folder)
+    corpus.main(["--out", str(folder)])
+    (folder / name).write_bytes(b"")
+    with pytest.raises(UserError, match=f"{name}: no shard of the embedded corpus; move it"):
+        corpus.main(["--out", str(folder)])
+
+
+def test_a_vocabulary_with_a_token_of_70000_bytes(tmp_path):
+    file = tmp_path / "vocab.tiktoken"
+    shards.save_vocab(file, {bytes([b]): b for b in range(256)} | {b"a" * 70_000: 256})
+    with pytest.raises(UserError, match="a token of 70,000 bytes is too long"):
+        bpe.load_vocab(file)
+
+
+def test_a_folder_that_hides_the_projects_data_is_named(tmp_path):
+    (tmp_path / "data" / "corpus").mkdir(parents=True)
+    command = [sys.executable, "-P", "-m", "data.prepare", "--preset", "cpu"]
+    done = run_command(command, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert_user_error(done, "data/corpus: hides the project's own data/corpus", "--data_dir")
 
 
 def test_bytes_of_each_token_are_those_of_the_text(corpus_dir):

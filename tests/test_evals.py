@@ -613,6 +613,29 @@ def test_an_export_is_the_same_model(tmp_path, ranks):
     assert sample.complete(back, TEXT, tokens=9) == sample.complete(it, TEXT, tokens=9)
 
 
+def test_an_export_leaves_nothing_where_it_cannot_be_whole(tmp_path, ranks):
+    it, out = model.load(checkpoint(tmp_path, ranks), device="cpu"), tmp_path / "out"
+    out.mkdir()
+    (out / "vocab.tiktoken").symlink_to("nowhere")
+    with pytest.raises(UserError, match="vocab.tiktoken: is already there"):
+        export.export(it, out)
+    assert os.listdir(out) == ["vocab.tiktoken"]
+
+
+def test_of_several_exports_none_is_the_newest(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="holds 2 exports; give the file"):
+        model.newest(tmp_path)
+
+
+def test_a_checkpoint_that_is_passed_over_is_named(tmp_path, ranks, capsys):
+    checkpoint(tmp_path, ranks)
+    (tmp_path / "x.step000009.pt").write_bytes(b"cut")
+    assert model.newest(tmp_path).name == "run.step000008.pt"
+    assert "x.step000009.pt is not whole" in capsys.readouterr().err
+
+
 def test_an_export_that_is_cut_is_refused(tmp_path, ranks):
     file = export.export(model.load(checkpoint(tmp_path, ranks), device="cpu"), tmp_path / "out")
     file.write_bytes(file.read_bytes()[:-100])

@@ -347,6 +347,17 @@ def test_offline_ends_with_one_line(tmp_path):
     assert not list(tmp_path.glob("*.bin"))
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    [("HF_HUB_DOWNLOAD_TIMEOUT", "10s"), ("HF_TOKEN", "hf_é"), ("ALL_PROXY", "socks5://127.0.0.1:9")],
+)
+def test_settings_that_the_hubs_library_cannot_use(tmp_path, name, value):
+    settings = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "NO_PROXY": "", name: value}
+    done = run_command([*COMMAND, "1", "--out", tmp_path / "out"], **settings)
+    assert_user_error(done, "HF_TOKEN", "HF_HUB_", "ALL_PROXY")
+    assert "hf_" not in done.stderr and os.listdir(tmp_path / "out") == []
+
+
 def test_no_hub_at_all(hub, tmp_path):
     hub.shutdown()
     hub.server_close()

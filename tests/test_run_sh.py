@@ -89,6 +89,28 @@ def test_it_works_from_any_folder_and_knows_where_the_project_is(checkout, cdpat
     assert calls(checkout)[-1] == f"{checkout}/train_gpt.py --preset=cpu"
 
 
+def test_it_may_be_called_by_way_of_links(checkout, tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "first").symlink_to(checkout / "run.sh")
+    (tmp_path / "bin" / "speedrun").symlink_to("first")
+    prefix = tmp_path / "env"
+    env = {"PATH": f"{prefix / 'bin'}:{os.environ['PATH']}", "VIRTUAL_ENV": "x", "PREFIX": str(prefix)}
+    done = subprocess.run([tmp_path / "bin" / "speedrun"], env=env | {"PIP": "1"}, cwd=tmp_path)
+    assert done.returncode == 0 and calls(checkout)[-1] == f"{checkout}/train_gpt.py"
+    assert sorted(os.listdir(tmp_path / "bin")) == ["first", "speedrun"]
+
+
+def test_an_environment_whose_python_is_gone_is_made_again(checkout, tmp_path):
+    """As after an update of the system's Python, which .venv links to."""
+    (checkout / ".venv" / "bin").mkdir(parents=True)
+    (checkout / ".venv" / "complete").touch()
+    (checkout / ".venv" / "bin" / "python").symlink_to("/nowhere/python3")
+    prefix = tmp_path / "env"
+    env = {"PATH": f"{prefix / 'bin'}:{os.environ['PATH']}", "PREFIX": str(prefix), "PIP": "1"}
+    subprocess.run([checkout / "run.sh"], env=env, cwd=tmp_path, capture_output=True)
+    assert f"-m venv --clear {checkout}/.venv" in calls(checkout)
+
+
 def test_sample_looks_where_training_writes(checkout, tmp_path):
     run(checkout, "sample", "--tokens", "3", "The king", cwd=tmp_path)
     (tmp_path / "logs").mkdir()

@@ -357,7 +357,7 @@ def test_bad_input_is_one_line(tmp_path, vocab, name, content, words):
         (["a.jsonl"], {"jobs": 0}, ["--jobs 0"]),
         (["a.jsonl"], {"val_tokens": "many"}, ["many"]),
         (["a.jsonl"], {"vocab": "a.jsonl"}, ["not a vocabulary"]),
-        (["a.jsonl"], {"vocab": "train:5000"}, ["more text"]),
+        (["a.jsonl"], {"vocab": "train:5000"}, ["--vocab train:5000", "is enough for"]),
         (["a.jsonl"], {"what": 1}, ["--what"]),
         ([""], {}, ["INPUT", "''"]),
         (["a.jsonl"], {"vocab": ""}, ["--vocab"]),
@@ -799,3 +799,19 @@ def test_the_printed_command_trains_on_it(tmp_path, vocab, capsys):
     assert validation.bytes > cfg.val_tokens and validation.count >= 1
     make(tmp_path / "little", write_json(tmp_path / "b.jsonl", documents(5)), vocab=vocab)
     assert "too little text" in capsys.readouterr().out
+
+
+def test_long_documents_of_which_little_is_read_are_not_called_too_little_text(tmp_path, vocab, capsys):
+    long = [" ".join(documents(60, seed)) * 40 for seed in range(3)]
+    make(tmp_path / "out", write_json(tmp_path / "a.jsonl", long), vocab=vocab, val_tokens=1000)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("of each document training reads the first 1,024 tokens, too few here"), last
+
+
+@pytest.mark.parametrize("size", [0, 1500])
+def test_a_shard_that_was_cut_is_not_called_complete(tmp_path, vocab, size):
+    source = write_json(tmp_path / "a.jsonl", documents(300))
+    make(tmp_path / "out", source, vocab=vocab)
+    [shard] = (tmp_path / "out").glob("*_train_*.bin")
+    os.truncate(shard, size)
+    assert_refused(str(shard), "make it again", out=tmp_path / "out", inputs=[source], vocab=vocab)
