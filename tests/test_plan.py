@@ -357,6 +357,10 @@ def test_more_gpus_take_less_until_communication_rules(capsys):
         assert found[1][2] / count * 0.999 <= hidden <= exposed
     assert found[1][2] == found[1][3], "one GPU sends nothing"
     assert found[8][3] < 1.05 * found[8][2] and found[64][3] > 1.2 * found[64][2]
+    said = " ".join((ROOT / "docs/presets.md").read_text().split())
+    one, eight, two_nodes = found[1][2:], found[8][2:], found[16][2:]
+    assert f"{one[0]} s on one, {eight[0]} to {eight[1]} s on eight" in said
+    assert f"{two_nodes[0]} to {two_nodes[1]} s on two nodes of eight" in said
 
 
 def test_one_h100_takes_what_records_gpu_says():
