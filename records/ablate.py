@@ -11,7 +11,7 @@ an interruption: finished runs stay, the one that was cut is run again. More see
 the same DIR. A run that diverges is kept as such and not repeated.
 
 DIR/NAME/seedK.txt are the logs; DIR/table.txt, .md, .csv, pairs.txt and numbers.txt what compare.py makes
-of them.
+of them all, those of earlier calls too.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import queue
+import re
 import shlex
 import shutil
 import signal
@@ -50,6 +51,7 @@ from records.reader import read_file, read_paths, result
 from records.tables import FORMATS, table
 
 ROOT = Path(__file__).resolve().parent.parent
+MADE = ("table.txt", "table.md", "table.csv", "pairs.txt", "numbers.txt")  # in DIR
 TARGETS = {"short": 3.28, "one-gpu": 3.28, "medium": 2.92}
 
 Shares = Sequence[set[int]]  # cores, of each of the runs that are made at once; empty: all
@@ -144,14 +146,26 @@ def sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def read_plan(path: Path) -> tuple[str, dict]:
+    """The hash of the source of a folder's runs, and the flags of each name."""
+    try:
+        known = json.loads(path.read_text())
+        return known["source_sha256"], dict(known["flags"])
+    except (ValueError, KeyError, TypeError, OSError, RecursionError):
+        raise UserError(f"{path}: damaged; use another --out") from None
+
+
+def check_tables(out: Path) -> None:
+    """UserError where tables stand that no ablation made: they would be replaced."""
+    theirs = [name for name in MADE if file_kind(out / name) != "missing"]
+    if theirs and file_kind(out / "plan.json") == "missing":
+        raise UserError(f"{out / theirs[0]}: is there, and no ablation made it; use another --out")
+
+
 def check_plan(jobs: list[Job], out: Path, file: Path) -> None:
     """Runs in one folder can be compared: one train_gpt.py, and a name always with the same flags."""
     path, source = out / "plan.json", sha256(file.read_text())
-    try:
-        known = json.loads(path.read_text()) if path.exists() else {"source_sha256": source, "flags": {}}
-        before, flags = known["source_sha256"], dict(known["flags"])
-    except (ValueError, KeyError, TypeError, OSError, RecursionError):
-        raise UserError(f"{path}: damaged; use another --out") from None
+    before, flags = read_plan(path) if path.exists() else (source, {})
     need(
         before == source,
         f"{out}: {file.name} has changed since its first run; use another --out, or put the file back",
@@ -296,12 +310,13 @@ def describe(job: Job) -> str:
     found = result(runs[-1])[0] if runs else None
     if found is not None:
         return f"{job.name} seed {job.seed}: {found.loss:.4f} after {found.seconds:.1f} s"
-    why = runs[-1].failure() if runs else problem
+    why = runs[-1].failure() or result(runs[-1])[1] if runs else problem
     return one_line(f"{job.name} seed {job.seed}: no result, {why}")
 
 
 def run_all(jobs: list[Job], launch: list[str], file: Path, out: Path, shares: Shares = (set(),)) -> None:
     """What is left of the plan, as many runs at once as there are shares; one lock for the folder."""
+    check_tables(out)
     handle = lock(out)
     try:
         check_plan(jobs, out, file)
@@ -350,13 +365,24 @@ def run_missing(jobs: list[Job], launch: list[str], file: Path, handle: int, sha
             pool.shutdown(cancel_futures=True)
 
 
+def logs_of(name: str, out: Path) -> list[Path]:
+    """The logs of a hypothesis, of all its seeds."""
+    numbered = [(re.fullmatch(r"seed(\d{1,20})", path.stem), path) for path in (out / name).glob("seed*.txt")]
+    return [path for _, path in sorted((int(found[1]), path) for found, path in numbered if found)]
+
+
 def compare(jobs: list[Job], out: Path, target: float | None) -> str:
-    """Writes the tables and the picture of the runs that are there; returns what is to be printed."""
-    names = list(dict.fromkeys(job.name for job in jobs))
-    groups = []
-    for name in names:
-        logs = sorted({job.log for job in jobs if job.name == name and job.log.exists()})
-        groups.append(group_of(name, read_paths(logs, warn)))
+    """Writes the tables and the picture of the runs that are there; returns what is to be printed.
+
+    The jobs' names come first, then the others that have runs in the folder.
+    """
+    plan_file = out / "plan.json"
+    need(file_kind(plan_file) == "file", f"--out {out}: no ablation ran there (it has no plan.json)")
+    asked = list(dict.fromkeys(job.name for job in jobs))
+    others = [name for name in read_plan(plan_file)[1] if name not in asked and logs_of(name, out)]
+    groups = [group_of(name, read_paths(logs_of(name, out), warn)) for name in asked + others]
+    found = any(group.losses.n for group in groups[: len(asked)])
+    need(found, f"--out {out}: no finished run of {', '.join(asked)} there")
     notes = [line for group in groups for line in left_out_lines(group)]
     notes += [groups_note(groups, target), *(f"note: {line}" for line in comparison_warnings(groups))]
     shown = "\n".join([groups_table(groups, target), "", *notes])

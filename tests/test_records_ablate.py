@@ -493,6 +493,39 @@ def test_a_diverged_run_is_a_result(fake, capsys):
     assert "0.5: seed1 left out, it stops at step 1 of 3" in capsys.readouterr().err
 
 
+def written(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_a_table_of_fewer_names_or_seeds_keeps_the_others_runs(fake):
+    run(fake)
+    whole = ablate.compare(jobs(fake), fake / "out", None)
+    fewer = ablate.compare(jobs(fake, seeds=1, names=("0.5",)), fake / "out", None)
+    for table, order in ((whole, ["base", "0.5"]), (fewer, ["0.5", "base"])):
+        assert [line.split()[:2] for line in table.splitlines()[2:4]] == [[name, "2"] for name in order]
+    assert (fake / "out" / "numbers.txt").read_text().index("0.5:") == 0
+
+
+def test_tables_that_no_ablation_made_stay(fake):
+    out = fake / "out"
+    out.mkdir()
+    (out / "numbers.txt").write_text("mine")
+    with pytest.raises(UserError, match="no ablation ran there"):
+        ablate.compare(jobs(fake), out, None)
+    with pytest.raises(UserError, match="numbers.txt: is there, and no ablation made it"):
+        run(fake)
+    assert written(out) == {"numbers.txt": b"mine"} and not (fake / "starts").exists()
+
+
+def test_a_table_of_names_without_a_finished_run_replaces_nothing(fake):
+    run(fake, names=("base",))
+    ablate.compare(jobs(fake, names=("base",)), fake / "out", None)
+    before = written(fake / "out")
+    with pytest.raises(UserError, match="no finished run of 0.5 there"):
+        ablate.compare(jobs(fake, names=("0.5",)), fake / "out", None)
+    assert written(fake / "out") == before and "table.txt" in before
+
+
 def test_an_error_that_the_next_run_would_have_too_ends_it(fake):
     (fake / "mode").write_text("refuse:0.5-0")
     with pytest.raises(
