@@ -36,7 +36,18 @@ from records.groups import (
 )
 from records.leaderboard import leaderboard
 from records.reader import Point, Run, read_logs
-from records.stats import MOST_RUNS, TESTS, Sample, below, holm, paired, runs_needed, stars, welch
+from records.stats import (
+    MOST_RUNS,
+    TESTS,
+    Sample,
+    below,
+    differences_by_seed,
+    holm,
+    paired,
+    runs_needed,
+    stars,
+    welch,
+)
 from records.tables import FORMATS, table
 
 MOST_ROWS = 40  # of `side`
@@ -146,8 +157,8 @@ def by_steps(groups: list[Group], key: str = "val_loss") -> list[Group]:
 def pairs_table(groups: list[Group], style: Style = Style(), first: bool = False) -> str:
     """Every two groups, or the first with each: Welch's test of losses and times, a paired one of losses.
 
-    The paired test is over the seeds that both groups' logs name. Each test is Holm-corrected for the
-    number of pairs.
+    The paired test is over the seeds that both groups' logs name, as is `Δ by seed`; `loss Δ` is of means
+    over all runs. Each test is Holm-corrected for the number of pairs.
     """
     pairs = list(combinations(groups, 2))
     if first:
@@ -158,6 +169,7 @@ def pairs_table(groups: list[Group], style: Style = Style(), first: bool = False
     plain_holm, times_holm, by_seed_holm = holm(plain), holm(times), holm(by_seed)
     rows = []
     for n, (a, b) in enumerate(pairs):
+        differences = differences_by_seed(a.by_seed, b.by_seed)
         rows.append(
             [
                 a.name,
@@ -166,7 +178,8 @@ def pairs_table(groups: list[Group], style: Style = Style(), first: bool = False
                 style.p(plain[n]),
                 style.p(plain_holm[n]),
                 stars(plain_holm[n]),
-                str(len(a.by_seed.keys() & b.by_seed.keys())),
+                str(differences.n),
+                style.loss(differences.mean),
                 style.p(by_seed[n]),
                 style.p(by_seed_holm[n]),
                 stars(by_seed_holm[n]),
@@ -175,14 +188,16 @@ def pairs_table(groups: list[Group], style: Style = Style(), first: bool = False
                 style.p(times_holm[n]),
             ]
         )
-    losses = ["loss Δ", "p", "p Holm", "sig", "seeds", "p by seed", "p by seed Holm", "sig"]
+    losses = ["loss Δ", "p", "p Holm", "sig", "seeds", "Δ by seed", "p by seed"]
+    losses += ["p by seed Holm", "sig"]
     head = ["group", "against it", *losses, "time Δ", "time p", "time p Holm"]
-    return table(head, rows, style.form, left=(0, 1, 5, 9))
+    return table(head, rows, style.form, left=(0, 1, 5, 10))
 
 
 PAIRS_NOTE = (
     "p by seed Holm decides where seeds are shared: runs of one seed begin alike and read the same text,\n"
-    "and a paired test sees more; else p Holm decides. Holm: corrected for the number of lines"
+    "and a paired test sees more; else p Holm decides. Holm: corrected for the number of lines.\n"
+    "loss Δ is of the means of all runs, Δ by seed of the shared seeds alone"
 )
 
 

@@ -245,13 +245,23 @@ def test_pairs_know_seeds(tmp_path, capsys):
         ["a", "c"],
     ]
     by_seed = scipy.stats.ttest_rel([3.0, 3.1, 3.25], [2.99, 3.08, 3.24]).pvalue
-    assert rows[0][7] == rows[0][8] == f"{by_seed:.4f}"  # unpaired, three runs would show nothing
-    assert rows[1][7] == "-"
+    assert rows[0][8] == rows[0][9] == f"{by_seed:.4f}"  # unpaired, three runs would show nothing
+    assert rows[1][7:9] == ["-", "-"]
     assert [row[6] for row in rows] == ["3", "0", "0"]  # seeds that both have
     assert (
         rows[0][3]
         == f"{scipy.stats.ttest_ind([3.0, 3.1, 3.25], [2.99, 3.08, 3.24], equal_var=False).pvalue:.4f}"
     )
+
+
+def test_pairs_say_the_difference_that_their_seeds_have(tmp_path, capsys):
+    """It may have another sign than that of the means: runs of other seeds are in those."""
+    write_runs(tmp_path / "a", [3.0, 3.1, 3.2], [10.0, 11.0, 12.0])
+    write_runs(tmp_path / "b", [3.01, 3.12], [10.0, 11.0])
+    compare.main(["pairs", str(tmp_path / "a"), str(tmp_path / "b"), "--format", "csv"])
+    head, row = list(csv.reader(io.StringIO(capsys.readouterr().out)))[:2]
+    assert row[head.index("loss Δ")] == "-0.0350" and row[head.index("Δ by seed")] == "0.0150"
+    assert head.index("Δ by seed") + 1 == head.index("p by seed")
 
 
 def test_steps_regroup_runs(tmp_path, capsys):

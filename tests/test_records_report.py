@@ -78,6 +78,7 @@ def test_a_report_has_everything_and_runs_nothing_of_a_log(tmp_path):
     assert len(figures) == 6 and {figure["id"] for figure in figures} <= ids
     curves = [trace["y"][-1] for trace in figures[0]["data"]]
     assert curves == [3.0, 3.0, 3.1, 3.1]
+    assert "seeds  Δ by seed  p by seed" in page.text and "loss Δ is of the means of all runs" in page.text
     assert not any("<" in trace["name"] for figure in figures for trace in figure["data"])
 
 
