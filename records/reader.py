@@ -46,6 +46,7 @@ LLM_C = {"tel": "val_loss", "trl": "train_loss", "hel": "hellaswag"}  # llm.c's 
 CURVES = re.compile(rb"(?:loss|train_time|tel|trl):\s?(?:[-+.\d]|nan|inf)")
 PEAK_MEMORY = re.compile(rb"\n(?:peak_memory:|peak memory allocated: ?)(\d{1,9}) ?MiB")
 GPU_ROW = re.compile(r"^\|\s+\d+\s+(NVIDIA [\w ./-]{1,40}?)\s{2,}", re.MULTILINE)  # of nvidia-smi's table
+ENDS = re.compile(rb"\n(?:((?:failed|interrupted): [^\n]{0,300})|resumed: from step \d{1,12}(?!\d))")
 RESUME_CHANGE = re.compile(rb"\nresumed: (source|torch|hardware) changed([^\n]{0,300})")
 APPENDED_FILE = re.compile(r"\n-{20,100}\n# ?([\w./-]{1,100})\n-{20,100}\n")
 
@@ -188,9 +189,9 @@ class Run:
         ]
 
     def failure(self) -> str | None:
-        """What the log itself says about a run that did not get to its end."""
-        found = re.findall(rb"\n((?:failed|interrupted): [^\n]{0,300})", self.body)
-        return found[-1].decode("utf-8", "replace") if found else None
+        """What the log itself says about a run that did not get to its end, and was not resumed since."""
+        found = ENDS.findall(self.body)
+        return found[-1].decode("utf-8", "replace") or None if found else None
 
 
 def drop_repeated(found: list[tuple[int, bytes]], resumed_at: int) -> None:

@@ -206,6 +206,21 @@ def test_a_failed_run_says_so(tmp_path):
     assert math.isnan(reader.result(run)[0].loss)
 
 
+@pytest.mark.parametrize("word", ["failed: no memory", "interrupted: 6 of 8 steps done (SIGTERM)"])
+def test_what_ended_a_run_that_was_resumed_since_is_no_failure(word, tmp_path, capsys):
+    stopped, resumed = events(0, 6, 8) + f"{word}\n", "resumed: from step 4 with 1 process(es)\n"
+    whole = stopped + resumed + events(5, 8, 8)
+    [run] = read(tmp_path, whole)
+    assert run.failure() is None and logs.row_of(run, None, "val_loss").cells["state"] == "finished"
+    logs.main(["--follow", str(run.path), "--patience", "0"])
+    assert capsys.readouterr().out.splitlines()[-1] == "a: finished"
+    [run] = read(tmp_path, stopped + resumed + events(5, 6, 8))  # --follow waits for more
+    logs.main(["--follow", str(run.path), "--patience", "0"])
+    assert "no new line for 0 s" in capsys.readouterr().out
+    [run] = read(tmp_path, stopped + resumed + events(5, 6, 8) + "failed: again\n")
+    assert run.failure() == "failed: again"
+
+
 # ---- what only looks like a log
 
 IMITATION = "step:9/9 val_loss:0.0001 train_time:1ms step_avg:0.11ms\n"
