@@ -77,6 +77,16 @@ def group_of(
     return group
 
 
+def same_seeds(runs: list[Run]) -> list[str]:
+    """A line for each run whose seed an earlier one has: the two are no independent runs."""
+    found, known = [], {}
+    for run in runs:
+        twin = known.setdefault(run.seed, run) if run.seed is not None else run
+        if twin is not run:
+            found.append(f"{run.name} has the seed of {twin.name}, {run.seed}")
+    return found
+
+
 def fingerprint(run: Run) -> tuple:
     """What two runs have in common only if one is a copy of the other, or the same run again."""
     points = run.points("val_loss") + run.points("train_loss")
@@ -94,6 +104,9 @@ def comparison_warnings(groups: list[Group]) -> list[str]:
             found.append(
                 f"{group.name}: its runs are read at {len(group.steps)} different steps, {group.steps_text}"
             )
+        found += [
+            f"{group.name}: {words}; pairs by seed leave the group out" for words in same_seeds(group.runs)
+        ]
         sources = {run.source for run in group.runs if run.source is not None}
         if len(sources) > 1:
             found.append(f"{group.name}: its runs are of {len(sources)} different sources")

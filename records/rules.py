@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from records.files import read_text
-from records.groups import Group, fingerprint, source_hash
+from records.groups import Group, fingerprint, same_seeds, source_hash
 from records.reader import Run
 from records.stats import Sample, below, unlike_zero, welch
 
@@ -111,6 +111,7 @@ def rule_loss(s: Submission) -> list[Finding]:
         found = [Finding(2, "ok", f"{words}, waived: the target is theirs")]
     else:
         found = [Finding(2, "ok" if p < P_LIMIT else "fail", words)]
+    found += [Finding(2, "fail", f"{line}; each run needs its own") for line in same_seeds(s.this.runs)]
     return found + copies(s.this.runs)
 
 
@@ -277,6 +278,7 @@ def rule_baseline(s: Submission, baseline: Group) -> list[Finding]:
         found += [
             Finding(4, "fail", f"baseline's {run.name}: resumed, {line}") for _, line in run.resume_changes
         ]
+    found += [Finding(4, "fail", f"baseline's {line}") for line in same_seeds(baseline.runs)]
     return found
 
 

@@ -264,6 +264,14 @@ def test_pairs_say_the_difference_that_their_seeds_have(tmp_path, capsys):
     assert head.index("Δ by seed") + 1 == head.index("p by seed")
 
 
+def test_a_seed_that_comes_twice_is_said(tmp_path, capsys):
+    write_runs(tmp_path / "a", [3.0, 3.1, 3.2], [10.0, 11.0, 12.0])
+    path = tmp_path / "a" / "2.txt"
+    path.write_text(path.read_text().replace('"seed": 2', '"seed": 1'))
+    compare.main(["groups", str(tmp_path / "a")])
+    assert "note: a: 2 has the seed of 1, 1; pairs by seed leave" in capsys.readouterr().err
+
+
 def test_steps_regroup_runs(tmp_path, capsys):
     write_runs(tmp_path / "a", [3.0, 3.1], [10.0, 11.0], steps=20)
     write_runs(tmp_path / "b", [2.0, 2.1], [20.0, 21.0], steps=10)

@@ -156,6 +156,21 @@ BROKEN = {
         lambda f: shutil.copy(f / "this" / "1.txt", f / "this" / "6.txt"),
         "rule 2  fail  6 has every loss of 1",
     ),
+    "one seed twice": (
+        lambda f: rewrite(f, overrides={"seed": 209_001}),
+        "rule 2  fail  2 has the seed of 1, 209001; each run needs its own",
+    ),
+    "a baseline of one seed twice": (
+        lambda f: write_run(
+            f / "baseline" / "2.txt",
+            4.192,
+            211_002,
+            source=SOURCE.replace("rate = 1", "rate = 0"),
+            overrides={"seed": 211_001},
+            started="2026-03-01T02:00:00Z",
+        ),
+        "rule 4  fail  baseline's 2 has the seed of 1, 211001",
+    ),
     "compiler flag": (
         lambda f: in_both(f, "rate = 1", "torch._inductor.config.coordinate_descent_tuning = True"),
         "rule 3  fail  compiler flags: torch._inductor.config.coordinate_descent_tuning",
