@@ -31,6 +31,7 @@ from records.groups import (
     comparison_warnings,
     group_of,
     named_path,
+    named_paths,
     numbers_text,
     read_groups,
 )
@@ -380,7 +381,7 @@ def main_groups(args: argparse.Namespace) -> None:
 def main_crossing(args: argparse.Namespace) -> None:
     need(args.level is not None, "crossing: give --level, the loss to be crossed")
     groups = []
-    for named in map(named_path, args.groups):
+    for named in named_paths(args.groups):
         need(named.step is None, f"crossing: {named.name}: @{named.step} has no meaning here; leave it out")
         runs = read_logs([named.path], warn)
         groups.append(Group(named.name, Sample.of([]), Sample.of([]), runs=runs))
@@ -390,7 +391,7 @@ def main_crossing(args: argparse.Namespace) -> None:
 def main_side(args: argparse.Namespace) -> None:
     need(len(args.groups) > 1, "side: give at least two logs")
     runs = []
-    for named in map(named_path, args.groups):
+    for named in named_paths(args.groups):
         found = read_logs([named.path], warn)
         need(len(found) == 1, f"{named.name}: {len(found)} runs there; side takes logs of one run each")
         runs.append((named.name, found[0]))

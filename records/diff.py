@@ -71,6 +71,6 @@ def file_diff(text_a: str, text_b: str, name_a: str, name_b: str) -> str:
     lines_a, lines_b = text_a.splitlines(), text_b.splitlines()
     if max(len(lines_a), len(lines_b)) > LONGEST:
         same = "the same" if text_a == text_b else "different"
-        return f"source, {name_a} and {name_b}: {same}; over {LONGEST} lines, not shown"
+        return one_line(f"source, {name_a} and {name_b}: {same}; over {LONGEST} lines, not shown")
     lines = difflib.unified_diff(lines_a, lines_b, name_a, name_b, lineterm="")
     return "\n".join(one_line(line.expandtabs(4), 2000) for line in lines)

@@ -4,7 +4,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cli import UserError, need, one_line, os_reason
@@ -15,6 +15,7 @@ from records.stats import Sample
 FEW_POINTS = 5  # losses by which copies are told; runs with fewer may agree in them by chance
 LARGEST_NUMBERS = 2**20  # bytes of a file of raw numbers
 MOST_GROUPS = 500  # of a file of raw numbers
+LONGEST_NAME = 200  # characters of a group's
 FAR_ABOVE = 4000  # characters above a list in which its name is looked for
 
 
@@ -63,7 +64,7 @@ def group_of(
                 problem = f"has every loss of {twin}: a copy, or the same seed again"
         if problem is not None:
             why = f" ({run.failure()})" if run.failure() else ""
-            group.left_out.append(f"{run.name} left out, it {problem}{why}")
+            group.left_out.append(one_line(f"{run.name} left out, it {problem}{why}"))
             tell(f"{name}: {group.left_out[-1]}")
             continue
         group.runs.append(run)
@@ -120,7 +121,7 @@ def comparison_warnings(groups: list[Group]) -> list[str]:
             name, twin = known.setdefault(fingerprint(run), (group.name, run.name))
             if name != group.name:
                 found.append(f"{group.name}: {run.name} has every loss of {name}'s {twin}: a copy?")
-    return found
+    return [one_line(line) for line in found]
 
 
 # ---- raw numbers
@@ -150,7 +151,7 @@ def read_numbers(text: str, path: Path) -> list[Group]:
         body = re.sub(r"#[^\n]*", "", match["body"])
         if key is None or not body.strip() or re.search(r"\bfor\b", body):
             continue
-        name = group_name(text, match, key["of"], path)
+        name = one_line(group_name(text, match, key["of"], path), LONGEST_NAME)
         kind = "seed" if key["seed"] else ("loss" if key["loss"] else "time") + key["kind"]
         if not groups or groups[-1]["name"] != name or kind in groups[-1]:
             groups.append({"name": name, "begin": match.start()})
@@ -282,20 +283,23 @@ def named_path(text: str) -> NamedPath:
 
 def read_groups(texts: list[str], step: int | None, key: str) -> list[Group]:
     """The groups that a command line names, in its order. UserError if none has a result."""
-    groups, paths = [], {}
+    groups: list[Group] = []
+    paths: list[Path | None] = []  # of a file of numbers, whose groups have their names from it: None
     told: list[str] = []  # one line if that is an error, else a warning each
     for named in map(named_path, texts):
         numbers = read_numbers_file(named)
         if numbers:
             groups += numbers
+            paths += [None] * len(numbers)
             continue
         runs = read_paths([named.path], told.append)
         if not runs:
             told.append(f"{named.name}: no logs there")
         at = step if named.step is None else named.step
         groups.append(group_of(named.name, runs, at, key, tell=told.append))
-        paths[id(groups[-1])] = named.path
-    tell_apart(groups, paths)
+        paths.append(named.path)
+    for group, name in zip(groups, told_apart([group.name for group in groups], paths), strict=True):
+        group.name = name
     shown = ", ".join(group.name for group in groups)
     reasons = f" ({'; '.join(told[:3])})" if told else ""
     need(
@@ -307,13 +311,30 @@ def read_groups(texts: list[str], step: int | None, key: str) -> list[Group]:
     return groups
 
 
-def tell_apart(groups: list[Group], paths: dict[int, Path]) -> None:
-    """Groups of one name, such as several records' this/, get their folder's name before it."""
-    names = [group.name for group in groups]
-    for group in groups:
-        path = paths.get(id(group))
-        if names.count(group.name) > 1 and path is not None and path.name == group.name:
-            group.name = one_line(f"{path.absolute().parent.name}/{path.name}", 80)
+def named_paths(texts: list[str]) -> list[NamedPath]:
+    """What a command line names, in its order; each place with a name of its own."""
+    found = [named_path(text) for text in texts]
+    names = told_apart([one.name for one in found], [one.path for one in found])
+    return [replace(one, name=name) for one, name in zip(found, names, strict=True)]
+
+
+def told_apart(names: list[str], paths: list[Path | None]) -> list[str]:
+    """The names; such as several records' this/, with as many folders before them as tell them apart.
+
+    Only a name that is its path's last part changes.
+    """
+    places = [
+        tuple(one_line(part, 80) for part in path.absolute().parts[1:]) if path else () for path in paths
+    ]
+    found = list(names)
+    for depth in range(2, max(map(len, places), default=0) + 1):
+        known: dict[str, set] = {}
+        for n, name in enumerate(found):
+            known.setdefault(name, set()).add(places[n] or n)
+        for n, place in enumerate(places):
+            if len(known[found[n]]) > 1 and place[-1:] == (names[n],):
+                found[n] = one_line("/".join(place[-depth:]), LONGEST_NAME)
+    return found
 
 
 def read_numbers_file(named: NamedPath) -> list[Group]:

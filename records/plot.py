@@ -30,7 +30,7 @@ from records.files import (
     words_flag,
     write_whole,
 )
-from records.groups import named_path
+from records.groups import named_paths
 from records.reader import Run, read_logs
 from records.stats import Sample
 
@@ -390,7 +390,7 @@ def main(argv: list[str]) -> None:
         "--difference: of losses at the same step; leave --x time out",
     )
     groups = []
-    for named in map(named_path, args.groups):
+    for named in named_paths(args.groups):
         need(named.step is None, f"{named.name}: @{named.step} has no meaning here; --to ends the picture")
         groups.append((in_words(named.name) if args.words else named.name, read_logs([named.path], warn)))
     draw(groups, args)

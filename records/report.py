@@ -21,7 +21,7 @@ from cli import UserError, arguments, command, need, one_line, path_flag, text_f
 from records.compare import PAIRS_NOTE, groups_note, groups_table, pairs_table
 from records.diff import configuration_text, facts_text, source_text
 from records.files import LOSS, MARK, STEP, check_output, extra, file_kind, say, warn, write_text
-from records.groups import Group, comparison_warnings, group_of, named_path
+from records.groups import Group, comparison_warnings, group_of, named_paths
 from records.logs import COLUMNS, row_of
 from records.plot import layer_scalars
 from records.reader import Run, read_paths
@@ -225,7 +225,7 @@ def main(argv: list[str]) -> None:
     need(args.out.suffix in (".html", ".htm"), f"--out {args.out}: ends in .html")
     check_output(args.out)
     groups = []
-    for named in map(named_path, args.groups):
+    for named in named_paths(args.groups):
         step = args.step if named.step is None else named.step
         groups.append(group_of(named.name, read_paths([named.path], warn), step))
     need(any(group.runs for group in groups), "no log with a validation loss among " + ", ".join(args.groups))

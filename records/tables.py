@@ -17,7 +17,7 @@ def table(head: list[str], rows: list[list[str]], form: str = "text", left: tupl
     """
     counts = [len(row) for row in rows]
     assert set(counts) <= {len(head)}, f"rows of {counts} cells under {len(head)} names"
-    rows = [[one_line(cell, WIDEST) for cell in row] for row in rows]
+    head, *rows = ([one_line(cell, WIDEST) for cell in row] for row in [head, *rows])
     if form == "csv":
         out = io.StringIO()
         csv.writer(out, lineterminator="\n").writerows([head, *rows])
@@ -30,8 +30,8 @@ def table(head: list[str], rows: list[list[str]], form: str = "text", left: tupl
 
 def markdown_table(head: list[str], rows: list[list[str]], left: tuple[int, ...]) -> str:
     rule = ["---" if column in left else "---:" for column in range(len(head))]
-    escaped = [[escape_markdown(cell) for cell in row] for row in rows]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *escaped])
+    head, *rows = ([escape_markdown(cell) for cell in row] for row in [head, *rows])
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows])
 
 
 def escape_markdown(text: str) -> str:

@@ -25,6 +25,7 @@ from records import (
     record,
     report,
     rules,
+    worth,
 )
 
 RUN = (
@@ -239,6 +240,25 @@ def test_names_are_made_harmless(tmp_path, capsys):
     shown = capsys.readouterr()
     assert "\x1b" not in shown.out + shown.err and "\x07" not in shown.out + shown.err
     assert "\\|&lt;b>\\`x\\`\\[y\\](" in shown.out
+
+
+def test_names_in_files_of_numbers_and_heads_are_made_harmless(tmp_path, capsys):
+    path, bad = tmp_path / "n.txt", "\x1b[31mred\x07"
+    numbers = "\n  losses = [{}, 3.1, 3.3]\n  seeds = [1, 2, 3]\n  steps = {}\n"
+    path.write_text("".join(bad + f"{n}:" + numbers.format(4 - n, 90 + n) for n in range(4)))
+    log = tmp_path / f"{bad}|.txt"
+    log.write_text(RUN)
+    (tmp_path / f"stopped{bad}.txt").write_text(RUN.replace("/4", "/5") + "failed: \x1b[31m\n")
+    compare.main(["pairs", str(path), "--numbers"])
+    worth.main([str(path), "--lengths", " [31mred 1", "--numbers"])
+    compare.main(["side", str(log), str(log), "--format", "markdown"])
+    logs.main(["diff", str(log), str(log)])
+    compare.main(["groups", str(tmp_path), str(log)])
+    shown = capsys.readouterr()
+    assert "\x1b" not in shown.out + shown.err and "\x07" not in shown.out + shown.err
+    assert " \\[31mred \\|.txt: loss |" in shown.out and " [31mred 0 at 90 steps" in shown.out
+    groups_of = [groups.group_of("x", reader.read_paths([tmp_path]), tell=lambda _: None)]
+    assert groups_of[0].left_out and "\x1b" not in "".join(groups_of[0].left_out)
 
 
 def test_a_header_that_means_harm(tmp_path, capsys):

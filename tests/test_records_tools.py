@@ -12,7 +12,7 @@ import pytest
 from conftest import CLEAN_ENV, ROOT
 
 from cli import UserError
-from records import compare, export, groups, logs, plot, reader, stats
+from records import compare, export, groups, logs, plot, reader, report, stats
 
 LINE = "=" * 100
 KERNELS = "\n\n" + "-" * 40 + "\n# triton_kernels.py\n" + "-" * 40 + "\n\nimport triton\nBLOCK = {block}\n"
@@ -221,6 +221,32 @@ def test_names_with_a_step(folder, capsys):
     assert "5.250000" in shown and "3.250000" in shown
     with pytest.raises(UserError, match="not there"):
         groups.named_path(f"a={folder}x@2")
+
+
+def test_places_of_one_name_are_told_apart(tmp_path, capsys, monkeypatch):
+    """By the folders before it, as many as it takes; a place that is named twice stays as it is."""
+    for n, place in enumerate(("a/x/this", "b/x/this", "c/this")):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "r.txt").write_text(our_log(n, 3 + n / 10))
+    folders = [str(tmp_path / place) for place in ("a/x/this", "b/x/this", "c/this")]
+    names = ["a/x/this", "b/x/this", "c/this"]
+    assert [one.name for one in groups.named_paths(folders)] == names
+    assert [group.name for group in groups.read_groups(folders, None, "val_loss")] == names
+    assert [one.name for one in groups.named_paths([folders[2]] * 2 + [f"this={tmp_path / 'a'}"])] == [
+        "c/this",
+        "c/this",
+        "this",
+    ]
+    compare.main(["crossing", *folders, "--level", "4"])
+    compare.main(["side", folders[0], folders[2]])
+    report.main([*folders, "--out", str(tmp_path / "r.html")])
+    shown = capsys.readouterr().out
+    assert all(f"{name}  " in shown for name in names) and "x/this: loss" in shown
+    assert all(f'"name": "{name}"' in (tmp_path / "r.html").read_text() for name in names)
+    drawn = []
+    monkeypatch.setattr(plot, "draw", lambda groups, args: drawn.extend(groups))
+    plot.main(["loss", *folders, "--out", str(tmp_path / "x.png")])
+    assert [name for name, _ in drawn] == names
 
 
 def test_which_p_decides_is_said(folder, capsys):
