@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cli import UserError, need, one_line, os_reason
 from records.files import file_kind, warn
-from records.reader import NUMBER, Run, read_file, read_paths, result
+from records.reader import MOST, NUMBER, Run, read_file, read_paths, result
 from records.stats import Sample
 
 FEW_POINTS = 5  # losses by which copies are told; runs with fewer may agree in them by chance
@@ -212,6 +212,8 @@ def sample_of(group: dict, kind: str, where: str) -> Sample:
     """From the raw numbers, or else from their summary."""
     if kind in group:
         need(all(map(math.isfinite, group[kind])), f"{where}: {kind}: a number that is not finite")
+        largest = max(group[kind], key=abs, default=0.0)
+        need(abs(largest) <= MOST, f"{where}: {kind}: {largest:g} is no number of a run")
         return Sample.of(group[kind])
     summary = group.get(f"{kind}_summary")
     if summary is None:
@@ -220,10 +222,11 @@ def sample_of(group: dict, kind: str, where: str) -> Sample:
     n, mean, std = summary
     whole = math.isfinite(n) and n == int(n) and 1 <= n <= 1e9
     need(whole, f"{where}: {kind}_summary: n is {n:g}; give the number of runs, 1 or more")
-    known = math.isfinite(mean) and (n == 1 or (math.isfinite(std) and std >= 0))
+    known = abs(mean) <= MOST and (n == 1 or 0 <= std <= MOST)
     need(
         known,
-        f"{where}: {kind}_summary: mean {mean:g}, deviation {std:g}; give finite ones, no deviation under 0",
+        f"{where}: {kind}_summary: mean {mean:g}, deviation {std:g}; give finite ones, up to {MOST:g}, "
+        "no deviation under 0",
     )
     return Sample(int(n), mean, std if n > 1 else math.nan)
 

@@ -29,6 +29,7 @@ from pathlib import Path
 from cli import need, one_line, os_reason
 from records.files import file_kind
 
+MOST = 1e15  # a number beyond it, of either sign, is none of a run
 LARGEST = 256 * 2**20  # bytes; no log is larger
 SUFFIXES = (".txt", ".log", ".out", ".stdout")  # of files in a folder that may be logs
 SEPARATOR = b"=" * 100 + b"\n"
@@ -110,7 +111,8 @@ class Run:
             if value is None:
                 continue
             seconds = to_number(pairs.get("train_time", ""))
-            found.append(Point(step, math.nan if seconds is None else seconds, value, pairs[key]))
+            known = seconds is not None and math.isfinite(seconds)
+            found.append(Point(step, seconds if known else math.nan, value, pairs[key]))
         return found
 
     def curve(self, key: str) -> tuple[list[int], list[float], list[float]]:
@@ -211,13 +213,14 @@ def load_json(text: str) -> object:
 
 
 def as_floats(values: object) -> list[float] | None:
-    """A list of JSON numbers as floats, else None."""
+    """A list of JSON numbers as floats, none beyond MOST, else None."""
     if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
         return None
     try:
-        return [float(value) for value in values]
+        floats = [float(value) for value in values]
     except OverflowError:  # an integer of 400 digits
         return None
+    return None if any(math.isfinite(value) and abs(value) > MOST for value in floats) else floats
 
 
 def whole_pairs(rest: bytes) -> bytes:
@@ -231,11 +234,13 @@ def raw_pairs(rest: bytes) -> dict[str, str]:
 
 
 def to_number(text: str) -> float | None:
-    """A number, times in seconds; None for everything else."""
+    """A number, times in seconds; None for everything else, and beyond MOST. nan and inf are numbers."""
     number = NUMBER.fullmatch(text)
     if number is None or not (number[2] is None or number[2] in SECONDS):
         return None
-    return float(number[1]) * SECONDS.get(number[2], 1.0)
+    value = float(number[1]) * SECONDS.get(number[2], 1.0)
+    is_digits = any(map(str.isdigit, number[1]))
+    return None if is_digits and abs(value) > MOST else value
 
 
 def source_files(source: str) -> dict[str, str]:

@@ -16,6 +16,7 @@ What a program cannot judge (a changed data section, say) is marked `look`: a pe
 """
 
 import argparse
+import datetime
 import hashlib
 import math
 import os
@@ -139,7 +140,7 @@ def speedups(records: list[tuple[Group, Group | None]], by_card: bool) -> list[t
     found, so_far = [], {}
     for one, before in records:
         card = card_of(one) if by_card else ""
-        gain = before.times.mean / one.times.mean if before else math.nan
+        gain = before.times.mean / one.times.mean if before and one.times.mean > 0 else math.nan
         so_far[card] = so_far[card] * gain if card in so_far else 1.0
         found.append((gain, so_far[card]))
     return found
@@ -314,13 +315,25 @@ def rule_numbers(text: str) -> set[int]:
     return {int(word) for word in words}
 
 
+def date_flag(text: str) -> str:
+    """The type of --date: a day that there is."""
+    try:
+        is_day = datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        is_day = False
+    if not is_day:
+        raise argparse.ArgumentTypeError(f"{one_line(text, 40)!r}: give a day of the calendar, YYYY-MM-DD")
+    return text
+
+
 def flags() -> argparse.ArgumentParser:
     parser = arguments(__doc__)
     parser.add_argument("what", choices=("verify", "package", "history"))
     parser.add_argument("folder", nargs="?", type=path_flag, help="of verify")
     parser.add_argument("--track", choices=TRACKS, help="verify takes it from the folder's parent")
     parser.add_argument("--name", help="of package: a word or several in CamelCase, e.g. EvenLoad")
-    parser.add_argument("--date", default=time.strftime("%Y-%m-%d"), help="of package (default: today)")
+    today = time.strftime("%Y-%m-%d")
+    parser.add_argument("--date", type=date_flag, default=today, help="of package (default: today)")
     parser.add_argument("--this", type=path_flag, metavar="LOGS", help="of package: folder of the runs' logs")
     parser.add_argument(
         "--baseline", type=path_flag, metavar="LOGS", help="of package: runs of the record before"
@@ -369,11 +382,8 @@ def paths_of(args: argparse.Namespace) -> Paths:
         need(track in TRACKS, f"{folder}: its parent is no track ({', '.join(TRACKS)}); give --track")
         return Paths(folder, track, folder / "train_gpt.py", folder / "this", baseline_of(folder))
     need(args.track and args.name and args.this, "package: give --track, --name and --this")
-    good_names = re.fullmatch(r"\d{4}-\d\d-\d\d", args.date, re.ASCII) and re.fullmatch(
-        r"\w[\w.-]{0,99}", args.name, re.ASCII
-    )
-    shown = f"--date {one_line(args.date, 40)} --name {one_line(args.name, 100)}"
-    need(good_names, f"{shown}: YYYY-MM-DD, and up to 100 letters, digits, . _ -")
+    good_name = re.fullmatch(r"\w[\w.-]{0,99}", args.name, re.ASCII)
+    need(good_name, f"--name {one_line(args.name, 100)}: up to 100 letters, digits, . _ -")
     folder = args.records.absolute() / args.track / f"{args.date}_{args.name}"
     need(file_kind(folder) == "missing", f"{folder}: is there already")
     return Paths(folder, args.track, args.file, args.this, args.baseline)

@@ -226,7 +226,7 @@ def time_test(this: Group, baseline: Group) -> tuple[float, str]:
     """
     turns = in_turns(this, baseline)
     if turns:
-        return unlike_zero(Sample.of([math.log(a / b) for a, b in turns])), "by turns"
+        return unlike_zero(Sample.of([math.log(a) - math.log(b) for a, b in turns])), "by turns"
     return welch(this.times, baseline.times), "by Welch's test"
 
 
@@ -282,14 +282,25 @@ def rule_baseline(s: Submission, baseline: Group) -> list[Finding]:
     return found
 
 
+def rule_times(group: Group, whose: str) -> list[Finding]:
+    """Each run has a time, and their mean is one that a run can take."""
+    found = []
+    if group.times.n < group.losses.n:
+        words = f"{group.losses.n - group.times.n} of {group.losses.n} runs have no train_time"
+        found.append(Finding(4, "fail", whose + words))
+    if group.times.mean <= 0:
+        found.append(Finding(4, "fail", f"{whose}mean time {group.times.mean:.3f} s: no run takes that"))
+    return found
+
+
 def rule_faster(s: Submission) -> list[Finding]:
-    found = [rule_hardware(s)]
+    found = [rule_hardware(s), *rule_times(s.this, "")]
     if s.baseline is None and s.earlier:
         words = f"no runs of the record before it, {s.earlier[-1].name}; give --baseline"
         return [*found, Finding(4, "fail", words)]
     if s.baseline is None:
         return [*found, Finding(4, "ok", "first of its track")]
-    found += rule_baseline(s, s.baseline)
+    found += rule_times(s.baseline, "baseline's: ") + rule_baseline(s, s.baseline)
     before, after = s.baseline.times.mean, s.this.times.mean
     gain, (p, test) = before - after, time_test(s.this, s.baseline)
     words = f"{gain:.3f} s faster ({before:.3f} to {after:.3f}), p = {p:.4f} {test}"

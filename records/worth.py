@@ -62,6 +62,8 @@ def baseline_slope(first: Group, lengths: list[Group]) -> Slope:
             f"{group.name} has {group.steps_text} steps, {first.name} {first.steps_text}; "
             "--lengths are the first group with another number of steps each",
         )
+        for one in (first, group):
+            need(one.steps[0] > 0, f"{one.name} has 0 steps; --lengths compares runs of 1 or more")
         x = math.log(group.steps[0] / first.steps[0])
         points += [(x, difference) for difference in differences_by_seed(first.by_seed, group.by_seed).values]
     need(len(points) > 1, f"--lengths share fewer than two seeds with {first.name}")

@@ -1,6 +1,7 @@
 """What a user types or feeds to records/: one case of each kind, on each command where it can occur."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -95,6 +96,10 @@ def test_values_that_no_run_can_mean(main, argv, words, log, tmp_path, monkeypat
         ("losses = [3.2, nan]", "not finite"),
         (f"losses = [{'9' * 400}, 3]", "not finite"),
         ("losses = [3.2, x]", "no list of numbers"),
+        ("losses = [1e308, -1e308, 3]", "1e.308 is no number of a run"),
+        ("losses = [3, 4]\n  times = [1.1e15, 3]", "time: 1.1e.15 is no number of a run"),
+        ("loss_summary = [3, 1e308, 1e300]", "mean 1e.308"),
+        ("loss_summary = [3, 3.2, 1e300]", "deviation 1e.300"),
         ("losses = " + "[" * 1000 + "3" + "]" * 1000, "neither a log nor a file of numbers"),
     ],
 )
@@ -102,6 +107,37 @@ def test_numbers_of_a_file_that_are_none(lines, words, tmp_path):
     (tmp_path / "n.txt").write_text(f"A:\n  {lines}\n")
     with pytest.raises(UserError, match=words):
         compare.main(["groups", str(tmp_path / "n.txt")])
+
+
+def test_numbers_of_logs_that_no_run_can_have_are_missing(tmp_path, capsys):
+    for n, (loss, seconds) in enumerate(
+        (("1e308", "4s"), ("-1e16", "4s"), ("3.1", "1e308s"), ("3.2", "infs"))
+    ):
+        text = RUN.replace("3.21050 train_time:4s", f"{loss} train_time:{seconds}")
+        (tmp_path / f"{n}.txt").write_text(text + f"scalars:resid_scale [1e308, {n}]\n")
+    runs = reader.read_paths([tmp_path])
+    assert [len(run.points("val_loss")) for run in runs] == [0, 0, 1, 1]
+    assert all(run.scalars == {} for run in runs)
+    group = groups.group_of("a", runs)
+    assert (group.losses.values, group.times.n, len(group.left_out)) == ((3.1, 3.2), 0, 2)
+    logs.main([str(tmp_path)])
+    for argv in (["groups"], ["side", "--loss", "train_loss"], ["crossing", "--level", "4"]):
+        compare.main([argv[0], *(str(run.path) for run in runs[2:]), *argv[1:]])
+    plot.main(
+        ["loss", str(tmp_path), "--loss", "train_loss", "--x", "time", "--out", str(tmp_path / "x.png")]
+    )
+    assert reader.to_number("1e15") == 1e15 and reader.to_number("1e400") is None
+    assert reader.to_number("-inf") == -math.inf and reader.to_number("9e14min") is None
+
+
+def test_worth_of_runs_without_steps(tmp_path):
+    text = "losses = [3, 3.1, 3.3]\n  seeds = [1, 2, 3]\n  steps = "
+    for base, length in ((0, 9), (9, 0)):
+        (tmp_path / "n.txt").write_text(
+            f"base:\n  {text}{base}\nlong:\n  {text}{length}\nother:\n  {text}{base}\n"
+        )
+        with pytest.raises(UserError, match="has 0 steps"):
+            worth.main([str(tmp_path / "n.txt"), "--lengths", "long"])
 
 
 def test_a_file_of_many_open_lists_is_read_quickly(tmp_path):

@@ -146,6 +146,11 @@ def one_after_the_other(folder: Path) -> None:
         )
 
 
+def set_times(folder: Path, name: str, text: str) -> None:
+    for path in (folder / name).iterdir():
+        path.write_text(re.sub(r"train_time:2\d+ms", f"train_time:{text}", path.read_text()))
+
+
 BROKEN = {
     "data section": (
         lambda f: in_both(f, "return 1", "return 2"),
@@ -177,6 +182,18 @@ BROKEN = {
     ),
     "no Python": (lambda f: in_both(f, "rate = 1", "rate = = 1"), "rule 3  fail  train_gpt.py is not Python"),
     "slower": (slower, "rule 4  fail  -1.000 s faster"),
+    "no time": (
+        lambda f: set_times(f, "this", "0ms"),
+        "rule 4  fail  mean time 0.000 s: no run takes that",
+    ),
+    "a baseline of no time": (
+        lambda f: set_times(f, "baseline", "-1s"),
+        "rule 4  fail  baseline's: mean time",
+    ),
+    "times beyond all measure": (
+        lambda f: set_times(f, "this", "1e308s"),
+        "rule 4  fail  5 of 5 runs have no train_time",
+    ),
     "other hardware": (
         lambda f: rewrite(f, hardware="AMD EPYC, 4 cores; 1 process(es)"),
         "rule 4  fail  runs on different hardware",
@@ -353,6 +370,8 @@ def test_the_history_of_a_track(folder, capsys, tmp_path):
         "2026-03-01,Faster,5,4.1820,0.0016,0.0000,209.0,0.0,1.01,0.0000,1.0",
     ]
     assert written == f"written: {tmp_path / 'h.png'}" and (tmp_path / "h.png").read_bytes()[:4] == b"\x89PNG"
+    set_times(folder, "this", "0ms")
+    assert record.main([*ask, "--format", "csv"]) == 0 and ",0.0,0.0,-," in capsys.readouterr().out
     for wrong, word in (
         (["history"], "--track"),
         ([*ask[:-4], "--records", str(tmp_path / "x")], "no record"),
@@ -536,6 +555,9 @@ def test_what_a_user_gets_wrong(folder, tmp_path):
         (["verify"], "give the record's folder"),
         (["verify", str(tmp_path)], "its parent is no track"),
         (package(folder, "--name", "../x"), "letters, digits"),
+        (package(folder, "--date", "2026-13-45"), "--date: '2026-13-45': give a day"),
+        (package(folder, "--date", "2026-02-30"), "give a day of the calendar"),
+        (package(folder, "--date", "20260201"), "give a day of the calendar"),
         (package(folder, "--this", str(tmp_path / "no")), "not there"),
         (package(folder, "--file", str(tmp_path / "no")), "cannot be read"),
         (package(folder)[:3], "give --track, --name"),
