@@ -51,7 +51,10 @@ def group_of(
     keep_copies: bool = False,
     tell: Callable[[str], None] = warn,
 ) -> Group:
-    """Runs without a result are left out and told of, as are copies of other runs unless they are kept."""
+    """Runs without a result are left out and told of, as are copies of other runs unless they are kept.
+
+    The others stand in the order of their seeds, whatever their files are called; see in_order.
+    """
     group = Group(name, Sample.of([]), Sample.of([]))
     results, known = [], {}
     for run in runs:
@@ -67,8 +70,10 @@ def group_of(
             group.left_out.append(one_line(f"{run.name} left out, it {problem}{why}"))
             tell(f"{name}: {group.left_out[-1]}")
             continue
-        group.runs.append(run)
-        results.append(found)
+        results.append((run, found))
+    group.runs = in_order([run for run, _ in results])
+    by_run = {id(run): found for run, found in results}
+    results = [by_run[id(run)] for run in group.runs]
     group.losses = Sample.of([one.loss for one in results])
     group.times = Sample.of([one.seconds for one in results if not math.isnan(one.seconds)])
     group.steps = tuple(sorted({one.step for one in results}))
@@ -76,6 +81,14 @@ def group_of(
     if None not in seeds and len(set(seeds)) == len(seeds):
         group.by_seed = {seed: one.loss for seed, one in zip(seeds, results, strict=True)}
     return group
+
+
+def in_order(runs: list[Run]) -> list[Run]:
+    """By seed, then by start, as far as all their logs say it; else as they are."""
+    seeds, starts = [run.seed for run in runs], [run.facts.get("started") for run in runs]
+    seeds = [0] * len(runs) if None in seeds else seeds
+    starts = [""] * len(runs) if None in starts else starts
+    return [runs[n] for n in sorted(range(len(runs)), key=lambda n: (seeds[n], starts[n]))]
 
 
 def same_seeds(runs: list[Run]) -> list[str]:

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, assert_user_error, run_command
 
 from cli import UserError
-from records import record, rules
+from records import compare, record, rules
 from records.reader import read_file, without_source
 
 SOURCE = '''"""a submission"""
@@ -542,6 +542,20 @@ def test_a_package_is_a_record(folder, capsys, tmp_path):
     assert verify(made, capsys)[0] == 0
     with pytest.raises(UserError, match="2026-05-01_Next: is there already"):
         record.main(package(folder))
+
+
+def test_a_page_has_its_numbers_in_the_order_of_the_command_that_it_names(folder, capsys):
+    """By seed, also where the logs had other names before they became the record's."""
+    for n, path in enumerate(sorted(folder.glob("this/*.txt"))):
+        (folder / "this" / str(10 - n)).mkdir()
+        path.rename(folder / "this" / str(10 - n) / "seed.txt")
+    assert record.main(package(folder)) == 0
+    made = folder.parents[1] / "new" / "cpu" / "2026-05-01_Next"
+    text = (made / "README.md").read_text()
+    assert "losses = [4.18, 4.181, 4.182, 4.183, 4.184]" in text
+    capsys.readouterr()
+    compare.main(["groups", str(made / "baseline"), str(made / "this"), "--numbers"])
+    assert capsys.readouterr().out.partition("\n\nbaseline:")[2].strip() in text
 
 
 def test_what_does_not_count_is_not_written(folder, capsys):
