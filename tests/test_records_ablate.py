@@ -83,10 +83,14 @@ def run(folder: Path, at_once: int = 1, **changes) -> None:
     )
 
 
+def need_two_cores() -> None:
+    if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one core")
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system pins no processes")
 def test_several_at_once_have_cores_of_their_own(fake):
-    if len(os.sched_getaffinity(0)) < 2:
-        pytest.skip("one core")
+    need_two_cores()
     (fake / "together").mkdir()
     run(fake, at_once=2, seeds=1)
     found = [path.read_text().split() for path in (fake / "together").iterdir()]
@@ -97,6 +101,7 @@ def test_several_at_once_have_cores_of_their_own(fake):
 
 def test_the_first_failure_of_several_ends_the_others_and_a_later_call_goes_on(fake):
     """Well before the minute that the other one would hang."""
+    need_two_cores()
     (fake / "mode").write_text("refuse:0.5-0")
     (fake / "fake.py").write_text(FAKE.replace('mode == "hang"', 'name == "base-0"'))
     begun = time.monotonic()
