@@ -96,6 +96,7 @@ class Job:
     steps: int
     out: Path
     edited: str = ""  # its source, where that is not train_gpt.py's own
+    place: int = 0  # of its name among those that are asked for
 
     @property
     def log(self) -> Path:
@@ -136,9 +137,10 @@ def plan(
     edited = {one.name: source_of(one, source) if one.edits else "" for one in hypotheses}
     for seed in seeds:
         first = seed % len(hypotheses)
-        for one in hypotheses[first:] + hypotheses[:first]:
+        numbered = list(enumerate(hypotheses))
+        for place, one in numbered[first:] + numbered[:first]:
             given = (*flags[one.name], f"--seed={seed}")
-            jobs.append(Job(one.name, seed, given, steps[one.name], out, edited[one.name]))
+            jobs.append(Job(one.name, seed, given, steps[one.name], out, edited[one.name], place))
     return jobs
 
 
@@ -378,7 +380,8 @@ def compare(jobs: list[Job], out: Path, target: float | None) -> str:
     """
     plan_file = out / "plan.json"
     need(file_kind(plan_file) == "file", f"--out {out}: no ablation ran there (it has no plan.json)")
-    asked = list(dict.fromkeys(job.name for job in jobs))
+    places = {job.name: job.place for job in jobs}
+    asked = sorted(places, key=places.__getitem__)  # the first seed's round may have begun with another
     others = [name for name in read_plan(plan_file)[1] if name not in asked and logs_of(name, out)]
     groups = [group_of(name, read_paths(logs_of(name, out), warn)) for name in asked + others]
     found = any(group.losses.n for group in groups[: len(asked)])

@@ -119,10 +119,9 @@ def draw_worth(found: list[Worth], first: Group, title: str, out: Path) -> None:
     axes.axvline(100, color="black", linewidth=0.8)
     axes.set_yticks(range(len(ordered)), [in_words(one.name) for one in ordered], fontsize="small")
     axes.set_ylim(len(ordered) - 0.5, -0.5)
-    axes.set_xlabel(
-        f"as good as {first.name} with so many percent of its steps\n"
-        "bars: 95 % limits; filled: p < 0.01, paired by seed and corrected by Holm"
-    )
+    axes.set_xlabel(f"as good as {first.name} with so many percent of its steps")
+    note = "bars: 95 % limits; filled: p < 0.01, paired by seed and corrected by Holm"
+    figure.supxlabel(note, fontsize="small")
     axes.grid(alpha=0.3, axis="x")
     figure.suptitle(title or "How many steps is each change worth?")
     save(figure, out)

@@ -1,5 +1,6 @@
 """The table of hypotheses, the runner (order, interruptions, failures), one real run from command to plot."""
 
+import dataclasses
 import importlib.util
 import math
 import os
@@ -509,6 +510,18 @@ def test_a_table_of_fewer_names_or_seeds_keeps_the_others_runs(fake):
     for table, order in ((whole, ["base", "0.5"]), (fewer, ["0.5", "base"])):
         assert [line.split()[:2] for line in table.splitlines()[2:4]] == [[name, "2"] for name in order]
     assert (fake / "out" / "numbers.txt").read_text().index("0.5:") == 0
+
+
+def test_the_first_name_is_the_baseline_whichever_the_first_seeds_round_began_with(fake):
+    names = ["cpu-no-smear", "cpu-H0", "cpu-no-skip"]
+    planned = ablate.plan(names, "cpu", [400, 401], fake, None, [])
+    assert planned[0].name == "cpu-H0" and {job.name: job.place for job in planned} == {
+        name: place for place, name in enumerate(names)
+    }
+    run(fake)
+    rotated = [dataclasses.replace(job, place=job.name != "base") for job in reversed(jobs(fake))]
+    table = ablate.compare(rotated, fake / "out", None)
+    assert [line.split()[0] for line in table.splitlines()[2:4]] == ["base", "0.5"]
 
 
 def test_tables_that_no_ablation_made_stay(fake):
