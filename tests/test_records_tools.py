@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+import scipy.stats
 from conftest import CLEAN_ENV, ROOT
 
 from cli import UserError
@@ -257,6 +258,13 @@ def test_which_p_decides_is_said(folder, capsys):
     ):
         compare.main([str(word) for word in argv])
         assert words in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("n, effect, alpha", [(3, 0.01, 0.01), (3, 0.005, 0.01), (4, 0.005, 0.01)])
+def test_power_of_few_runs_is_that_of_welchs_test_not_of_students(n, effect, alpha):
+    draws = np.random.default_rng(0).normal(size=(2, n, 20_000)) * 0.0013
+    p = scipy.stats.ttest_ind(draws[0] + effect, draws[1], equal_var=False).pvalue
+    assert abs((p < alpha).mean() - stats.power("two groups", n, effect, 0.0013, alpha)) < 0.012
 
 
 @pytest.mark.parametrize("test", stats.TESTS)
