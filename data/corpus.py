@@ -66,6 +66,7 @@ MADE = {  # file: sha256
     TRAIN: "4d78270571d2f5526b5f0ae0547e675a9dfe650ebf9415fcc810c6b483fb4d26",
 }
 SHARED = (TRAIN, VOCAB, TOKEN_BYTES)  # files that tune/ has too
+KNOWN = MADE | {f"tune/{name}": MADE[name] for name in SHARED}
 README, README_BEGINS = "README.md", "# Embedded corpus\n"
 
 
@@ -138,7 +139,7 @@ def same_file(one: Path, other: Path) -> bool:
 
 def need_no_other_shards(out: Path) -> None:
     """UserError: training reads every shard of a folder, so another one would make it another corpus."""
-    known = {out / name for name in (*MADE, *(f"tune/{name}" for name in SHARED))}
+    known = {out / name for name in KNOWN}
     for folder in (out, out / "tune"):
         for path in sorted(folder.glob("*.bin")):
             need(
@@ -153,9 +154,8 @@ def need_own_folder(out: Path) -> None:
     says_so = readme.is_file() and readme.read_bytes().startswith(README_BEGINS.encode())
     if says_so or is_file_with(out / TRAIN, MADE[TRAIN]):
         return
-    for name in (*MADE, *NOTES, *(f"tune/{name}" for name in SHARED)):
-        known = MADE.get(name) or MADE.get(name.removeprefix("tune/"), "")
-        others = (out / name).exists() and not is_file_with(out / name, known)
+    for name in (*KNOWN, *NOTES):
+        others = (out / name).exists() and not is_file_with(out / name, KNOWN.get(name, ""))
         need(
             not others,
             f"{shown(out / name)}: is there, and not the embedded corpus's; move it, or choose another --out",

@@ -117,12 +117,15 @@ def write_once(path: Path, content: bytes) -> bool:
     if not os.path.lexists(path):
         write_file(path, content)
         return True
-    same = path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content
     need(
-        same,
+        holds(path, content),
         f"{shown(path)}: is already there and is not what belongs there; move it, or choose another folder",
     )
     return False
+
+
+def holds(path: Path, content: bytes) -> bool:
+    return path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content
 
 
 # Shards

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import train_gpt as tg
 from cli import UserError, arguments, command, need, path_flag, shown
-from data.shards import make_folder, vocab_file, write_once
+from data.shards import holds, make_folder, vocab_file, write_once
 from evals.model import EXTRAS, Trained, load, model_arguments
 
 
@@ -52,7 +52,7 @@ def export(trained: Trained, folder: Path) -> Path:
     make_folder(folder)
     files = {folder / "model.safetensors": data, folder / "vocab.tiktoken": vocab_file(trained.ranks)}
     for file, content in files.items():  # both are looked at before one is written
-        other = os.path.lexists(file) and not (file.is_file() and file.read_bytes() == content)
+        other = os.path.lexists(file) and not holds(file, content)
         need(not other, f"{file}: is already there and holds something else; choose another folder")
     for file, content in files.items():
         write_once(file, content)

@@ -135,9 +135,9 @@ def plan(
         raise UserError(str(error)) from None
     source = read_text(ROOT / "train_gpt.py")
     edited = {one.name: source_of(one, source) if one.edits else "" for one in hypotheses}
+    numbered = list(enumerate(hypotheses))
     for seed in seeds:
         first = seed % len(hypotheses)
-        numbered = list(enumerate(hypotheses))
         for place, one in numbered[first:] + numbered[:first]:
             given = (*flags[one.name], f"--seed={seed}")
             jobs.append(Job(one.name, seed, given, steps[one.name], out, edited[one.name], place))

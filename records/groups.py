@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cli import UserError, need, one_line, os_reason
 from records.files import file_kind, warn
-from records.reader import MOST, NUMBER, Run, read_file, read_paths, result
+from records.reader import MOST, NUMBER, Result, Run, read_file, read_paths, result
 from records.stats import Sample
 
 FEW_POINTS = 5  # losses by which copies are told; runs with fewer may agree in them by chance
@@ -71,9 +71,8 @@ def group_of(
             tell(f"{name}: {group.left_out[-1]}")
             continue
         results.append((run, found))
-    group.runs = in_order([run for run, _ in results])
-    by_run = {id(run): found for run, found in results}
-    results = [by_run[id(run)] for run in group.runs]
+    results = in_order(results)
+    group.runs, results = [run for run, _ in results], [found for _, found in results]
     group.losses = Sample.of([one.loss for one in results])
     group.times = Sample.of([one.seconds for one in results if not math.isnan(one.seconds)])
     group.steps = tuple(sorted({one.step for one in results}))
@@ -83,12 +82,12 @@ def group_of(
     return group
 
 
-def in_order(runs: list[Run]) -> list[Run]:
-    """By seed, then by start, as far as all their logs say it; else as they are."""
-    seeds, starts = [run.seed for run in runs], [run.facts.get("started") for run in runs]
-    seeds = [0] * len(runs) if None in seeds else seeds
-    starts = [""] * len(runs) if None in starts else starts
-    return [runs[n] for n in sorted(range(len(runs)), key=lambda n: (seeds[n], starts[n]))]
+def in_order(results: list[tuple[Run, Result]]) -> list[tuple[Run, Result]]:
+    """By seed, then by start, as far as all runs' logs say it; else as they are."""
+    for key in (lambda pair: pair[0].facts.get("started"), lambda pair: pair[0].seed):  # sorted() is stable
+        if all(key(pair) is not None for pair in results):
+            results = sorted(results, key=key)
+    return results
 
 
 def same_seeds(runs: list[Run]) -> list[str]:
